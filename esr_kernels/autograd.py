@@ -1,0 +1,255 @@
+"""One `torch.autograd.Function` per operator, between the functional API and the registered operators.
+
+`forward` and `backward` call registered operators and nothing else, so they compile, export and run under
+`torch.func`. The same functions are registered as the operators' own derivatives, so that calling `torch.ops.esr.*`
+directly differentiates too. Backward operators are not differentiable again and say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import library
+
+ops = torch.ops.esr
+
+
+def _keep(gradient: Tensor, wanted: bool) -> Tensor | None:
+    return gradient if wanted else None
+
+
+class _Once(torch.autograd.Function):
+    """A backward operator inside a graph that is differentiated again: works, but refuses that second derivative."""
+
+    @staticmethod
+    def forward(operator: str, call: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+        return tuple(call(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.operator = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(_no_second_derivative(ctx.operator))
+
+
+def _once(operator: str, call: Callable[..., Any], *args: Any) -> Sequence[Tensor]:
+    """The gradients `call(*args)`; with create_graph or torch.func the graph through them is cut with an error."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Once.apply(operator, call, *args)
+    return call(*args)
+
+
+def _no_second_derivative(operator: str) -> str:
+    return (
+        f"esr::{operator} has no second derivative; for double backward call the functions of "
+        "esr_kernels.backends.reference, which are plain PyTorch"
+    )
+
+
+class Conv3x3(torch.autograd.Function):
+    """`esr_kernels.functional.conv3x3`; arguments in the order of the operator's schema."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        activation: str,
+        negative_slope: float,
+        residual_mode: str,
+    ) -> Tensor:
+        return ops.conv3x3(x, weight, bias, residual, activation, negative_slope, residual_mode)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.settings = inputs[4:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        mask = list(ctx.needs_input_grad[:4])
+        gradients = _once("conv3x3", ops.conv3x3_backward, grad, *ctx.saved_tensors, *ctx.settings, mask)
+        return (*map(_keep, gradients, mask), None, None, None)
+
+
+class SPAB(torch.autograd.Function):
+    """`esr_kernels.functional.spab`; returns the block's result and the activated first convolution (or empty)."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
+        w3: Tensor,
+        b3: Tensor | None,
+        return_mid: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return ops.spab(x, w1, b1, w2, b2, w3, b3, return_mid)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:7])
+        ctx.return_mid = inputs[7]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_mid: Tensor | None) -> Any:
+        x, w3 = ctx.saved_tensors[0], ctx.saved_tensors[5]
+        if not ctx.return_mid:  # then it is an empty tensor, whose gradient a compiled graph may materialise
+            grad_mid = None
+        if grad is None:
+            if grad_mid is None:
+                return (None,) * 8
+            grad = grad_mid.new_zeros((x.shape[0], w3.shape[0], x.shape[2], x.shape[3]))
+        mask = list(ctx.needs_input_grad[:7])
+        gradients = _once("spab", ops.spab_backward, grad, grad_mid, *ctx.saved_tensors, mask)
+        return (*map(_keep, gradients, mask), None)
+
+
+class Conv3x3PixelShuffle(torch.autograd.Function):
+    """`esr_kernels.functional.conv3x3_pixel_shuffle`."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, upscale_factor: int
+    ) -> Tensor:
+        return ops.conv3x3_pixel_shuffle(x, weight, bias, residual, upscale_factor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.upscale_factor = inputs[4]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        mask = list(ctx.needs_input_grad[:4])
+        call = ops.conv3x3_pixel_shuffle_backward
+        gradients = _once("conv3x3_pixel_shuffle", call, grad, *ctx.saved_tensors, ctx.upscale_factor, mask)
+        return (*map(_keep, gradients, mask), None)
+
+
+class Conv1x1(torch.autograd.Function):
+    """`esr_kernels.functional.conv1x1`; the tensors to concatenate come last, as autograd wants them one by one."""
+
+    @staticmethod
+    def forward(
+        weight: Tensor, bias: Tensor | None, activation: str, negative_slope: float, *xs: Tensor
+    ) -> Tensor:
+        return ops.conv1x1(list(xs), weight, bias, activation, negative_slope)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        weight, bias, *ctx.settings = inputs[:4]
+        ctx.save_for_backward(weight, bias, *inputs[4:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        weight, bias, *xs = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        mask = [*needs[4:], needs[0], needs[1]]
+        settings = ctx.settings
+
+        def call(grad: Tensor, weight: Tensor, bias: Tensor | None, *xs: Tensor) -> list[Tensor]:
+            return ops.conv1x1_backward(grad, list(xs), weight, bias, *settings, mask)
+
+        *gxs, gw, gb = map(_keep, _once("conv1x1", call, grad, weight, bias, *xs), mask)
+        return (gw, gb, None, None, *gxs)
+
+
+class ESA(torch.autograd.Function):
+    """`esr_kernels.functional.esa`."""
+
+    @staticmethod
+    def forward(x: Tensor, *weights: Tensor | None) -> Tensor:
+        return ops.esa(x, *weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        gradients = _once("esa", ops.esa_backward, grad, *ctx.saved_tensors)
+        return tuple(map(_keep, gradients, ctx.needs_input_grad))
+
+
+class BSConv(torch.autograd.Function):
+    """`esr_kernels.functional.bsconv`."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        pointwise: Tensor,
+        depthwise: Tensor,
+        bias: Tensor | None,
+        padding_mode: str,
+        activation: str,
+        negative_slope: float,
+    ) -> Tensor:
+        return ops.bsconv(x, pointwise, depthwise, bias, padding_mode, activation, negative_slope)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.settings = inputs[4:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        mask = list(ctx.needs_input_grad[:4])
+        gradients = _once("bsconv", ops.bsconv_backward, grad, *ctx.saved_tensors, *ctx.settings, mask)
+        return (*map(_keep, gradients, mask), None, None, None)
+
+
+# --- the operators' own derivatives, for direct calls of torch.ops.esr.* ------------------------------------------
+
+
+def _conv1x1_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    xs, weight, bias, *ctx.settings = inputs
+    ctx.count = len(xs)
+    ctx.save_for_backward(weight, bias, *xs)
+
+
+def _conv1x1_backward(ctx: Any, grad: Tensor) -> Any:
+    weight, bias, *xs = ctx.saved_tensors
+    mask = [x.requires_grad for x in xs] + [weight.requires_grad, bias is not None and bias.requires_grad]
+    *gxs, gw, gb = map(_keep, ops.conv1x1_backward(grad, xs, weight, bias, *ctx.settings, mask), mask)
+    return gxs, gw, gb, None, None
+
+
+def _not_differentiable_twice(operator: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(_no_second_derivative(operator))
+
+    return backward
+
+
+def _no_plan_gradient(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError("esr::run_plan is for inference and has no derivative; train the model, then optimize it")
+
+
+for _name, _function in (
+    ("conv3x3", Conv3x3),
+    ("spab", SPAB),
+    ("conv3x3_pixel_shuffle", Conv3x3PixelShuffle),
+    ("esa", ESA),
+    ("bsconv", BSConv),
+):
+    torch.library.register_autograd(
+        f"esr::{_name}", _function.backward, setup_context=_function.setup_context, lib=library._library
+    )
+torch.library.register_autograd(
+    "esr::conv1x1", _conv1x1_backward, setup_context=_conv1x1_setup, lib=library._library
+)
+for _name in library.SCHEMAS:
+    if _name.endswith("_backward"):
+        torch.library.register_autograd(f"esr::{_name}", _not_differentiable_twice(_name.removesuffix("_backward")), lib=library._library)
+torch.library.register_autograd("esr::run_plan", _no_plan_gradient, lib=library._library)

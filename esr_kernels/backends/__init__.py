@@ -1,0 +1,1 @@
+"""Implementations of the operators: one package per backend, one module per operator."""

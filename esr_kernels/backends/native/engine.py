@@ -1,0 +1,107 @@
+"""Plans handed to the compiled engine: encoding, weight packing kept per parameter version, execution."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ...plan import WEIGHTS, Layer, Plan
+
+PROGRAM_FORMAT = 1
+OP_CODES = {
+    "normalize": 0,
+    "conv3x3": 1,
+    "conv1x1": 2,
+    "conv3x3_pixel_shuffle": 3,
+    "esa": 4,
+    "bsconv": 5,
+    "add": 6,
+}
+ACTIVATION_CODES = {"none": 0, "relu": 1, "leaky_relu": 2, "silu": 3, "gelu": 4, "gelu_tanh": 5}
+RESIDUAL_CODES = {"pre": 0, "post": 1, "attention": 2}
+PADDING_CODES = {"zeros": 0, "reflect": 1}
+
+
+def encode(plan: Plan) -> tuple[list[int], list[float]]:
+    """The plan as the integers and constants of `esr_native::compile_plan` (csrc/common/plan.h)."""
+    program = [PROGRAM_FORMAT, len(plan.inputs), len(plan.layers), len(plan.outputs)]
+    constants: list[float] = []
+
+    def constant(*values: float) -> int:
+        constants.extend(values)
+        return len(constants) - len(values)
+
+    def record(layer: Layer) -> list[int]:
+        x, a = list(layer.inputs), layer.attributes
+        weights = [layer.weights.get(name, -1) for name in WEIGHTS[layer.op]]
+        residual = x[1] if len(x) > 1 else -1
+        if layer.op == "normalize":
+            return [x[0], layer.channels, constant(*a["shift"], *a["scale"])]
+        if layer.op == "conv3x3":
+            activation, slope = ACTIVATION_CODES[a["activation"]], constant(a["negative_slope"])
+            return [x[0], *weights, activation, slope, residual, RESIDUAL_CODES[a["residual_mode"]]]
+        if layer.op == "conv1x1":
+            return [len(x), *x, *weights, ACTIVATION_CODES[a["activation"]], constant(a["negative_slope"])]
+        if layer.op == "conv3x3_pixel_shuffle":
+            return [x[0], *weights, a["upscale_factor"], residual]
+        if layer.op == "esa":
+            return [x[0], *weights]
+        if layer.op == "bsconv":
+            activation, slope = ACTIVATION_CODES[a["activation"]], constant(a["negative_slope"])
+            return [x[0], *weights, PADDING_CODES[a["padding_mode"]], activation, slope]
+        return x  # add
+
+    for layer in plan.layers:
+        ints = record(layer)
+        program += [OP_CODES[layer.op], len(ints), *ints]
+    return program + list(plan.outputs), constants
+
+
+class CompiledPlan:
+    """A plan with its weights packed inside the library; released with the last reference."""
+
+    def __init__(self, plan: Plan, weights: list[Tensor]) -> None:
+        program, constants = encode(plan)
+        self.handle: int = torch.ops.esr_native.compile_plan(program, constants, weights)
+        weakref.finalize(self, torch.ops.esr_native.release_plan, self.handle).atexit = False
+
+    def execute(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        torch.ops.esr_native.execute_plan(self.handle, inputs, outputs)
+
+
+@dataclass
+class _Packed:
+    signature: tuple[object, ...]
+    # Writes through `.data` change a tensor without changing its version, so the values are compared as well.
+    copies: list[Tensor]
+    compiled: CompiledPlan
+
+
+_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def compiled_plan(plan: Plan, weights: list[Tensor], *, compare: bool) -> CompiledPlan:
+    """The plan compiled with these weights, kept until one of them changes.
+
+    Args:
+        compare: compare the values too, for parameters that a user may write through `.data`.
+    """
+    if any(w.is_inference() for w in weights):  # they carry no version
+        return CompiledPlan(plan, weights)
+    per_plan = _packed.get(weights[0])
+    if per_plan is None:
+        per_plan = _packed[weights[0]] = {}
+    capability = torch.ops.esr_native.get_cpu_capability()
+    signature = tuple((w.data_ptr(), w._version) for w in weights)
+    key = (plan.to_json(), capability)
+    packed = per_plan.get(key)
+    if packed is not None and packed.signature == signature:
+        if not compare or all(map(torch.equal, packed.copies, weights)):
+            return packed.compiled
+    copies = [w.detach().clone() for w in weights] if compare else []
+    per_plan[key] = _Packed(signature, copies, CompiledPlan(plan, weights))
+    return per_plan[key].compiled

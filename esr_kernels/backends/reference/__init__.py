@@ -1,0 +1,36 @@
+"""Every operator in plain PyTorch: the specification, the oracle of the tests and the fallback.
+
+Imports torch and nothing else of this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .bsconv import bsconv, bsconv_backward
+from .conv1x1 import conv1x1, conv1x1_backward
+from .conv3x3 import conv3x3, conv3x3_backward
+from .conv3x3_pixel_shuffle import conv3x3_pixel_shuffle, conv3x3_pixel_shuffle_backward
+from .esa import esa, esa_backward
+from .run_plan import run_plan
+from .spab import spab, spab_backward
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    f.__name__: f
+    for f in (
+        conv3x3,
+        conv3x3_backward,
+        spab,
+        spab_backward,
+        conv3x3_pixel_shuffle,
+        conv3x3_pixel_shuffle_backward,
+        conv1x1,
+        conv1x1_backward,
+        esa,
+        esa_backward,
+        bsconv,
+        bsconv_backward,
+        run_plan,
+    )
+}

@@ -1,0 +1,84 @@
+"""A plan, layer by layer: how the executors of the other backends are checked."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._common import memory_format, upcast
+from .bsconv import bsconv
+from .conv1x1 import conv1x1
+from .conv3x3 import conv3x3
+from .conv3x3_pixel_shuffle import conv3x3_pixel_shuffle
+from .esa import esa
+
+
+@lru_cache(maxsize=64)
+def _parse(plan: str) -> dict[str, Any]:
+    return json.loads(plan)
+
+
+def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Tensor]:
+    """Run a serialised plan (`esr_kernels.plan.Plan.to_json`).
+
+    Half types are carried in float32 between the layers and rounded at the end.
+    """
+    description = _parse(plan)
+    values = [upcast(x) for x in inputs]
+    dtype = values[0].dtype
+    tensors = [w.to(dtype) for w in weights]
+
+    for layer in description["layers"]:
+        x = [values[i] for i in layer["inputs"]]
+        w = {name: tensors[i] for name, i in layer["weights"].items()}
+        a = layer["attributes"]
+        op = layer["op"]
+        if op == "normalize":
+            shape = (1, -1, 1, 1)
+            shift = torch.tensor(a["shift"], dtype=dtype, device=x[0].device).view(shape)
+            scale = torch.tensor(a["scale"], dtype=dtype, device=x[0].device).view(shape)
+            values.append((x[0] - shift) * scale)
+        elif op == "conv3x3":
+            residual = x[1] if len(x) > 1 else None
+            values.append(
+                conv3x3(
+                    x[0], w["weight"], w.get("bias"), residual, a["activation"], a["negative_slope"], a["residual_mode"]
+                )
+            )
+        elif op == "conv1x1":
+            values.append(conv1x1(x, w["weight"], w.get("bias"), a["activation"], a["negative_slope"]))
+        elif op == "conv3x3_pixel_shuffle":
+            residual = x[1] if len(x) > 1 else None
+            values.append(conv3x3_pixel_shuffle(x[0], w["weight"], w.get("bias"), residual, a["upscale_factor"]))
+        elif op == "esa":
+            names = ("w1", "b1", "w2", "b2", "w3", "b3", "w4", "b4", "wf", "bf", "w_max", "b_max", "w3_", "b3_")
+            values.append(esa(x[0], *(w.get(name) for name in names)))  # type: ignore[arg-type]
+        elif op == "bsconv":
+            values.append(
+                bsconv(
+                    x[0],
+                    w["pointwise"],
+                    w["depthwise"],
+                    w.get("bias"),
+                    a["padding_mode"],
+                    a["activation"],
+                    a["negative_slope"],
+                )
+            )
+        elif op == "add":
+            values.append(x[0] + x[1])
+        else:
+            raise ValueError(f"plan: unknown layer {op!r}")
+
+    scales = description["scales"]
+    results = []
+    for i in description["outputs"]:
+        # Images (scale > 1) are NCHW, feature maps follow the input.
+        wanted = memory_format(inputs[0]) if scales[i] == 1 else torch.contiguous_format
+        out = values[i].to(inputs[0].dtype)
+        results.append(out if out.is_contiguous(memory_format=wanted) else out.contiguous(memory_format=wanted))
+    return results

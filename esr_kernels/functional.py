@@ -1,0 +1,424 @@
+"""The fused operators as functions.
+
+Every function takes [N, C, H, W] tensors in NCHW or channels_last memory format (others too, at the price of a copy),
+of dtype float32, float16 or bfloat16 (float64 on the reference backend), and returns the input's dtype and memory
+format. Sums are accumulated and activations evaluated in float32 at least. Under autocast the floating-point arguments
+are cast to its dtype. All are differentiable once and safe for empty batches.
+
+While `torch.jit` traces (fvcore's FLOP count, the TorchScript ONNX exporter) they decompose into plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import autograd
+from .backends import reference
+from .library import ACTIVATIONS, PADDING_MODES, RESIDUAL_MODES
+
+__all__ = ["bsconv", "conv1x1", "conv3x3", "conv3x3_pixel_shuffle", "esa", "spab"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+ESA_MINIMUM = 15  # a valid stride-2 3x3 convolution, then a valid 7x7 max-pooling
+
+
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    negative_slope: float = 0.05,
+    residual: Tensor | None = None,
+    residual_mode: str = "post",
+) -> Tensor:
+    """3x3 convolution (stride 1, zero padding 1), activation and residual in one step.
+
+    With h = conv2d(x, weight, bias, padding=1), equivalent to
+
+    - ``act(h)`` without a residual,
+    - ``act(h + residual)`` for residual_mode "pre",
+    - ``act(h) + residual`` for "post",
+    - ``(h + residual) * (sigmoid(h) - 0.5)`` for "attention": SPAN's parameter-free attention (Wan et al., "Swift
+      Parameter-free Attention Network for Efficient Super-Resolution"; report section 4.1, Eq. 3).
+
+    Args:
+        x: [N, C, H, W].
+        weight: [O, C, 3, 3].
+        bias: [O] or None.
+        activation: "none", "relu", "leaky_relu", "silu", "gelu" (exact) or "gelu_tanh".
+        negative_slope: slope of "leaky_relu" below zero.
+        residual: [N, O, H, W] or None.
+        residual_mode: "pre", "post" or "attention"; the last needs a residual and activation "none".
+
+    Returns:
+        [N, O, H, W].
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, dtype or device, or is not one of the names above.
+        BackendError: no backend can run the call.
+    """
+    x, weight, bias, residual = _autocast(x, weight, bias, residual)
+    _check_input("x", x)
+    _check_weight("weight", weight, x, x.shape[1], 3)
+    _check_bias("bias", bias, weight, x)
+    _check_name("activation", activation, ACTIVATIONS)
+    _check_name("residual_mode", residual_mode, RESIDUAL_MODES)
+    if residual is not None:
+        _check_like("residual", residual, x, (x.shape[0], weight.shape[0], x.shape[2], x.shape[3]))
+    if residual_mode == "attention":
+        if residual is None:
+            raise ValueError('residual: residual_mode "attention" needs one, got None')
+        if activation != "none":
+            raise ValueError(f'activation: residual_mode "attention" allows only "none", got {activation!r}')
+    args = (x, weight, bias, residual, activation, float(negative_slope), residual_mode)
+    if torch.jit.is_tracing():
+        return reference.conv3x3(*args)
+    return autograd.Conv3x3.apply(*args)
+
+
+@overload
+def spab(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    *,
+    return_mid: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def spab(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    *,
+    return_mid: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def spab(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    *,
+    return_mid: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """SPAN's swift parameter-free attention block.
+
+    Equivalent to ``mid = silu(conv(x, w1, b1)); h = conv(silu(conv(mid, w2, b2)), w3, b3);
+    out = (h + x) * (sigmoid(h) - 0.5)`` with 3x3 convolutions of zero padding 1 (report section 4.1, Eq. 3).
+
+    Args:
+        x: [N, C, H, W].
+        w1, w2, w3: [M, C, 3, 3], [K, M, 3, 3], [C, K, 3, 3].
+        b1, b2, b3: [M], [K], [C], or None.
+        return_mid: also return `mid`, the activated first convolution, which SPAN concatenates at its end.
+
+    Returns:
+        out [N, C, H, W], or (out, mid [N, M, H, W]).
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, dtype or device.
+        BackendError: no backend can run the call.
+    """
+    x, w1, b1, w2, b2, w3, b3 = _autocast(x, w1, b1, w2, b2, w3, b3)
+    _check_input("x", x)
+    channels = x.shape[1]
+    for n, weight, bias in ((1, w1, b1), (2, w2, b2), (3, w3, b3)):
+        _check_weight(f"w{n}", weight, x, channels, 3)
+        _check_bias(f"b{n}", bias, weight, x)
+        channels = weight.shape[0]
+    if channels != x.shape[1]:
+        raise ValueError(f"w3: the block returns as many channels as x has ({x.shape[1]}), got {channels}")
+    args = (x, w1, b1, w2, b2, w3, b3, bool(return_mid))
+    out, mid = reference.spab(*args) if torch.jit.is_tracing() else autograd.SPAB.apply(*args)
+    return (out, mid) if return_mid else out
+
+
+def conv3x3_pixel_shuffle(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    upscale_factor: int,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """3x3 convolution and pixel shuffle (Shi et al., ESPCN), written straight to an NCHW image.
+
+    Equivalent to ``pixel_shuffle(conv2d(x, weight, bias, padding=1), upscale_factor) + residual``.
+
+    Args:
+        x: [N, C, H, W].
+        weight: [O r r, C, 3, 3] with r = upscale_factor.
+        bias: [O r r] or None.
+        upscale_factor: r, at least 1.
+        residual: [N, O, H r, W r] or None.
+
+    Returns:
+        [N, O, H r, W r], NCHW-contiguous whatever the memory format of x.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, dtype or device.
+        BackendError: no backend can run the call.
+    """
+    x, weight, bias, residual = _autocast(x, weight, bias, residual)
+    _check_input("x", x)
+    _check_weight("weight", weight, x, x.shape[1], 3)
+    _check_bias("bias", bias, weight, x)
+    r = upscale_factor
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"upscale_factor: expected an int, got {type(r).__name__}")
+    if r < 1 or weight.shape[0] % (r * r):
+        raise ValueError(
+            f"upscale_factor: must be at least 1 and its square must divide weight's {weight.shape[0]} output "
+            f"channels, got {r}"
+        )
+    if residual is not None:
+        shape = (x.shape[0], weight.shape[0] // (r * r), x.shape[2] * r, x.shape[3] * r)
+        _check_like("residual", residual, x, shape)
+    args = (x, weight, bias, residual, r)
+    if torch.jit.is_tracing():
+        return reference.conv3x3_pixel_shuffle(*args)
+    return autograd.Conv3x3PixelShuffle.apply(*args)
+
+
+def conv1x1(
+    xs: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    negative_slope: float = 0.05,
+) -> Tensor:
+    """1x1 convolution of the channel concatenation of several tensors, which is never materialised.
+
+    Equivalent to ``act(conv2d(cat(xs, 1), weight, bias))``.
+
+    Args:
+        xs: one [N, C, H, W] or a sequence of [N, C_i, H, W].
+        weight: [O, sum of C_i, 1, 1].
+        bias: [O] or None.
+        activation, negative_slope: as in `conv3x3`.
+
+    Returns:
+        [N, O, H, W] in the memory format of the first tensor.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, dtype or device, or xs is empty.
+        BackendError: no backend can run the call.
+    """
+    tensors = [xs] if isinstance(xs, Tensor) else list(xs)
+    if not tensors:
+        raise ValueError("xs: expected at least one tensor, got none")
+    weight, bias, *tensors = _autocast(weight, bias, *tensors, device=tensors[0])
+    first = tensors[0]
+    for i, x in enumerate(tensors):
+        name = "xs" if len(tensors) == 1 else f"xs[{i}]"
+        _check_input(name, x)
+        if i:
+            _check_like(name, x, first, (first.shape[0], x.shape[1], first.shape[2], first.shape[3]))
+    _check_weight("weight", weight, first, sum(x.shape[1] for x in tensors), 1)
+    _check_bias("bias", bias, weight, first)
+    _check_name("activation", activation, ACTIVATIONS)
+    slope = float(negative_slope)
+    if torch.jit.is_tracing():
+        return reference.conv1x1(tensors, weight, bias, activation, slope)
+    return autograd.Conv1x1.apply(weight, bias, activation, slope, *tensors)
+
+
+def esa(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    w4: Tensor,
+    b4: Tensor | None,
+    wf: Tensor | None = None,
+    bf: Tensor | None = None,
+    *,
+    w_max: Tensor | None = None,
+    b_max: Tensor | None = None,
+    w3_: Tensor | None = None,
+    b3_: Tensor | None = None,
+) -> Tensor:
+    """Enhanced spatial attention (Liu et al., RFANet), whole, in the forms of the challenge's models.
+
+    Equivalent to ``c1 = conv1x1(x, w1, b1); y = max_pool2d(conv2d(c1, w2, b2, stride=2), 7, 3);
+    y = conv3x3(y, w3, b3); s = interpolate(y, (H, W), mode="bilinear") + skip;
+    out = x * sigmoid(conv1x1(s, w4, b4))`` where skip is ``conv1x1(c1, wf, bf)`` (RLFN's form; report section 2.2) or
+    c1 itself when wf is None (R2Net's; section 4.2). With w_max and w3_ (RFDN's form; section 4.22)
+    ``y = conv3x3(relu(conv3x3(relu(conv3x3(y, w_max, b_max)), w3, b3)), w3_, b3_)`` instead. The 3x3 convolutions of y
+    have zero padding 1. Names follow the published state-dict keys conv1, conv2, conv3, conv4, conv_f, conv_max, conv3_.
+
+    Args:
+        x: [N, C, H, W], height and width at least 15.
+        w1: [F, C, 1, 1]. w2, w3, w_max, w3_: [F, F, 3, 3]. w4: [C, F, 1, 1]. wf: [F, F, 1, 1].
+        b1, b2, b3, bf, b_max, b3_: [F] or None. b4: [C] or None.
+
+    Returns:
+        [N, C, H, W].
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, dtype or device, only one of w_max and w3_ is
+            given, or the image is smaller than 15 x 15.
+        BackendError: no backend can run the call.
+    """
+    x, w1, b1, w2, b2, w3, b3, w4, b4, wf, bf, w_max, b_max, w3_, b3_ = _autocast(
+        x, w1, b1, w2, b2, w3, b3, w4, b4, wf, bf, w_max, b_max, w3_, b3_
+    )
+    _check_input("x", x)
+    if x.shape[2] < ESA_MINIMUM or x.shape[3] < ESA_MINIMUM:
+        raise ValueError(
+            f"x: enhanced spatial attention needs images of at least {ESA_MINIMUM} x {ESA_MINIMUM} pixels, "
+            f"got {x.shape[2]} x {x.shape[3]}"
+        )
+    if (w_max is None) != (w3_ is None):
+        raise ValueError("w_max, w3_: give both (RFDN's form) or neither")
+    channels = x.shape[1]
+    _check_weight("w1", w1, x, channels, 1)
+    hidden = w1.shape[0]
+    convs: tuple[tuple[str, Tensor | None, str, Tensor | None, int, int], ...] = (
+        ("w1", w1, "b1", b1, 1, hidden),
+        ("w2", w2, "b2", b2, 3, hidden),
+        ("w3", w3, "b3", b3, 3, hidden),
+        ("w4", w4, "b4", b4, 1, channels),
+        ("wf", wf, "bf", bf, 1, hidden),
+        ("w_max", w_max, "b_max", b_max, 3, hidden),
+        ("w3_", w3_, "b3_", b3_, 3, hidden),
+    )
+    for weight_name, weight, bias_name, bias, kernel, out_channels in convs:
+        if weight is None:
+            if bias is not None:
+                raise ValueError(f"{bias_name}: given without {weight_name}")
+            continue
+        if weight_name != "w1":
+            _check_weight(weight_name, weight, x, hidden, kernel, out_channels)
+        _check_bias(bias_name, bias, weight, x)
+    args = (x, w1, b1, w2, b2, w3, b3, w4, b4, wf, bf, w_max, b_max, w3_, b3_)
+    return reference.esa(*args) if torch.jit.is_tracing() else autograd.ESA.apply(*args)
+
+
+def bsconv(
+    x: Tensor,
+    pointwise: Tensor,
+    depthwise: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding_mode: str = "zeros",
+    activation: str = "none",
+    negative_slope: float = 0.05,
+) -> Tensor:
+    """Blueprint separable convolution (Haase and Amthor, BSConv-U): 1x1, then depthwise 3x3.
+
+    Equivalent to ``act(conv2d(pad(conv2d(x, pointwise), 1, padding_mode), depthwise, bias, groups=O))``.
+
+    Args:
+        x: [N, C, H, W]; height and width at least 2 for reflection.
+        pointwise: [O, C, 1, 1], without a bias.
+        depthwise: [O, 1, 3, 3].
+        bias: [O] or None, added after the depthwise convolution.
+        padding_mode: "zeros" or "reflect"; the result of the 1x1 convolution is padded.
+        activation, negative_slope: as in `conv3x3`.
+
+    Returns:
+        [N, O, H, W].
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, dtype or device, or is not one of the names above.
+        BackendError: no backend can run the call.
+    """
+    x, pointwise, depthwise, bias = _autocast(x, pointwise, depthwise, bias)
+    _check_input("x", x)
+    _check_weight("pointwise", pointwise, x, x.shape[1], 1)
+    _check_weight("depthwise", depthwise, x, 1, 3, pointwise.shape[0])
+    _check_bias("bias", bias, depthwise, x)
+    _check_name("padding_mode", padding_mode, PADDING_MODES)
+    _check_name("activation", activation, ACTIVATIONS)
+    if padding_mode == "reflect" and (x.shape[2] < 2 or x.shape[3] < 2):
+        raise ValueError(
+            f'x: padding_mode "reflect" needs images of at least 2 x 2 pixels, got {x.shape[2]} x {x.shape[3]}'
+        )
+    args = (x, pointwise, depthwise, bias, padding_mode, activation, float(negative_slope))
+    return reference.bsconv(*args) if torch.jit.is_tracing() else autograd.BSConv.apply(*args)
+
+
+def _autocast(*tensors: Any, device: Any = None) -> tuple[Any, ...]:
+    """The tensors in autocast's dtype where it is on for their device, else as they are."""
+    anchor = tensors[0] if device is None else device
+    if not isinstance(anchor, Tensor) or not torch.is_autocast_enabled(anchor.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(anchor.device.type)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def _check_input(name: str, x: Any) -> None:
+    _check_tensor(name, x)
+    if x.dim() != 4:
+        raise ValueError(f"{name}: expected 4 dimensions [N, C, H, W], got {x.dim()} with shape {tuple(x.shape)}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {x.dtype}")
+    if x.shape[1] < 1 or x.shape[2] < 1 or x.shape[3] < 1:
+        raise ValueError(f"{name}: channels, height and width must be at least 1, got shape {tuple(x.shape)}")
+
+
+def _check_same(name: str, t: Tensor, x: Tensor) -> None:
+    if t.dtype != x.dtype:
+        raise TypeError(f"{name}: expected the input's dtype {x.dtype}, got {t.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"{name}: expected the input's device {x.device}, got {t.device}")
+
+
+def _check_weight(name: str, weight: Any, x: Tensor, channels: int, kernel: int, out: int | None = None) -> None:
+    _check_tensor(name, weight)
+    shape = weight.shape
+    if weight.dim() != 4 or shape[2] != kernel or shape[3] != kernel or shape[1] != channels or shape[0] < 1:
+        rows = "O" if out is None else out
+        raise ValueError(f"{name}: expected shape [{rows}, {channels}, {kernel}, {kernel}], got {list(shape)}")
+    if out is not None and shape[0] != out:
+        raise ValueError(f"{name}: expected shape [{out}, {channels}, {kernel}, {kernel}], got {list(shape)}")
+    _check_same(name, weight, x)
+
+
+def _check_bias(name: str, bias: Any, weight: Tensor, x: Tensor) -> None:
+    if bias is None:
+        return
+    _check_tensor(name, bias)
+    if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
+        raise ValueError(f"{name}: expected shape [{weight.shape[0]}] or None, got {list(bias.shape)}")
+    _check_same(name, bias, x)
+
+
+def _check_like(name: str, t: Any, x: Tensor, shape: tuple[int, ...]) -> None:
+    _check_tensor(name, t)
+    if t.dim() != 4 or any(a != b for a, b in zip(t.shape, shape, strict=True)):
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
+    _check_same(name, t, x)
+
+
+def _check_name(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")

@@ -1,0 +1,281 @@
+"""The registered operators of the namespace `esr`: schemas, fake kernels and FLOP formulas.
+
+An operator's kernel for every device is `dispatch.run`, which picks the backend. Each schema has its tensors
+first, and each backward operator takes the gradient first, then the forward's arguments, then which gradients
+are wanted; an unwanted one comes back as an empty tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import dispatch
+from .plan import Plan, layer_flops
+
+ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh")
+RESIDUAL_MODES = ("pre", "post", "attention")
+PADDING_MODES = ("zeros", "reflect")
+
+_CONV3X3 = "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, float negative_slope, str residual_mode"
+_SPAB = "Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor w3, Tensor? b3"
+_TAIL = "Tensor x, Tensor weight, Tensor? bias"
+_CONV1X1 = "Tensor[] xs, Tensor weight, Tensor? bias, str activation, float negative_slope"
+_ESA = (
+    "Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor w3, Tensor? b3, Tensor w4, Tensor? b4, "
+    "Tensor? wf, Tensor? bf, Tensor? w_max, Tensor? b_max, Tensor? w3_, Tensor? b3_"
+)
+_BSCONV = (
+    "Tensor x, Tensor pointwise, Tensor depthwise, Tensor? bias, "
+    "str padding_mode, str activation, float negative_slope"
+)
+
+SCHEMAS = {
+    "conv3x3": f"({_CONV3X3}) -> Tensor",
+    "conv3x3_backward": f"(Tensor grad, {_CONV3X3}, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "spab": f"({_SPAB}, bool return_mid) -> (Tensor, Tensor)",
+    "spab_backward": f"(Tensor grad, Tensor? grad_mid, {_SPAB}, bool[] output_mask) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "conv3x3_pixel_shuffle": f"({_TAIL}, Tensor? residual, int upscale_factor) -> Tensor",
+    "conv3x3_pixel_shuffle_backward": f"(Tensor grad, {_TAIL}, int upscale_factor, bool[] output_mask) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    "conv1x1": f"({_CONV1X1}) -> Tensor",
+    "conv1x1_backward": f"(Tensor grad, {_CONV1X1}, bool[] output_mask) -> Tensor[]",
+    "esa": f"({_ESA}) -> Tensor",
+    "esa_backward": f"(Tensor grad, {_ESA}) -> Tensor[]",
+    "bsconv": f"({_BSCONV}) -> Tensor",
+    "bsconv_backward": f"(Tensor grad, {_BSCONV}, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "run_plan": "(Tensor[] inputs, Tensor[] weights, str plan) -> Tensor[]",
+}
+
+_library = torch.library.Library("esr", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _kernel(operator: str, *args: Any) -> Any:
+    return dispatch.run(operator, args)
+
+
+for _name in SCHEMAS:
+    _library.impl(_name, partial(_kernel, _name), "CompositeExplicitAutograd")
+
+
+# --- fake kernels: shapes and the real strides --------------------------------------------------------------------
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def feature_map(x: Tensor, channels: int) -> Tensor:
+    """An uninitialised [N, channels, H, W] in the memory format of `x`."""
+    shape = (x.shape[0], channels, x.shape[2], x.shape[3])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
+
+
+def image(x: Tensor, channels: int, scale: int) -> Tensor:
+    """An uninitialised NCHW [N, channels, H scale, W scale]."""
+    return x.new_empty((x.shape[0], channels, x.shape[2] * scale, x.shape[3] * scale))
+
+
+def _gradient(like: Tensor, wanted: bool = True) -> Tensor:
+    if not wanted:
+        return like.new_empty(0)
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=_format(like))
+
+
+def _bias_gradient(bias: Tensor | None, weight: Tensor, wanted: bool) -> Tensor:
+    like = weight if bias is None else bias
+    return like.new_empty(weight.shape[0] if wanted else 0)
+
+
+@torch.library.register_fake("esr::conv3x3", lib=_library)
+def _(x, weight, bias, residual, activation, negative_slope, residual_mode):  # type: ignore[no-untyped-def]
+    return feature_map(x, weight.shape[0])
+
+
+@torch.library.register_fake("esr::conv3x3_backward", lib=_library)
+def _(grad, x, weight, bias, residual, activation, negative_slope, residual_mode, output_mask):  # type: ignore[no-untyped-def]
+    return (
+        _gradient(x, output_mask[0]),
+        _gradient(weight, output_mask[1]),
+        _bias_gradient(bias, weight, output_mask[2]),
+        feature_map(x, weight.shape[0]) if output_mask[3] else x.new_empty(0),
+    )
+
+
+@torch.library.register_fake("esr::spab", lib=_library)
+def _(x, w1, b1, w2, b2, w3, b3, return_mid):  # type: ignore[no-untyped-def]
+    return feature_map(x, w3.shape[0]), feature_map(x, w1.shape[0]) if return_mid else x.new_empty(0)
+
+
+@torch.library.register_fake("esr::spab_backward", lib=_library)
+def _(grad, grad_mid, x, w1, b1, w2, b2, w3, b3, output_mask):  # type: ignore[no-untyped-def]
+    gradients = [_gradient(x, output_mask[0])]
+    for i, (weight, bias) in enumerate(((w1, b1), (w2, b2), (w3, b3))):
+        gradients.append(_gradient(weight, output_mask[2 * i + 1]))
+        gradients.append(_bias_gradient(bias, weight, output_mask[2 * i + 2]))
+    return tuple(gradients)
+
+
+@torch.library.register_fake("esr::conv3x3_pixel_shuffle", lib=_library)
+def _(x, weight, bias, residual, upscale_factor):  # type: ignore[no-untyped-def]
+    return image(x, weight.shape[0] // upscale_factor**2, upscale_factor)
+
+
+@torch.library.register_fake("esr::conv3x3_pixel_shuffle_backward", lib=_library)
+def _(grad, x, weight, bias, upscale_factor, output_mask):  # type: ignore[no-untyped-def]
+    return (
+        _gradient(x, output_mask[0]),
+        _gradient(weight, output_mask[1]),
+        _bias_gradient(bias, weight, output_mask[2]),
+        x.new_empty(grad.shape if output_mask[3] else 0),
+    )
+
+
+@torch.library.register_fake("esr::conv1x1", lib=_library)
+def _(xs, weight, bias, activation, negative_slope):  # type: ignore[no-untyped-def]
+    return feature_map(xs[0], weight.shape[0])
+
+
+@torch.library.register_fake("esr::conv1x1_backward", lib=_library)
+def _(grad, xs, weight, bias, activation, negative_slope, output_mask):  # type: ignore[no-untyped-def]
+    gradients = [_gradient(x, wanted) for x, wanted in zip(xs, output_mask[:-2], strict=True)]
+    return [*gradients, _gradient(weight, output_mask[-2]), _bias_gradient(bias, weight, output_mask[-1])]
+
+
+@torch.library.register_fake("esr::esa", lib=_library)
+def _(x, *weights):  # type: ignore[no-untyped-def]
+    return feature_map(x, x.shape[1])
+
+
+@torch.library.register_fake("esr::esa_backward", lib=_library)
+def _(grad, x, *weights):  # type: ignore[no-untyped-def]
+    return [_gradient(x), *(x.new_empty(0) if w is None else _gradient(w) for w in weights)]
+
+
+@torch.library.register_fake("esr::bsconv", lib=_library)
+def _(x, pointwise, depthwise, bias, padding_mode, activation, negative_slope):  # type: ignore[no-untyped-def]
+    return feature_map(x, depthwise.shape[0])
+
+
+@torch.library.register_fake("esr::bsconv_backward", lib=_library)
+def _(grad, x, pointwise, depthwise, bias, padding_mode, activation, negative_slope, output_mask):  # type: ignore[no-untyped-def]
+    return (
+        _gradient(x, output_mask[0]),
+        _gradient(pointwise, output_mask[1]),
+        _gradient(depthwise, output_mask[2]),
+        _bias_gradient(bias, depthwise, output_mask[3]),
+    )
+
+
+@torch.library.register_fake("esr::run_plan", lib=_library)
+def run_plan_outputs(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Tensor]:
+    """The plan's uninitialised outputs: feature maps in the first input's memory format, images in NCHW."""
+    p = Plan.from_json(plan)
+    x = inputs[0]
+    return [
+        feature_map(x, p.channels[i]) if p.scales[i] == 1 else image(x, p.channels[i], p.scales[i]) for i in p.outputs
+    ]
+
+
+# --- FLOPs: a multiply-add counts as two, as torch.utils.flop_counter does ------------------------------------------
+
+Shape = Sequence[int]
+
+
+def _count(op: str, x: Shape, cin: list[int], cout: int, **attributes: Any) -> int:
+    return x[0] * layer_flops(op, cin, cout, attributes, x[2], x[3])
+
+
+@register_flop_formula(torch.ops.esr.conv3x3)
+def _(x: Shape, weight: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return _count("conv3x3", x, [weight[1]], weight[0])
+
+
+@register_flop_formula(torch.ops.esr.spab)
+def _(x: Shape, w1: Shape, b1: Any, w2: Shape, b2: Any, w3: Shape, *args: Any, **kwargs: Any) -> int:
+    return sum(_count("conv3x3", x, [w[1]], w[0]) for w in (w1, w2, w3))
+
+
+@register_flop_formula(torch.ops.esr.conv3x3_pixel_shuffle)
+def _(x: Shape, weight: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return _count("conv3x3", x, [weight[1]], weight[0])
+
+
+@register_flop_formula(torch.ops.esr.conv1x1)
+def _(xs: Sequence[Shape], weight: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return _count("conv1x1", xs[0], [weight[1]], weight[0])
+
+
+@register_flop_formula(torch.ops.esr.bsconv)
+def _(x: Shape, pointwise: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return _count("bsconv", x, [pointwise[1]], pointwise[0])
+
+
+@register_flop_formula(torch.ops.esr.esa)
+def _esa_flops(x: Shape, w1: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    wf, w_max = args[7], args[9]
+    return _count(
+        "esa", x, [x[1]], x[1], hidden=w1[0], has_conv_f=wf is not None, has_conv_max=w_max is not None
+    )
+
+
+def _convolution_gradients(forward: int, output_mask: Sequence[bool]) -> int:
+    """The data gradient and the weight gradient each cost as much as the forward convolution."""
+    return forward * (int(output_mask[0]) + int(output_mask[1]))
+
+
+@register_flop_formula(torch.ops.esr.conv3x3_backward)
+def _(grad: Shape, x: Shape, weight: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    residual, activation, mode, mask = args[1], args[2], args[4], args[5]
+    forward = _count("conv3x3", x, [weight[1]], weight[0])
+    recomputed = activation != "none" or (residual is not None and mode == "attention")
+    return recomputed * forward + _convolution_gradients(forward, mask)
+
+
+@register_flop_formula(torch.ops.esr.spab_backward)
+def _(grad: Shape, grad_mid: Any, x: Shape, w1: Shape, b1: Any, w2: Shape, b2: Any, w3: Shape, *args: Any, **kwargs: Any) -> int:
+    mask = args[1]
+    f1, f2, f3 = (_count("conv3x3", x, [w[1]], w[0]) for w in (w1, w2, w3))
+    data = f3 + f2 + f1 * int(mask[0])
+    return f1 + f2 + f3 + data + f1 * int(mask[1]) + f2 * int(mask[3]) + f3 * int(mask[5])
+
+
+@register_flop_formula(torch.ops.esr.conv3x3_pixel_shuffle_backward)
+def _(grad: Shape, x: Shape, weight: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return _convolution_gradients(_count("conv3x3", x, [weight[1]], weight[0]), args[2])
+
+
+@register_flop_formula(torch.ops.esr.conv1x1_backward)
+def _(grad: Shape, xs: Sequence[Shape], weight: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    activation, mask = args[1], args[3]
+    forward = _count("conv1x1", xs[0], [weight[1]], weight[0])
+    return (activation != "none") * forward + _convolution_gradients(forward, [any(mask[:-2]), mask[-2]])
+
+
+@register_flop_formula(torch.ops.esr.bsconv_backward)
+def _(grad: Shape, x: Shape, pointwise: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    activation, mask = args[3], args[5]
+    point = _count("conv1x1", x, [pointwise[1]], pointwise[0])
+    depth = _count("bsconv", x, [pointwise[1]], pointwise[0]) - point
+    total = point + depth * (activation != "none") + _convolution_gradients(point, mask)
+    return total + depth * (int(mask[0] or mask[1]) + int(mask[2]))
+
+
+@register_flop_formula(torch.ops.esr.esa_backward)
+def _(grad: Shape, x: Shape, w1: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 3 * _esa_flops(x, w1, *args)
+
+
+@register_flop_formula(torch.ops.esr.run_plan)
+def _(inputs: Sequence[Shape], weights: Any, plan: str, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    n, _channels, h, w = inputs[0]
+    return Plan.from_json(plan).flops(n, h, w)

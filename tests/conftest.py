@@ -1,0 +1,43 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import esr_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder with checkpoints, golden outputs and other facts, beside the repository."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("../shared (published checkpoints and golden outputs) is not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_models(shared_dir: Path) -> Path:
+    return shared_dir / "models"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Uninitialised tensors hold NaN, so that an element nobody writes shows; algorithms are deterministic."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=[b.name for b in esr_kernels.list_backends() if b.available])
+def backend(request: pytest.FixtureRequest):
+    """Every backend that can run here, chosen for the duration of the test."""
+    with esr_kernels.use_backend(request.param):
+        yield request.param

@@ -1,0 +1,117 @@
+"""How the operators' tests make inputs, compare results and run the same checks for every operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("nchw", "channels_last", "permuted", "sliced")
+HALF = (torch.float16, torch.bfloat16)
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout."""
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "permuted":
+        return x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    if layout == "sliced":
+        n, c, h, w = x.shape
+        big = x.new_full((n + 1, c + 2, h + 3, 2 * w + 1), float("nan"))
+        view = big[1:, 1 : 1 + c, 2 : 2 + h, 1 : 1 + 2 * w : 2]
+        view.copy_(x)
+        return view
+    return x.contiguous()
+
+
+def expected_format(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype)
+
+
+def kernel(out: int, channels: int, size: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A weight whose convolution keeps the scale of its input."""
+    return rand(out, channels, size, size, dtype=dtype, scale=(channels * size * size) ** -0.5)
+
+
+def to(values: Any, dtype: torch.dtype) -> Any:
+    """Tensors, also inside lists and dicts, in another dtype."""
+    if isinstance(values, Tensor):
+        return values.to(dtype)
+    if isinstance(values, dict):
+        return {k: to(v, dtype) for k, v in values.items()}
+    if isinstance(values, (list, tuple)):
+        return type(values)(to(v, dtype) for v in values)
+    return values
+
+
+def largest_error(actual: Tensor, exact: Tensor) -> float:
+    if exact.numel() == 0:
+        return 0.0
+    error = (actual.double() - exact).abs()
+    return float("inf") if not bool(torch.isfinite(error).all()) else float(error.max())
+
+
+def float32_tolerance(backend: str) -> float:
+    """Relative to the largest value: direct kernels 1e-5; the native CPU backend uses Winograd, 1e-4."""
+    return 1e-4 if backend == "native-cpu" else 1e-5
+
+
+def check_close(actual: Tensor, exact: Tensor, plain: Callable[[], Tensor], backend: str) -> None:
+    """The numeric contract: `exact` is the float64 result, `plain()` PyTorch's own in the dtype of `actual`."""
+    assert actual.shape == exact.shape
+    if exact.numel() == 0:
+        return
+    largest = float(exact.abs().max())
+    error = largest_error(actual, exact)
+    if actual.dtype == torch.float64:
+        assert error <= 1e-12 * largest
+    elif actual.dtype == torch.float32:
+        assert error <= float32_tolerance(backend) * largest, f"relative error {error / largest:.2e}"
+    else:
+        # Rounding the largest value alone costs half a unit in its last place.
+        unavoidable = torch.finfo(actual.dtype).eps / 2 * largest
+        allowed = max(2 * largest_error(plain(), exact), unavoidable)
+        assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+
+
+def check_gradients(
+    fused: Callable[..., Any], plain: Callable[..., Any], tensors: Sequence[Tensor], tolerance: float = 1e-4
+) -> None:
+    """float32 gradients of `fused` against autograd through `plain` in float64, for every tensor."""
+    ours = [t.detach().clone().requires_grad_() for t in tensors]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    out, reference = fused(*ours), plain(*exact)
+    outs = out if isinstance(out, tuple) else (out,)
+    references = reference if isinstance(reference, tuple) else (reference,)
+    seeds = [torch.randn_like(r) for r in references]
+    got = torch.autograd.grad(outs, ours, [s.float() for s in seeds])
+    expected = torch.autograd.grad(references, exact, seeds)
+    for g, e, t in zip(got, expected, tensors, strict=True):
+        assert g.shape == t.shape and g.dtype == t.dtype
+        assert largest_error(g, e) <= tolerance * max(float(e.abs().max()), 1e-6)
+
+
+def check_compiled(function: Callable[..., Any], inputs: Sequence[tuple[Tensor, ...]]) -> None:
+    """Compiles whole and once for all the inputs' sizes, forward and backward, with eager's result."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tensors in inputs:
+        a = [t.detach().clone().requires_grad_() for t in tensors]
+        b = [t.detach().clone().requires_grad_() for t in tensors]
+        got, expected = compiled(*a), function(*b)
+        torch.testing.assert_close(got, expected)
+        got.sum().backward()
+        expected.sum().backward()
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x.grad, y.grad)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
