@@ -193,25 +193,29 @@ class _NotPlannableError(Exception):
     """The traced graph has something that the plan cannot express."""
 
 
-def _input_channels(network: nn.Module) -> int:
-    """Channels of the network's input: what its first weight of a convolution takes."""
-    for parameter in network.parameters():
-        if parameter.dim() == 4:
-            return int(parameter.shape[1])
-    return 3
+def _example(network: nn.Module) -> Tensor:
+    """An input that the network takes: three channels, or as many as one of its convolutions does."""
+    tensors = [*network.parameters(), *network.buffers()]
+    like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+    candidates = dict.fromkeys([3, *(int(t.shape[1]) for t in tensors if t.dim() == 4), 1])
+    failure: Exception | None = None
+    for channels in candidates:
+        example = torch.zeros(2, channels, *_EXAMPLE_SIZE, dtype=like.dtype, device=like.device)
+        try:
+            with torch.no_grad():
+                network(example)
+        except Exception as error:
+            failure = failure or error
+        else:
+            return example
+    raise OptimizeError(
+        f"model: running it on an example [2, C, {_EXAMPLE_SIZE[0]}, {_EXAMPLE_SIZE[1]}] with C one of "
+        f"{list(candidates)} failed: {type(failure).__name__}: {failure}"
+    ) from failure
 
 
 def _trace(network: nn.Module) -> tuple[Plan, list[Tensor]]:
-    tensors = [*network.parameters(), *network.buffers()]
-    like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
-    example = torch.zeros(2, _input_channels(network), *_EXAMPLE_SIZE, dtype=like.dtype, device=like.device)
-    try:
-        with torch.no_grad():
-            network(example)
-    except Exception as error:
-        raise OptimizeError(
-            f"model: running it on an example of shape {list(example.shape)} failed: {type(error).__name__}: {error}"
-        ) from error
+    example = _example(network)
     auto = torch.export.Dim.AUTO
     try:
         with torch.no_grad():

@@ -1,0 +1,541 @@
+"""The build: what setup.py decides, what it compiles, what a wheel holds, and what the library tells of itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import esr_kernels
+from esr_kernels import native
+
+ROOT = Path(__file__).resolve().parent.parent
+SETUP_VARIABLES = (
+    "ESR_KERNELS_NATIVE ESR_KERNELS_CUDA ESR_KERNELS_BACKEND TORCH_CUDA_ARCH_LIST CXX CXXFLAGS LDFLAGS NVCC_FLAGS "
+    "MAX_JOBS PYTHONPATH"
+).split()
+
+# A whole operator library in a few lines, so that a build takes seconds.
+LIBRARY = """
+#include <torch/csrc/stable/library.h>
+
+#include "common/answer.h"
+
+int64_t answer() { return ANSWER; }
+STABLE_TORCH_LIBRARY(esr_native, m) { m.def("answer() -> int"); }
+STABLE_TORCH_LIBRARY_IMPL(esr_native, CompositeExplicitAutograd, m) { m.impl("answer", TORCH_BOX(&answer)); }
+"""
+CUDA_SOURCE = """
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#if !defined(USE_CUDA) || !defined(ESR_KERNELS_WITH_CUDA)
+#error "built without the CUDA macros"
+#endif
+
+__global__ void negate(float* x, int64_t n) {
+    int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+    if (i < n) x[i] = -x[i];
+}
+
+int64_t launch(torch::stable::Tensor x) {
+    negate<<<(x.numel() + 255) / 256, 256>>>(static_cast<float*>(x.data_ptr()), x.numel());
+    return cudaGetLastError();
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(esr_native, m) { m.def("negate(Tensor(a!) x) -> int"); }
+STABLE_TORCH_LIBRARY_IMPL(esr_native, CUDA, m) { m.impl("negate", TORCH_BOX(&launch)); }
+"""
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """setup.py, imported without being run."""
+    spec = importlib.util.spec_from_file_location("esr_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def clean_environment(**changes: str) -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k not in SETUP_VARIABLES} | changes
+
+
+def python(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=clean_environment(**environment),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def report(folder: Path, expression: str) -> object:
+    """The value of an expression in a new Python that imports the package from `folder`."""
+    code = f"import json, torch, esr_kernels; from esr_kernels import native; print(json.dumps({expression}))"
+    # -P and PYTHONPATH: this folder first, and not the one the tests are run from.
+    done = python(folder, "-c", code, PYTHONPATH=str(folder))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """The project without its C++ sources, in a folder whose name has a space."""
+    root = tmp_path / "a copy"
+    root.mkdir()
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "MANIFEST.in", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, root)
+    for name in ("esr_kernels", "python_models"):
+        if (ROOT / name).exists():
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    return root
+
+
+@pytest.fixture
+def small_sources(project: Path) -> Path:
+    sources = project / "csrc"
+    (sources / "common").mkdir(parents=True)
+    (sources / "library.cpp").write_text(LIBRARY)
+    (sources / "common" / "answer.h").write_text("#define ANSWER 41\n")
+    shutil.copy(ROOT / "csrc" / "python_module.cpp", sources)
+    return project
+
+
+def build(project: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return python(project, "setup.py", "build_ext", "--inplace", **environment)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What setup.py decides
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("", "auto"), ("0", "0"), ("1", "1"), ("auto", "auto"), (" AUTO ", "auto")]
+)
+def test_a_switch_takes_its_three_values(script: ModuleType, text: str, value: str) -> None:
+    assert script.switch({"ESR_KERNELS_CUDA": text}, "ESR_KERNELS_CUDA") == value
+    assert script.switch({}, "ESR_KERNELS_CUDA") == "auto"
+
+
+@pytest.mark.parametrize("text", ["2", "yes", "-1", "01"])
+@pytest.mark.parametrize("name", ["ESR_KERNELS_NATIVE", "ESR_KERNELS_CUDA"])
+def test_a_wrong_switch_is_named(script: ModuleType, name: str, text: str) -> None:
+    with pytest.raises(script.BuildError, match=f"{name}='{text}'.*0, 1 or auto"):
+        script.switch({name: text}, name)
+
+
+def test_job_count(script: ModuleType) -> None:
+    assert script.job_count({"MAX_JOBS": "3"}) == 3
+    assert script.job_count({}) == len(os.sched_getaffinity(0))
+    for text in ("0", "-2", "many", "1.5"):
+        with pytest.raises(script.BuildError, match="MAX_JOBS"):
+            script.job_count({"MAX_JOBS": text})
+
+
+@pytest.mark.parametrize(
+    ("text", "architectures"),
+    [
+        ("8.0;8.6;8.9;9.0+PTX", ("8.0", "8.6", "8.9", "9.0+PTX")),
+        ("9.0a, 8.0", ("8.0", "9.0a")),
+        ("10.0+PTX 8.0 9.0 10.0", ("8.0", "9.0", "10.0+PTX")),
+        ("7.5 8.6", ("8.6",)),
+        ("ampere;Hopper", ("8.0", "8.6+PTX", "9.0+PTX")),
+    ],
+)
+def test_architecture_list(script: ModuleType, text: str, architectures: tuple[str, ...]) -> None:
+    assert script.cuda_architectures(text) == architectures
+
+
+@pytest.mark.parametrize("text", ["sm_80", "8", "8.0+SASS", "native", "8.0;;x"])
+def test_a_wrong_architecture_is_named(script: ModuleType, text: str) -> None:
+    with pytest.raises(script.BuildError, match="TORCH_CUDA_ARCH_LIST"):
+        script.cuda_architectures(text)
+
+
+def test_only_old_architectures_are_refused(script: ModuleType) -> None:
+    with pytest.raises(script.BuildError, match=r"no architecture of 8\.0 or later"):
+        script.cuda_architectures("6.1;7.5+PTX")
+
+
+def test_machine_code_and_ptx_are_asked_for_separately(script: ModuleType) -> None:
+    assert script.gencode_flags(["8.6", "9.0a", "9.0+PTX"]) == [
+        "-gencode=arch=compute_86,code=sm_86",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+
+
+def test_cuda_is_off_without_nvcc_and_asking_for_it_is_an_error(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "find_nvcc", lambda environ: None)
+    sources = [Path("csrc/cuda/a.cu")]
+    assert script.find_cuda({}, sources) is None
+    assert script.find_cuda({"ESR_KERNELS_CUDA": "0"}, sources) is None
+    with pytest.raises(script.BuildError, match=r"ESR_KERNELS_CUDA=1, but there is no nvcc"):
+        script.find_cuda({"ESR_KERNELS_CUDA": "1"}, sources)
+
+
+def test_cuda_is_off_without_cuda_sources_and_asking_for_it_is_an_error(script: ModuleType) -> None:
+    assert script.find_cuda({}, [Path("csrc/library.cpp")]) is None
+    with pytest.raises(script.BuildError, match=r"ESR_KERNELS_CUDA=1, but there are no CUDA sources"):
+        script.find_cuda({"ESR_KERNELS_CUDA": "1"}, [Path("csrc/library.cpp")])
+
+
+def fake_nvcc(folder: Path, release: str, top: Path) -> str:
+    file = folder / "nvcc"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(
+        "#!/bin/sh\n"
+        f'case "$1" in --version) echo "release {release}, V{release}.1";; *) echo "#\\$ TOP={top}" >&2;; esac\n'
+    )
+    file.chmod(0o755)
+    return str(file)
+
+
+def test_the_toolkit_is_found_behind_a_wrapper_script(script: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "toolkit" / "include").mkdir(parents=True)
+    (tmp_path / "toolkit" / "include" / "cuda_runtime.h").touch()
+    (tmp_path / "toolkit" / "bin").mkdir()
+    nvcc = fake_nvcc(tmp_path / "elsewhere", "13.0", tmp_path / "toolkit" / "bin" / "..")
+    assert script.cuda_toolkit(nvcc) == (tmp_path / "toolkit", "13.0")
+    environ = {"PATH": str(tmp_path / "elsewhere"), "TORCH_CUDA_ARCH_LIST": "8.6"}
+    cuda = script.find_cuda(environ, [Path("csrc/cuda/a.cu")])
+    assert cuda == script.Cuda(nvcc, tmp_path / "toolkit", "13.0", ("8.6",))
+    cuda = script.find_cuda({"PATH": environ["PATH"]}, [Path("csrc/cuda/a.cu")])
+    assert cuda.architectures == ("8.0", "8.6", "8.9", "9.0+PTX")
+
+
+def test_cuda_home_goes_before_path(script: ModuleType, tmp_path: Path) -> None:
+    first = fake_nvcc(tmp_path / "home" / "bin", "13.0", tmp_path)
+    second = fake_nvcc(tmp_path / "path", "13.0", tmp_path)
+    assert script.find_nvcc({"CUDA_HOME": str(tmp_path / "home"), "PATH": str(tmp_path / "path")}) == first
+    assert script.find_nvcc({"CUDA_HOME": str(tmp_path / "gone"), "PATH": str(tmp_path / "path")}) == second
+
+
+def test_an_old_toolkit_and_one_without_headers_are_refused(script: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(script.BuildError, match=r"is CUDA 11\.8; CUDA 12\.0 or later is needed"):
+        script.cuda_toolkit(fake_nvcc(tmp_path / "old", "11.8", tmp_path))
+    with pytest.raises(script.BuildError, match=r"no include/cuda_runtime\.h"):
+        script.cuda_toolkit(fake_nvcc(tmp_path / "bare" / "bin", "13.0", tmp_path))
+
+
+def test_a_missing_or_failing_compiler_means_pure_python(script: ModuleType, tmp_path: Path) -> None:
+    missing = str(tmp_path / "no-such-compiler")
+    tools, reason = script.find_toolchain({"CXX": missing}, [])
+    assert tools is None
+    assert missing in reason
+    tools, reason = script.find_toolchain({"CXX": "false"}, [])
+    assert tools is None
+    assert "false does not compile C++20" in reason
+    for name in ("ESR_KERNELS_NATIVE", "ESR_KERNELS_CUDA"):
+        with pytest.raises(script.BuildError, match=f"{name}=1, but .*no-such-compiler"):
+            script.find_toolchain({"CXX": missing, name: "1"}, [])
+    assert script.find_toolchain({"ESR_KERNELS_NATIVE": "0"}, []) == (None, "")
+
+
+def test_an_old_torch_is_refused(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    monkeypatch.setattr(
+        script.importlib.util,
+        "find_spec",
+        lambda name: importlib.machinery.PathFinder.find_spec(name, [str(tmp_path)]),
+    )
+    (tmp_path / "torch" / "version.py").write_text("__version__ = '2.9.1+cpu'\n")
+    with pytest.raises(script.BuildError, match=r"torch 2\.9\.1\+cpu is installed: compiling needs torch >= 2\.11"):
+        script.find_torch()
+    shutil.rmtree(tmp_path / "torch")
+    with pytest.raises(script.BuildError, match="torch is not installed"):
+        script.find_torch()
+
+
+def test_a_launcher_is_not_the_host_compiler_of_nvcc(script: ModuleType) -> None:
+    assert Path(script.nvcc_host_compiler(("ccache", "sh"))[1]).name == "sh"
+
+
+def test_the_library_counts_neither_the_module_nor_headers_as_its_sources(script: ModuleType) -> None:
+    names = {str(path.relative_to(ROOT / "csrc")) for path in script.library_sources(ROOT)}
+    assert "library.cpp" in names
+    assert "python_module.cpp" not in names
+    assert all(name.endswith((".cpp", ".cu")) for name in names)
+
+
+def test_every_pinned_requirement_is_a_declared_or_indirect_one(script: ModuleType) -> None:
+    """The pins are exact, torch is pinned without a build's suffix, and what pyproject.toml names is pinned."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert re.fullmatch(r"\d+\.\d+\.\d+", pins["torch"])
+    assert not any(name.startswith(("nvidia", "triton")) for name in pins)
+    text = (ROOT / "pyproject.toml").read_text()
+    named = set()
+    for array in re.findall(r"^(?:dependencies|test|bench|lint|demo|requires) = (\[.*\])$", text, re.MULTILINE):
+        named |= {re.split(r"[<>=; ]", entry)[0] for entry in json.loads(array)}
+    assert {"torch", "numpy", "pytest", "ruff", "ninja"} <= named
+    assert named <= {name.lower() for name in pins}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Builds of a throw-away copy
+
+
+@pytest.fixture(scope="module")
+def compiler(script: ModuleType) -> None:
+    tools, reason = script.find_compiler(os.environ)
+    if tools is None:
+        pytest.skip(reason)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_build_rebuild_and_failure(small_sources: Path) -> None:
+    project = small_sources
+    first = build(project, ESR_KERNELS_CUDA="0", MAX_JOBS="2")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert report(project, "[native.load(), torch.ops.esr_native.answer()]") == [None, 41]
+    info = report(project, "native.build_info()")
+    assert isinstance(info, dict)
+    assert (info["version"], info["interface"]) == (esr_kernels.__version__, native.INTERFACE)
+    assert (info["torch"], info["cuda"], info["git_commit"]) == (torch.__version__, None, None)
+    assert info["cxx_standard"] >= 202002
+    assert torch.__version__.startswith(info["torch_headers"])
+
+    # Only what a changed header reaches is compiled again.
+    (project / "csrc" / "common" / "answer.h").write_text("#define ANSWER 42\n")
+    second = build(project, ESR_KERNELS_CUDA="0", MAX_JOBS="2")
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "library.cpp" in second.stdout
+    assert "python_module.cpp" not in second.stdout
+    assert report(project, "[native.load(), torch.ops.esr_native.answer()]") == [None, 42]
+    assert "no work to do" in build(project, ESR_KERNELS_CUDA="0").stdout
+
+    # A source that does not compile is an error, whatever ESR_KERNELS_NATIVE says, and leaves the old library.
+    (project / "csrc" / "common" / "answer.h").write_text("#error no answer\n")
+    failed = build(project, ESR_KERNELS_CUDA="0")
+    assert failed.returncode != 0
+    assert "no answer" in failed.stdout + failed.stderr
+    assert "compiling failed" in failed.stderr
+    assert report(project, "native.load()") is None
+
+    # The package moves on, the library does not.
+    file = project / "esr_kernels" / "__init__.py"
+    file.write_text(file.read_text().replace(f'"{esr_kernels.__version__}"', '"99.1"'))
+    reason = report(project, "native.load()")
+    assert isinstance(reason, str)
+    assert f"built for version {esr_kernels.__version__}, this is 99.1" in reason
+    assert "make build" in reason
+
+
+@pytest.mark.usefixtures("compiler")
+def test_cuda_sources_compile_against_any_torch(script: ModuleType, small_sources: Path) -> None:
+    nvcc = script.find_nvcc(os.environ)
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    (small_sources / "csrc" / "cuda").mkdir()
+    (small_sources / "csrc" / "cuda" / "negate.cu").write_text(CUDA_SOURCE)
+    done = build(small_sources, ESR_KERNELS_CUDA="1", TORCH_CUDA_ARCH_LIST="8.6", MAX_JOBS="2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    info = report(small_sources, "native.build_info()")
+    assert isinstance(info, dict)
+    assert info["cuda"] == script.cuda_toolkit(nvcc)[1]
+    assert info["cuda_architectures"] == ["8.6"]
+    assert info["features"]["cuda"] is True
+    # It loads where there is no GPU and no CUDA build of torch as well: the CUDA runtime is inside it.
+    assert report(small_sources, "[native.load(), torch.ops.esr_native.answer()]") == [None, 41]
+    library = (small_sources / "esr_kernels" / "_esr_native.so").read_bytes()
+    assert b".nv_fatbin" in library
+    assert b"libcudart.so" not in library
+
+
+def test_without_a_compiler_one_line_warns(small_sources: Path) -> None:
+    done = build(small_sources, CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if "esr_kernels is installed without" in line]
+    assert len(warnings) == 1
+    assert "no-such-compiler" in warnings[0]
+    assert not list((small_sources / "esr_kernels").glob("*.so"))
+
+    done = build(small_sources, CXX="no-such-compiler", ESR_KERNELS_NATIVE="1")
+    assert done.returncode != 0
+    assert done.stderr.strip().startswith("error: ESR_KERNELS_NATIVE=1, but")
+
+
+def test_pure_python_wheel(project: Path, tmp_path: Path) -> None:
+    (project / "esr_kernels" / "_esr_native.so").write_bytes(b"left over from an earlier build")
+    arguments = ["-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(tmp_path), "."]
+    done = python(project, *arguments, ESR_KERNELS_NATIVE="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"esr_kernels-{esr_kernels.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        entry_points = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+    sources = {str(p.relative_to(project)) for p in project.glob("*/**/*.py")} | {
+        str(p.relative_to(project)) for p in project.glob("python_models/**/*.json")
+    }
+    assert sources
+    assert sources <= set(names)
+    assert "esr_kernels/functional.py" in names
+    assert not [n for n in names if n.endswith((".so", ".cpp", ".cu"))]
+    assert not [n for n in names if n.split("/")[0] in ("tests", "bench", "csrc", "build")]
+    assert "esr-kernels = esr_kernels.cli:main" in entry_points
+
+
+@pytest.mark.usefixtures("compiler")
+def test_an_sdist_holds_what_a_build_needs(small_sources: Path) -> None:
+    (small_sources / "tests").mkdir()
+    (small_sources / "tests" / "test_nothing.py").touch()
+    done = python(small_sources, "setup.py", "-q", "sdist", ESR_KERNELS_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (small_sources / "dist").glob("*.tar.gz")
+    shutil.unpack_archive(archive, small_sources / "unpacked")
+    (unpacked,) = (small_sources / "unpacked").iterdir()
+    names = {str(p.relative_to(unpacked)) for p in unpacked.rglob("*") if p.is_file()}
+    needed = "setup.py pyproject.toml LICENSE csrc/library.cpp csrc/python_module.cpp csrc/common/answer.h"
+    assert set(needed.split()) | {"esr_kernels/native.py", "tests/test_nothing.py"} <= names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The library and its stamp
+
+
+def test_everything_imports_with_nothing_compiled(project: Path) -> None:
+    assert report(project, "[native.library_path(), native.build_info()]") == [None, {}]
+    reason = report(project, "native.load()")
+    assert isinstance(reason, str)
+    assert "not compiled" in reason
+    code = "functional.conv3x3(torch.ones(1, 3, 4, 4), torch.ones(2, 3, 3, 3)).sum().item()"
+    assert report(project, f"esr_kernels.{code}") == 2 * 3 * (4 * 4 * 9 - 4 * 4 * 3 + 4)
+    status = report(project, "{b.name: [b.available, b.reason] for b in esr_kernels.list_backends()}")
+    assert isinstance(status, dict)
+    assert status["reference"] == [True, None]
+    assert status["native-cpu"][0] is False
+    assert "not compiled" in status["native-cpu"][1]
+
+
+@pytest.fixture
+def as_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], None]]:
+    """Makes a file of the given bytes the package's library."""
+
+    def place(content: bytes) -> None:
+        file = tmp_path / "_esr_native.so"
+        file.write_bytes(content)
+        monkeypatch.setattr(native, "library_path", lambda: file)
+
+    caches = (native.load, native.build_info)
+    for cache in caches:
+        cache.cache_clear()
+    yield place
+    for cache in caches:
+        cache.cache_clear()
+
+
+def stamped(**stamp: object) -> bytes:
+    return b"\x7fELF\0" + native._STAMP + json.dumps(stamp).encode() + b"\0\0"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "carries no build information"),
+        (b"not a library", "carries no build information"),
+        (native._STAMP + b"{broken\0", "carries no build information"),
+        (native._STAMP + b"[1]\0", "carries no build information"),
+        (stamped(version="0.0.1", interface=native.INTERFACE), r"built for version 0\.0\.1, this is"),
+        (stamped(version=esr_kernels.__version__, interface=-1), "built for interface -1, this version needs"),
+        (stamped(version=esr_kernels.__version__, interface=native.INTERFACE), "does not load"),
+    ],
+)
+def test_a_library_that_cannot_serve_gives_its_reason(
+    as_library: Callable[[bytes], None], content: bytes, reason: str
+) -> None:
+    as_library(content)
+    found = native.load()
+    assert found is not None
+    assert re.search(reason, found)
+    assert "\n" not in found
+
+
+def test_the_stamp_is_read_without_loading(as_library: Callable[[bytes], None]) -> None:
+    as_library(stamped(version="0.0.1", torch="2.11.0"))
+    assert native.build_info() == {"version": "0.0.1", "torch": "2.11.0"}
+
+
+def test_an_unreadable_library_gives_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library_path", lambda: tmp_path)  # a folder
+    native.load.cache_clear()
+    native.build_info.cache_clear()
+    reason = native.load()
+    info = native.build_info()
+    native.load.cache_clear()
+    native.build_info.cache_clear()
+    assert reason is not None
+    assert "does not load" in reason
+    assert info == {}
+
+
+@pytest.fixture
+def built() -> dict[str, object]:
+    if native.library_path() is None:
+        pytest.skip(f"{native.load()}")
+    return native.build_info()
+
+
+def test_the_library_of_this_checkout_is_current(built: dict[str, object]) -> None:
+    assert native.load() is None
+    assert built["version"] == esr_kernels.__version__
+    assert built["interface"] == native.INTERFACE
+
+
+def test_build_information_is_true(built: dict[str, object]) -> None:
+    assert built["git_commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", str(built["git_commit"]))
+    assert (built["cuda"] is None) == (built["cuda_architectures"] == [])
+    assert built["features"] == {"cuda": built["cuda"] is not None}
+    assert "-std=c++20" in built["flags"]
+    assert not any(str(flag).startswith("-m") for flag in built["flags"]), "SIMD is chosen at run time"
+    if "python" in built:  # the module was compiled for this Python
+        assert built["python"] == ".".join(map(str, sys.version_info[:3]))
+        number = re.search(r"\d+\.\d+\.\d+", str(built["compiler_macro"]))
+        assert number is not None
+        assert number[0] in str(built["compiler"])
+        assert str(built["torch"]).startswith(str(built["torch_headers"]))
+
+
+def test_every_simd_path_that_is_told_is_in_the_library(built: dict[str, object]) -> None:
+    assert native.load() is None
+    paths = built["simd"]
+    assert isinstance(paths, list)
+    before = torch.ops.esr_native.get_cpu_capability()
+    assert before in paths
+    try:
+        torch.ops.esr_native.set_cpu_capability("plain")
+        assert torch.ops.esr_native.get_cpu_capability() == "plain"
+        for path in paths:
+            try:
+                torch.ops.esr_native.set_cpu_capability(path)
+            except RuntimeError as error:  # known, but this processor lacks it
+                assert path in str(error)
+                assert path != "plain"
+            else:
+                assert torch.ops.esr_native.get_cpu_capability() == path
+    finally:
+        torch.ops.esr_native.set_cpu_capability(before)

@@ -1,0 +1,171 @@
+"""The plan: validation, derived facts, serialisation, and its execution on every backend."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import LAYOUTS, check_close, expected_format, kernel, lay_out, rand
+from torch.nn import functional as F
+
+from esr_kernels.plan import Layer, Plan, PlanBuilder
+
+LINEAR = {"activation": "none", "negative_slope": 0.05}
+SILU = {"activation": "silu", "negative_slope": 0.05}
+
+
+def small_network(dtype=torch.float32):
+    """Every layer but ESA, two outputs, one of them an intermediate; its weights and its float64 oracle."""
+    torch.manual_seed(0)
+    weights = [kernel(20, 3), rand(20), kernel(20, 20), kernel(24, 40, 1), rand(24)]
+    weights += [kernel(20, 24, 1), kernel(20, 1), rand(20), kernel(12, 20), rand(12)]
+    weights = [w.to(dtype) for w in weights]
+    b = PlanBuilder()
+    x = b.input(3)
+    image = b.input(3, 2)
+    n = b.add("normalize", [x], 3, shift=[0.4, 0.5, 0.6], scale=[2.0, 3.0, 4.0])
+    f = b.add("conv3x3", [n], 20, {"weight": 0, "bias": 1}, **SILU, residual_mode="post")
+    g = b.add("conv3x3", [f, f], 20, {"weight": 2}, **LINEAR, residual_mode="attention")
+    c = b.add("conv1x1", [f, g], 24, {"weight": 3, "bias": 4}, **SILU)
+    d = b.add("bsconv", [c], 20, {"pointwise": 5, "depthwise": 6, "bias": 7}, **LINEAR, padding_mode="reflect")
+    e = b.add("add", [d, f], 20)
+    y = b.add("conv3x3_pixel_shuffle", [e, image], 3, {"weight": 8, "bias": 9}, upscale_factor=2)
+    plan = b.finish([y, g])
+
+    def oracle(x, image, dtype=torch.float64):
+        w = [t.to(dtype) for t in weights]
+        n = (x - x.new_tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1)) * x.new_tensor([2.0, 3.0, 4.0]).view(1, 3, 1, 1)
+        f = F.silu(F.conv2d(n, w[0], w[1], padding=1))
+        h = F.conv2d(f, w[2], padding=1)
+        g = (h + f) * (torch.sigmoid(h) - 0.5)
+        c = F.silu(F.conv2d(torch.cat([f, g], 1), w[3], w[4]))
+        d = F.conv2d(F.pad(F.conv2d(c, w[5]), (1, 1, 1, 1), mode="reflect"), w[6], w[7], groups=20)
+        return F.pixel_shuffle(F.conv2d(d + f, w[8], w[9], padding=1), 2) + image, g
+
+    return plan, weights, oracle
+
+
+@pytest.mark.parametrize("size", [(2, 2), (7, 9), (33, 18)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_execution(backend, size, layout, dtype):
+    plan, weights, oracle = small_network(dtype)
+    x = lay_out(rand(2, 3, *size, dtype=dtype), layout)
+    image = lay_out(rand(2, 3, 2 * size[0], 2 * size[1], dtype=dtype), layout)
+    y, g = torch.ops.esr.run_plan([x, image], weights, plan.to_json())
+    assert y.is_contiguous() and g.is_contiguous(memory_format=expected_format(x))
+    for i, got in enumerate((y, g)):
+        exact = oracle(x.double(), image.double())[i]
+        check_close(got, exact, lambda i=i: oracle(x, image, dtype)[i], backend)
+
+
+def test_empty_batch(backend):
+    plan, weights, _ = small_network()
+    y, g = torch.ops.esr.run_plan([torch.empty(0, 3, 8, 9), torch.empty(0, 3, 16, 18)], weights, plan.to_json())
+    assert y.shape == (0, 3, 16, 18) and g.shape == (0, 20, 8, 9)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:3])
+def test_opcheck(backend, layout):
+    plan, weights, _ = small_network()
+    inputs = [lay_out(rand(2, 3, 7, 9), layout), lay_out(rand(2, 3, 14, 18), layout)]
+    torch.library.opcheck(torch.ops.esr.run_plan.default, (inputs, weights, plan.to_json()))
+
+
+def test_weights_are_packed_again_when_they_change(backend):
+    plan, weights, oracle = small_network()
+    inputs = [rand(1, 3, 7, 9), rand(1, 3, 14, 18)]
+    torch.ops.esr.run_plan(inputs, weights, plan.to_json())
+    weights[8].mul_(3)
+    y, _ = torch.ops.esr.run_plan(inputs, weights, plan.to_json())
+    check_close(y, oracle(*(x.double() for x in inputs))[0], lambda: y, backend)
+
+
+def test_gradients_are_refused():
+    plan, weights, _ = small_network()
+    inputs = [rand(1, 3, 7, 9).requires_grad_(), rand(1, 3, 14, 18)]
+    y, _ = torch.ops.esr.run_plan(inputs, weights, plan.to_json())
+    with pytest.raises(RuntimeError, match="esr::run_plan is for inference"):
+        y.sum().backward()
+
+
+def test_flops():
+    plan, weights, _ = small_network()
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        torch.ops.esr.run_plan([rand(2, 3, 7, 9), rand(2, 3, 14, 18)], weights, plan.to_json())
+    macs = 63 * (9 * 3 * 20 + 9 * 20 * 20 + 40 * 24 + 24 * 20 + 9 * 20 + 9 * 20 * 12)
+    assert counter.get_total_flops() == 2 * 2 * macs == plan.flops(2, 7, 9)
+
+
+def test_serialisation_round_trip():
+    plan, _, _ = small_network()
+    again = Plan.from_json(plan.to_json())
+    assert again == plan and again.to_json() == plan.to_json()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not a serialised plan"),
+        ("[]", "not a serialised plan"),
+        ("{}", "not a serialised plan"),
+        (json.dumps({"format": 99}), "format 99 is not supported, this version reads format 1"),
+    ],
+)
+def test_broken_text(text, message):
+    with pytest.raises(ValueError, match=message):
+        Plan.from_json(text)
+
+
+def test_facts():
+    plan, _, _ = small_network()
+    assert plan.channels == (3, 3, 3, 20, 20, 24, 20, 20, 3)
+    assert plan.scales == (1, 2, 1, 1, 1, 1, 1, 1, 2)
+    assert plan.scale == 2
+    assert plan.receptive_radius == 4  # two convolutions, the depthwise one and the tail
+
+
+def test_buffers_are_reused_but_never_while_still_read():
+    plan, _, _ = small_network()
+    last_read = {}
+    for k, layer in enumerate(plan.layers):
+        for i in layer.inputs:
+            last_read[i] = len(plan.inputs) + k
+    taken = [(i, b) for i, b in enumerate(plan.buffers) if b is not None]
+    assert len({b for _, b in taken}) < len(taken)
+    for i, b in taken:
+        for j, other in taken:
+            assert not (i < j and b == other and last_read[i] >= j)
+    assert all(plan.buffers[i] is None for i in (0, 1, *plan.outputs))
+
+
+def test_an_attention_over_the_whole_image_has_no_radius():
+    b = PlanBuilder()
+    weights = {name: i for i, name in enumerate(("w1", "w2", "w3", "w4"))}
+    y = b.add("esa", [b.input(8)], 8, weights, hidden=4, has_conv_f=False, has_conv_max=False)
+    assert b.finish([y]).receptive_radius is None
+
+
+def test_table():
+    plan, _, _ = small_network()
+    lines = str(plan).splitlines()
+    assert len(lines) == 1 + 2 + 7
+    assert lines[3].split() == "%2 normalize %0 3 1 0 0 shift 0.4 0.5 0.6, scale 2 3 4".split()
+    assert lines[5].split() == "%4 conv3x3 %3 %3 20 1 1 residual attention returned".split()
+
+
+@pytest.mark.parametrize(
+    ("layers", "outputs", "message"),
+    [
+        ((Layer("conv5x5", (0,), {}, {}, 3),), (1,), "layer 0 has the unknown operator 'conv5x5'"),
+        ((Layer("add", (0, 1), {}, {}, 3),), (1,), r"layer 0 \(add\) reads \(0, 1\), defined so far are 0..0"),
+        ((Layer("add", (0, 0), {"weight": 0}, {}, 3),), (1,), "has unknown weights \\['weight'\\]"),
+        ((Layer("add", (0, 0), {}, {}, 3),), (0,), "outputs .* must be results of layers"),
+        ((Layer("add", (0, 0), {}, {}, 3),), (1, 1), "outputs must be distinct"),
+        ((Layer("add", (0, 0), {}, {}, 3),), (), "outputs must be distinct and at least one"),
+    ],
+)
+def test_invalid_plans(layers, outputs, message):
+    with pytest.raises(ValueError, match=message):
+        Plan(((3, 1),), layers, outputs)
