@@ -119,9 +119,7 @@ class Conv3x3PixelShuffle(torch.autograd.Function):
     """`esr_kernels.functional.conv3x3_pixel_shuffle`."""
 
     @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, upscale_factor: int
-    ) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, upscale_factor: int) -> Tensor:
         return ops.conv3x3_pixel_shuffle(x, weight, bias, residual, upscale_factor)
 
     @staticmethod
@@ -141,9 +139,7 @@ class Conv1x1(torch.autograd.Function):
     """`esr_kernels.functional.conv1x1`; the tensors to concatenate come last, as autograd wants them one by one."""
 
     @staticmethod
-    def forward(
-        weight: Tensor, bias: Tensor | None, activation: str, negative_slope: float, *xs: Tensor
-    ) -> Tensor:
+    def forward(weight: Tensor, bias: Tensor | None, activation: str, negative_slope: float, *xs: Tensor) -> Tensor:
         return ops.conv1x1(list(xs), weight, bias, activation, negative_slope)
 
     @staticmethod
@@ -246,10 +242,10 @@ for _name, _function in (
     torch.library.register_autograd(
         f"esr::{_name}", _function.backward, setup_context=_function.setup_context, lib=library._library
     )
-torch.library.register_autograd(
-    "esr::conv1x1", _conv1x1_backward, setup_context=_conv1x1_setup, lib=library._library
-)
+torch.library.register_autograd("esr::conv1x1", _conv1x1_backward, setup_context=_conv1x1_setup, lib=library._library)
 for _name in library.SCHEMAS:
     if _name.endswith("_backward"):
-        torch.library.register_autograd(f"esr::{_name}", _not_differentiable_twice(_name.removesuffix("_backward")), lib=library._library)
+        torch.library.register_autograd(
+            f"esr::{_name}", _not_differentiable_twice(_name.removesuffix("_backward")), lib=library._library
+        )
 torch.library.register_autograd("esr::run_plan", _no_plan_gradient, lib=library._library)

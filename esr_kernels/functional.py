@@ -264,7 +264,8 @@ def esa(
     out = x * sigmoid(conv1x1(s, w4, b4))`` where skip is ``conv1x1(c1, wf, bf)`` (RLFN's form; report section 2.2) or
     c1 itself when wf is None (R2Net's; section 4.2). With w_max and w3_ (RFDN's form; section 4.22)
     ``y = conv3x3(relu(conv3x3(relu(conv3x3(y, w_max, b_max)), w3, b3)), w3_, b3_)`` instead. The 3x3 convolutions of y
-    have zero padding 1. Names follow the published state-dict keys conv1, conv2, conv3, conv4, conv_f, conv_max, conv3_.
+    have zero padding 1. Names follow the published state-dict keys: conv1, conv2, conv3, conv4, conv_f, conv_max and
+    conv3_.
 
     Args:
         x: [N, C, H, W], height and width at least 15.

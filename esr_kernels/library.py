@@ -22,7 +22,9 @@ ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh")
 RESIDUAL_MODES = ("pre", "post", "attention")
 PADDING_MODES = ("zeros", "reflect")
 
-_CONV3X3 = "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, float negative_slope, str residual_mode"
+_CONV3X3 = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, float negative_slope, str residual_mode"
+)
 _SPAB = "Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor w3, Tensor? b3"
 _TAIL = "Tensor x, Tensor weight, Tensor? bias"
 _CONV1X1 = "Tensor[] xs, Tensor weight, Tensor? bias, str activation, float negative_slope"
@@ -31,8 +33,7 @@ _ESA = (
     "Tensor? wf, Tensor? bf, Tensor? w_max, Tensor? b_max, Tensor? w3_, Tensor? b3_"
 )
 _BSCONV = (
-    "Tensor x, Tensor pointwise, Tensor depthwise, Tensor? bias, "
-    "str padding_mode, str activation, float negative_slope"
+    "Tensor x, Tensor pointwise, Tensor depthwise, Tensor? bias, str padding_mode, str activation, float negative_slope"
 )
 
 SCHEMAS = {
@@ -223,9 +224,7 @@ def _(x: Shape, pointwise: Shape, *args: Any, out_shape: Any = None, **kwargs: A
 @register_flop_formula(torch.ops.esr.esa)
 def _esa_flops(x: Shape, w1: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     wf, w_max = args[7], args[9]
-    return _count(
-        "esa", x, [x[1]], x[1], hidden=w1[0], has_conv_f=wf is not None, has_conv_max=w_max is not None
-    )
+    return _count("esa", x, [x[1]], x[1], hidden=w1[0], has_conv_f=wf is not None, has_conv_max=w_max is not None)
 
 
 def _convolution_gradients(forward: int, output_mask: Sequence[bool]) -> int:
@@ -242,7 +241,9 @@ def _(grad: Shape, x: Shape, weight: Shape, *args: Any, out_shape: Any = None, *
 
 
 @register_flop_formula(torch.ops.esr.spab_backward)
-def _(grad: Shape, grad_mid: Any, x: Shape, w1: Shape, b1: Any, w2: Shape, b2: Any, w3: Shape, *args: Any, **kwargs: Any) -> int:
+def _(
+    grad: Shape, grad_mid: Any, x: Shape, w1: Shape, b1: Any, w2: Shape, b2: Any, w3: Shape, *args: Any, **kwargs: Any
+) -> int:
     mask = args[1]
     f1, f2, f3 = (_count("conv3x3", x, [w[1]], w[0]) for w in (w1, w2, w3))
     data = f3 + f2 + f1 * int(mask[0])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .backends import reference
 from .errors import OptimizeError
 from .plan import ESA_WEIGHTS, Plan, PlanBuilder
+from .reparam import deploy
 
 ops = torch.ops.esr
 aten = torch.ops.aten
@@ -158,8 +159,6 @@ def optimize(
         raise ValueError(f"memory_format: expected contiguous_format, channels_last or None, got {memory_format}")
     if cuda_graphs not in ("auto", True, False):
         raise ValueError(f'cuda_graphs: expected "auto", True or False, got {cuda_graphs!r}')
-    from .reparam import deploy
-
     network = deploy(model).eval().requires_grad_(False)
     attributes = {
         name: getattr(model, name)
@@ -283,7 +282,9 @@ class _Converter:
         handler = self.handlers.get(node.target)
         if handler is None:
             where = str(node.meta.get("stack_trace") or "").strip().splitlines()
-            raise _NotPlannableError(f"{node.target} has no fused form yet" + (f" ({where[-1].strip()})" if where else ""))
+            raise _NotPlannableError(
+                f"{node.target} has no fused form yet" + (f" ({where[-1].strip()})" if where else "")
+            )
         handler(node)
 
     def _finish(self, node: torch.fx.Node) -> tuple[Plan, list[Tensor]]:
@@ -403,10 +404,10 @@ class _Converter:
         if node.kwargs.get("alpha", 1) != 1:
             raise _NotPlannableError("aten.add with alpha has no fused form yet")
         if a in self.values and b in self.values:
-            x, y = self._value(a), self._value(b)
-            if self._channels(x) != self._channels(y):
+            if a.meta["val"].shape != b.meta["val"].shape:  # type: ignore[union-attr]
                 raise _NotPlannableError("aten.add broadcasts feature maps")
-            self.values[node] = self.builder.add("add", [x, y], self._channels(x))
+            first, second = self._value(a), self._value(b)
+            self.values[node] = self.builder.add("add", [first, second], self._channels(first))
         else:
             x, c = (a, b) if a in self.values else (b, a)
             self._normalize(node, x, shift=self._constant(c), sign=-1.0)

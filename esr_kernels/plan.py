@@ -86,7 +86,9 @@ class Plan:
             if layer.op not in WEIGHTS:
                 raise ValueError(f"plan: layer {k} has the unknown operator {layer.op!r}")
             if not layer.inputs or not all(0 <= i < value for i in layer.inputs):
-                raise ValueError(f"plan: layer {k} ({layer.op}) reads {layer.inputs}, defined so far are 0..{value - 1}")
+                raise ValueError(
+                    f"plan: layer {k} ({layer.op}) reads {layer.inputs}, defined so far are 0..{value - 1}"
+                )
             if unknown := set(layer.weights) - set(WEIGHTS[layer.op]):
                 raise ValueError(f"plan: layer {k} ({layer.op}) has unknown weights {sorted(unknown)}")
         total = len(self.inputs) + len(self.layers)
@@ -281,7 +283,9 @@ class PlanBuilder:
         self.inputs.append((channels, scale))
         return len(self.inputs) - 1
 
-    def add(self, op: str, inputs: list[int], channels: int, weights: dict[str, Any] | None = None, **attributes: Any) -> int:
+    def add(
+        self, op: str, inputs: list[int], channels: int, weights: dict[str, Any] | None = None, **attributes: Any
+    ) -> int:
         indices = {}
         for name, key in (weights or {}).items():
             if key is not None:

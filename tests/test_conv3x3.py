@@ -264,7 +264,12 @@ def test_autocast(dtype):
     out.sum().backward()
     assert weight.grad.dtype == torch.float32
     exact = plain(*to([x, weight, bias], torch.float64), activation="silu")
-    check_close(out.detach(), exact.detach(), lambda: plain(*to([x, weight, bias], dtype), activation="silu").detach(), "reference")
+    check_close(
+        out.detach(),
+        exact.detach(),
+        lambda: plain(*to([x, weight, bias], dtype), activation="silu").detach(),
+        "reference",
+    )
 
 
 def test_flops():

@@ -31,19 +31,29 @@ def test_the_reference_runs_everything():
 
 @pytest.mark.parametrize("name", [b.name for b in esr_kernels.list_backends() if not b.available])
 def test_choosing_an_unavailable_backend_is_an_error(name):
-    with pytest.raises(esr_kernels.BackendError, match=f"backend {name} cannot run here: "), esr_kernels.use_backend(name):
+    with (
+        pytest.raises(esr_kernels.BackendError, match=f"backend {name} cannot run here: "),
+        esr_kernels.use_backend(name),
+    ):
         pass
 
 
-@pytest.mark.parametrize(("name", "hint"), [("refrence", "'reference'"), ("tritn", "'triton'"), ("native-gpu", "'native")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("refrence", "'reference'"), ("tritn", "'triton'"), ("native-gpu", "'native")]
+)
 def test_unknown_names_get_the_nearest_known_one(name, hint):
-    with pytest.raises(ValueError, match=f"unknown backend {name!r}.*did you mean {hint}"), esr_kernels.use_backend(name):
+    with (
+        pytest.raises(ValueError, match=f"unknown backend {name!r}.*did you mean {hint}"),
+        esr_kernels.use_backend(name),
+    ):
         pass
 
 
 def test_a_chosen_backend_never_falls_back(monkeypatch):
     """float64 exists in the reference only."""
-    fake = dispatch.Backend("native-cpu", lambda: None, {"conv3x3": dispatch.Implementation(_never, frozenset({"cpu"}))})
+    fake = dispatch.Backend(
+        "native-cpu", lambda: None, {"conv3x3": dispatch.Implementation(_never, frozenset({"cpu"}))}
+    )
     monkeypatch.setitem(dispatch._backends(), "native-cpu", fake)
     monkeypatch.setattr(dispatch, "_decisions", {})
     x, weight = rand(1, 3, 5, 5).double(), kernel(4, 3).double()
@@ -119,7 +129,11 @@ def test_import_is_light_and_needs_nothing_optional():
         "print([m for m in ('triton', 'PIL', 'skimage', 'fvcore', 'tqdm') if m in sys.modules])"
     )
     clean = subprocess.run(
-        [sys.executable, "-c", "import sys, torch; print([m for m in ('triton', 'PIL', 'skimage', 'fvcore', 'tqdm') if m in sys.modules])"],
+        [
+            sys.executable,
+            "-c",
+            "import sys, torch; print([m for m in ('triton', 'PIL', 'skimage', 'fvcore', 'tqdm') if m in sys.modules])",
+        ],
         capture_output=True,
         text=True,
         check=True,

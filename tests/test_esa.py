@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import HALF, LAYOUTS, check_close, check_compiled, check_gradients, expected_format, kernel, lay_out, rand, to
+from helpers import (
+    HALF,
+    LAYOUTS,
+    check_close,
+    check_compiled,
+    check_gradients,
+    expected_format,
+    kernel,
+    lay_out,
+    rand,
+    to,
+)
 from torch.nn import functional as F
 
 from esr_kernels.functional import esa

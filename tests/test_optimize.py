@@ -160,7 +160,10 @@ def test_flops_through_the_plan():
     fast, x = optimize(model), torch.rand(1, 3, 32, 48)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         fast(x)
-    counts = [fvcore.FlopCountAnalysis(m, x).unsupported_ops_warnings(False).uncalled_modules_warnings(False) for m in (model, fast)]
+    counts = [
+        fvcore.FlopCountAnalysis(m, x).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        for m in (model, fast)
+    ]
     assert counter.get_total_flops() == 2 * counts[0].total() == 2 * counts[1].total() == fast.plan.flops(1, 32, 48)
 
 

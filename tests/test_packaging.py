@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -13,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -21,18 +24,23 @@ import esr_kernels
 from esr_kernels import native
 
 ROOT = Path(__file__).resolve().parent.parent
-SETUP_VARIABLES = (
-    "ESR_KERNELS_NATIVE ESR_KERNELS_CUDA ESR_KERNELS_BACKEND TORCH_CUDA_ARCH_LIST CXX CXXFLAGS LDFLAGS NVCC_FLAGS "
-    "MAX_JOBS PYTHONPATH"
-).split()
+SETUP_VARIABLES = re.findall(
+    r"\b(?:ESR_KERNELS_\w+|TORCH_CUDA_ARCH_LIST|CXX|CXXFLAGS|LDFLAGS|NVCC_FLAGS|MAX_JOBS)\b",
+    ast.get_docstring(ast.parse((ROOT / "setup.py").read_text())) or "",
+)
 
-# A whole operator library in a few lines, so that a build takes seconds.
-LIBRARY = """
+# Libraries of a few lines, so that a build takes seconds. The first one has no operators.
+PLAIN_LIBRARY = """
+#include "common/answer.h"
+
+extern const char esr_answer[] = "the answer is " ANSWER;
+"""
+OPERATOR_LIBRARY = """
 #include <torch/csrc/stable/library.h>
 
 #include "common/answer.h"
 
-int64_t answer() { return ANSWER; }
+int64_t answer() { return sizeof(ANSWER); }
 STABLE_TORCH_LIBRARY(esr_native, m) { m.def("answer() -> int"); }
 STABLE_TORCH_LIBRARY_IMPL(esr_native, CompositeExplicitAutograd, m) { m.impl("answer", TORCH_BOX(&answer)); }
 """
@@ -73,7 +81,9 @@ def script() -> ModuleType:
 
 
 def clean_environment(**changes: str) -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k not in SETUP_VARIABLES} | changes
+    return {
+        k: v for k, v in os.environ.items() if k not in {*SETUP_VARIABLES, "ESR_KERNELS_BACKEND", "PYTHONPATH"}
+    } | changes
 
 
 def python(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -87,10 +97,9 @@ def python(folder: Path, *arguments: str, **environment: str) -> subprocess.Comp
     )
 
 
-def report(folder: Path, expression: str) -> object:
+def report(folder: Path, expression: str) -> Any:
     """The value of an expression in a new Python that imports the package from `folder`."""
     code = f"import json, torch, esr_kernels; from esr_kernels import native; print(json.dumps({expression}))"
-    # -P and PYTHONPATH: this folder first, and not the one the tests are run from.
     done = python(folder, "-c", code, PYTHONPATH=str(folder))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -114,8 +123,8 @@ def project(tmp_path: Path) -> Path:
 def small_sources(project: Path) -> Path:
     sources = project / "csrc"
     (sources / "common").mkdir(parents=True)
-    (sources / "library.cpp").write_text(LIBRARY)
-    (sources / "common" / "answer.h").write_text("#define ANSWER 41\n")
+    (sources / "library.cpp").write_text(PLAIN_LIBRARY)
+    (sources / "common" / "answer.h").write_text('#define ANSWER "41"\n')
     shutil.copy(ROOT / "csrc" / "python_module.cpp", sources)
     return project
 
@@ -270,6 +279,45 @@ def test_an_old_torch_is_refused(script: ModuleType, tmp_path: Path, monkeypatch
         script.find_torch()
 
 
+def test_the_headers_of_pybind11_that_torch_carries_serve_as_well(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        script.importlib.util, "find_spec", lambda name: None if name == "pybind11" else find_spec(name)
+    )
+    assert script.pybind11_include() == Path(torch.__file__).parent / "include"
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    assert script.pybind11_include() is None
+    tools = script.Toolchain(("c++",), (), (), (), None)
+    assert [extension.name for extension in script.extensions(tools)] == ["esr_kernels._esr_native"]
+    assert script.extensions(None) == []
+
+
+def test_the_commit_is_told_with_its_changes(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=nobody", "-c", "user.email=nobody@localhost")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    assert script.git_commit() is None
+    git("init")
+    assert script.git_commit() is None
+    git("commit", "--allow-empty", "-m", "first")
+    commit = script.git_commit()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "notes.txt").touch()
+    assert script.git_commit() == commit
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "library.cpp").touch()
+    assert script.git_commit() == f"{commit}-dirty"
+
+
 def test_a_launcher_is_not_the_host_compiler_of_nvcc(script: ModuleType) -> None:
     assert Path(script.nvcc_host_compiler(("ccache", "sh"))[1]).name == "sh"
 
@@ -308,41 +356,34 @@ def compiler(script: ModuleType) -> None:
 
 @pytest.mark.usefixtures("compiler")
 def test_build_rebuild_and_failure(small_sources: Path) -> None:
-    project = small_sources
-    first = build(project, ESR_KERNELS_CUDA="0", MAX_JOBS="2")
+    project, library = small_sources, small_sources / "esr_kernels" / "_esr_native.so"
+    first = build(project, ESR_KERNELS_CUDA="0", MAX_JOBS="2", CXXFLAGS="-O0")
     assert first.returncode == 0, first.stdout + first.stderr
-    assert report(project, "[native.load(), torch.ops.esr_native.answer()]") == [None, 41]
+    assert b"the answer is 41\0" in library.read_bytes()
     info = report(project, "native.build_info()")
     assert isinstance(info, dict)
     assert (info["version"], info["interface"]) == (esr_kernels.__version__, native.INTERFACE)
+    assert info["flags"][-1] == "-O0"
     assert (info["torch"], info["cuda"], info["git_commit"]) == (torch.__version__, None, None)
     assert info["cxx_standard"] >= 202002
     assert torch.__version__.startswith(info["torch_headers"])
 
     # Only what a changed header reaches is compiled again.
-    (project / "csrc" / "common" / "answer.h").write_text("#define ANSWER 42\n")
-    second = build(project, ESR_KERNELS_CUDA="0", MAX_JOBS="2")
+    (project / "csrc" / "common" / "answer.h").write_text('#define ANSWER "42"\n')
+    second = build(project, ESR_KERNELS_CUDA="0", MAX_JOBS="2", CXXFLAGS="-O0")
     assert second.returncode == 0, second.stdout + second.stderr
     assert "library.cpp" in second.stdout
     assert "python_module.cpp" not in second.stdout
-    assert report(project, "[native.load(), torch.ops.esr_native.answer()]") == [None, 42]
-    assert "no work to do" in build(project, ESR_KERNELS_CUDA="0").stdout
+    assert b"the answer is 42\0" in library.read_bytes()
+    assert "no work to do" in build(project, ESR_KERNELS_CUDA="0", CXXFLAGS="-O0").stdout
 
     # A source that does not compile is an error, whatever ESR_KERNELS_NATIVE says, and leaves the old library.
     (project / "csrc" / "common" / "answer.h").write_text("#error no answer\n")
-    failed = build(project, ESR_KERNELS_CUDA="0")
+    failed = build(project, ESR_KERNELS_CUDA="0", CXXFLAGS="-O0")
     assert failed.returncode != 0
     assert "no answer" in failed.stdout + failed.stderr
     assert "compiling failed" in failed.stderr
-    assert report(project, "native.load()") is None
-
-    # The package moves on, the library does not.
-    file = project / "esr_kernels" / "__init__.py"
-    file.write_text(file.read_text().replace(f'"{esr_kernels.__version__}"', '"99.1"'))
-    reason = report(project, "native.load()")
-    assert isinstance(reason, str)
-    assert f"built for version {esr_kernels.__version__}, this is 99.1" in reason
-    assert "make build" in reason
+    assert b"the answer is 42\0" in library.read_bytes()
 
 
 @pytest.mark.usefixtures("compiler")
@@ -350,17 +391,22 @@ def test_cuda_sources_compile_against_any_torch(script: ModuleType, small_source
     nvcc = script.find_nvcc(os.environ)
     if nvcc is None:
         pytest.skip("nvcc is not installed")
-    (small_sources / "csrc" / "cuda").mkdir()
-    (small_sources / "csrc" / "cuda" / "negate.cu").write_text(CUDA_SOURCE)
-    done = build(small_sources, ESR_KERNELS_CUDA="1", TORCH_CUDA_ARCH_LIST="8.6", MAX_JOBS="2")
+    sources = small_sources / "csrc"
+    (sources / "library.cpp").write_text(OPERATOR_LIBRARY)
+    (sources / "python_module.cpp").write_text("// a module that cannot be imported\n")
+    (sources / "cuda").mkdir()
+    (sources / "cuda" / "negate.cu").write_text(CUDA_SOURCE)
+    done = build(
+        small_sources, ESR_KERNELS_CUDA="1", TORCH_CUDA_ARCH_LIST="8.6", MAX_JOBS="2", CXXFLAGS="-O0", NVCC_FLAGS="-O0"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    info = report(small_sources, "native.build_info()")
-    assert isinstance(info, dict)
+    # It loads where there is no GPU and no CUDA build of torch as well: the CUDA runtime is inside it.
+    loaded, answer, info = report(small_sources, "[native.load(), torch.ops.esr_native.answer(), native.build_info()]")
+    assert (loaded, answer) == (None, 3)
     assert info["cuda"] == script.cuda_toolkit(nvcc)[1]
     assert info["cuda_architectures"] == ["8.6"]
     assert info["features"]["cuda"] is True
-    # It loads where there is no GPU and no CUDA build of torch as well: the CUDA runtime is inside it.
-    assert report(small_sources, "[native.load(), torch.ops.esr_native.answer()]") == [None, 41]
+    assert "python" not in info
     library = (small_sources / "esr_kernels" / "_esr_native.so").read_bytes()
     assert b".nv_fatbin" in library
     assert b"libcudart.so" not in library
@@ -389,9 +435,8 @@ def test_pure_python_wheel(project: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         entry_points = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
-    sources = {str(p.relative_to(project)) for p in project.glob("*/**/*.py")} | {
-        str(p.relative_to(project)) for p in project.glob("python_models/**/*.json")
-    }
+    packages = [project / "esr_kernels", project / "python_models"]
+    sources = {str(p.relative_to(project)) for q in packages for p in q.rglob("*") if p.suffix in (".py", ".json")}
     assert sources
     assert sources <= set(names)
     assert "esr_kernels/functional.py" in names
@@ -419,17 +464,16 @@ def test_an_sdist_holds_what_a_build_needs(small_sources: Path) -> None:
 
 
 def test_everything_imports_with_nothing_compiled(project: Path) -> None:
-    assert report(project, "[native.library_path(), native.build_info()]") == [None, {}]
-    reason = report(project, "native.load()")
-    assert isinstance(reason, str)
+    call = "esr_kernels.functional.conv3x3(torch.ones(1, 3, 4, 4), torch.ones(2, 3, 3, 3)).sum().item()"
+    status = "{b.name: [b.available, b.reason] for b in esr_kernels.list_backends()}"
+    path, info, reason, total, backends = report(
+        project, f"[native.library_path(), native.build_info(), native.load(), {call}, {status}]"
+    )
+    assert (path, info) == (None, {})
     assert "not compiled" in reason
-    code = "functional.conv3x3(torch.ones(1, 3, 4, 4), torch.ones(2, 3, 3, 3)).sum().item()"
-    assert report(project, f"esr_kernels.{code}") == 2 * 3 * (4 * 4 * 9 - 4 * 4 * 3 + 4)
-    status = report(project, "{b.name: [b.available, b.reason] for b in esr_kernels.list_backends()}")
-    assert isinstance(status, dict)
-    assert status["reference"] == [True, None]
-    assert status["native-cpu"][0] is False
-    assert "not compiled" in status["native-cpu"][1]
+    assert total == 2 * 3 * (3 * 4 - 2) ** 2  # a row of 4 sees 3 + 3 + 2 + 2 neighbours
+    assert backends["reference"] == [True, None]
+    assert backends["native-cpu"] == [False, reason]
 
 
 @pytest.fixture
@@ -522,20 +566,24 @@ def test_build_information_is_true(built: dict[str, object]) -> None:
 
 def test_every_simd_path_that_is_told_is_in_the_library(built: dict[str, object]) -> None:
     assert native.load() is None
+    refusals: dict[str, str] = {}
     paths = built["simd"]
     assert isinstance(paths, list)
     before = torch.ops.esr_native.get_cpu_capability()
     assert before in paths
     try:
-        torch.ops.esr_native.set_cpu_capability("plain")
-        assert torch.ops.esr_native.get_cpu_capability() == "plain"
         for path in paths:
             try:
                 torch.ops.esr_native.set_cpu_capability(path)
-            except RuntimeError as error:  # known, but this processor lacks it
-                assert path in str(error)
-                assert path != "plain"
+            except RuntimeError as error:
+                refusals[path] = str(error)
             else:
                 assert torch.ops.esr_native.get_cpu_capability() == path
+        with pytest.raises(RuntimeError) as unknown:
+            torch.ops.esr_native.set_cpu_capability("abacus")
     finally:
         torch.ops.esr_native.set_cpu_capability(before)
+    # A path that this processor lacks is refused in other words than one nobody knows.
+    assert "plain" not in refusals
+    for path, message in refusals.items():
+        assert message.splitlines()[0] != str(unknown.value).splitlines()[0].replace("abacus", path)

@@ -151,8 +151,24 @@ def test_table():
     plan, _, _ = small_network()
     lines = str(plan).splitlines()
     assert len(lines) == 1 + 2 + 7
-    assert lines[3].split() == "%2 normalize %0 3 1 0 0 shift 0.4 0.5 0.6, scale 2 3 4".split()
-    assert lines[5].split() == "%4 conv3x3 %3 %3 20 1 1 residual attention returned".split()
+    assert lines[3].split() == [
+        "%2",
+        "normalize",
+        "%0",
+        "3",
+        "1",
+        "0",
+        "0",
+        "shift",
+        "0.4",
+        "0.5",
+        "0.6,",
+        "scale",
+        "2",
+        "3",
+        "4",
+    ]
+    assert lines[5].split() == ["%4", "conv3x3", "%3", "%3", "20", "1", "1", "residual", "attention", "returned"]
 
 
 @pytest.mark.parametrize(

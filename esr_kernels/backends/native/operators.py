@@ -116,9 +116,7 @@ def _conv1x1_plan(channels: tuple[int, ...], out: int, bias: bool, activation: s
     return b.finish([y])
 
 
-def conv1x1(
-    xs: list[Tensor], weight: Tensor, bias: Tensor | None, activation: str, negative_slope: float
-) -> Tensor:
+def conv1x1(xs: list[Tensor], weight: Tensor, bias: Tensor | None, activation: str, negative_slope: float) -> Tensor:
     channels = tuple(x.shape[1] for x in xs)
     plan = _conv1x1_plan(channels, weight.shape[0], bias is not None, activation, negative_slope)
     out = feature_map(xs[0], weight.shape[0])

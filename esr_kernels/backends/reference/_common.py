@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,8 +49,8 @@ def conv_backward(
     padding: int,
     stride: int = 1,
     groups: int = 1,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `conv` to its input, weight and bias, as far as `mask` asks for them."""
+) -> tuple[Any, Any, Any]:
+    """Gradients of `conv` to its input, weight and bias: tensors where `mask` asks for them, None elsewhere."""
     if not any(mask):
         return None, None, None
     x, weight = upcast(x), upcast(weight)

@@ -8,9 +8,7 @@ from torch import Tensor
 from ._common import activate, activation_backward, conv, conv_backward, finish, masked, upcast
 
 
-def conv1x1(
-    xs: list[Tensor], weight: Tensor, bias: Tensor | None, activation: str, negative_slope: float
-) -> Tensor:
+def conv1x1(xs: list[Tensor], weight: Tensor, bias: Tensor | None, activation: str, negative_slope: float) -> Tensor:
     x = xs[0] if len(xs) == 1 else torch.cat(xs, 1)
     return finish(activate(conv(x, weight, bias, padding=0), activation, negative_slope), xs[0])
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._common import conv, conv_backward, finish, masked, upcast
+from ._common import conv, conv_backward, masked, upcast
 
 
 def conv3x3_pixel_shuffle(

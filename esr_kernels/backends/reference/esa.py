@@ -93,12 +93,11 @@ def esa_backward(
 
     grad = upcast(grad)
     gs, gw4, gb4 = conv_backward(grad * upcast(x) * gate * (1 - gate), s, w4, all_three, padding=0)
-    assert gs is not None
     gwf = gbf = gwm = gbm = gw3_ = gb3_ = None
-    gc1: Tensor | None = gs
+    gc1 = gs
     if wf is not None:
         gc1, gwf, gbf = conv_backward(gs, c1, wf, all_three, padding=0)
-    g: Tensor | None = aten.upsample_bilinear2d_backward(gs, list(s.shape[2:]), list(low.shape), False, None, None)
+    g = aten.upsample_bilinear2d_backward(gs, list(s.shape[2:]), list(low.shape), False, None, None)
     if w_max is not None and w3_ is not None:
         m, c3 = maps[2], maps[3]
         g, gw3_, gb3_ = conv_backward(g, F.relu(c3), w3_, all_three, padding=1)

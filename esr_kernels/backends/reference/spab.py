@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._common import attention, attention_backward, aten, conv, conv_backward, finish, masked, upcast
+from ._common import aten, attention, attention_backward, conv, conv_backward, finish, masked, upcast
 
 
 def spab(
@@ -45,9 +45,7 @@ def spab_backward(
     mask_x, mask1, mask2, mask3 = output_mask[0], output_mask[1:3], output_mask[3:5], output_mask[5:7]
     g3, gx_attention = attention_backward(upcast(grad), h3, upcast(x))
     ga2, gw3, gb3 = conv_backward(g3, a2, w3, [True, *mask3], padding=1)
-    assert ga2 is not None
     ga1, gw2, gb2 = conv_backward(aten.silu_backward(ga2, h2), a1, w2, [True, *mask2], padding=1)
-    assert ga1 is not None
     if grad_mid is not None:
         ga1 = ga1 + upcast(grad_mid)
     gx, gw1, gb1 = conv_backward(aten.silu_backward(ga1, h1), x, w1, [mask_x, *mask1], padding=1)

@@ -1,0 +1,73 @@
+# Everything happens in .venv, which is made on first use. PYTHON chooses the Python it is made from.
+PYTHON ?= python3
+ARGS ?=
+BENCH_JSON ?= bench/results/latest.json
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install --quiet --constraint constraints.txt
+STYLED := find csrc -type f \( -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' \) -print0
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# A user who installs to his home by default would break the environment's own pip.
+export PIP_USER := 0
+unexport PYTHONHOME
+
+.PHONY: help run test lint format bench build clean distclean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make run        super-resolve a photograph, verified and timed   ARGS="--weights FILE ..."'
+	@echo 'make test       lint, then all tests                             ARGS="-k NAME ..."'
+	@echo 'make lint       ruff, mypy, clang-format'
+	@echo 'make format     rewrite the sources the way lint wants them'
+	@echo 'make bench      the microbenchmarks; results in $(BENCH_JSON)    ARGS="-k NAME ..."'
+	@echo 'make build      compile what changed (ESR_KERNELS_CUDA=0|1|auto, MAX_JOBS=N, CXX=...)'
+	@echo 'make clean      remove what was compiled;  make distclean: the environment too'
+
+$(VENV)/.esr-python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, $(PYTHON) is " + sys.version.split()[0] \
+		+ ": make PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	@$(PY) -m pip --version >/dev/null 2>&1 || { echo 'making $(VENV)'; $(PYTHON) -m venv --clear $(VENV); }
+	@touch $@
+
+# torch comes first and alone, so that nothing else decides which one is taken. The project itself is installed without
+# build isolation: an isolated build would fetch another torch.
+$(VENV)/.esr-requirements: $(VENV)/.esr-python constraints.txt pyproject.toml
+	@echo 'installing the pinned requirements into $(VENV) (a few minutes the first time)'
+	@$(PIP_INSTALL) setuptools wheel ninja pybind11
+	@$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
+	@ESR_KERNELS_NATIVE=0 $(PIP_INSTALL) --no-build-isolation --editable '.[test,bench,lint,demo]'
+	@touch $@
+
+build: $(VENV)/.esr-requirements
+	@$(PY) setup.py --quiet build_ext --inplace
+
+run: build
+	@$(PY) -m esr_kernels demo $(ARGS)
+
+lint: $(VENV)/.esr-requirements
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy $(wildcard esr_kernels python_models)
+	$(STYLED) | xargs -0 -r $(VENV)/bin/clang-format --dry-run -Werror
+
+format: $(VENV)/.esr-requirements
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(STYLED) | xargs -0 -r $(VENV)/bin/clang-format -i
+
+test: lint build
+	$(PY) -m pytest -q --durations=15 $(ARGS)
+
+bench: build
+	@mkdir -p $(dir $(BENCH_JSON))
+	$(PY) -m pytest bench --benchmark-json=$(BENCH_JSON) $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f esr_kernels/*.so
+	find esr_kernels python_models tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,21 @@
+// What happens to a convolution's result before it is stored.
+#pragma once
+
+#include <cstdint>
+
+namespace esr {
+
+enum class Activation : int32_t { kNone = 0, kRelu = 1, kLeakyRelu = 2, kSilu = 3, kGelu = 4, kGeluTanh = 5 };
+inline constexpr int64_t kActivationCount = 6;
+
+// h is the convolution's result. The first three are public; a gate ends ESA.
+enum class ResidualMode : int32_t {
+  kPre = 0,        // act(h + residual)
+  kPost = 1,       // act(h) + residual
+  kAttention = 2,  // (h + residual) * (sigmoid(h) - 0.5)
+  kGate = 3,       // residual * sigmoid(h)
+  kNone = 4,       // act(h)
+};
+inline constexpr int64_t kPublicResidualModeCount = 3;
+
+}  // namespace esr

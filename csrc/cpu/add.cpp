@@ -1,0 +1,37 @@
+#include "operator.h"
+
+namespace esr {
+namespace {
+
+class Add final : public Operator {
+ public:
+  using Operator::Operator;
+
+  Shape result(const std::vector<Shape>& in) const override {
+    if (in[0].channels >= 0) check_channels(in[1], in[0].channels, "b");
+    check_same_size(in[0], in[1], "b");
+    return {std::max(in[0].channels, in[1].channels), in[0].height, in[0].width};
+  }
+
+  void run(const Run& run) const override {
+    const MapLayout& m = run.output.layout;
+    AddArgs a;
+    a.a = run.inputs[0].pixels();
+    a.b = run.inputs[1].pixels();
+    a.out = run.output.pixels();
+    a.pitch = m.pitch;
+    a.floats = m.width * m.step;
+    parallel_ranges(m.height, m.width * m.step * 4, [&](int64_t y0, int64_t y1) {
+      kernels_.add(a, y0, y1);
+      complete_rows(kernels_, run, y0, y1);
+    });
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Operator> make_add(const Layer& layer, const Kernels& kernels) {
+  return std::make_unique<Add>(layer, kernels);
+}
+
+}  // namespace esr

@@ -1,0 +1,399 @@
+#include "engine.h"
+
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+
+#include "../common/half.h"
+#include "capability.h"
+#include "operator.h"
+
+namespace esr {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+bool to_dtype(ScalarType type, Dtype* dtype) {
+  switch (type) {
+    case ScalarType::Float: *dtype = Dtype::kFloat32; return true;
+    case ScalarType::Half: *dtype = Dtype::kFloat16; return true;
+    case ScalarType::BFloat16: *dtype = Dtype::kBFloat16; return true;
+    default: return false;
+  }
+}
+
+Dtype check_tensor(const Tensor& t, const char* what, size_t index) {
+  STD_TORCH_CHECK(t.is_cpu(), what, " ", index, " is not a CPU tensor");
+  STD_TORCH_CHECK(t.layout() == torch::headeronly::Layout::Strided, what, " ", index, " is not a strided tensor");
+  Dtype dtype;
+  STD_TORCH_CHECK(to_dtype(t.scalar_type(), &dtype), what, " ", index,
+                  " has an unsupported dtype, allowed are float32, float16 and bfloat16");
+  return dtype;
+}
+
+Weight read_weight(const Tensor& t, size_t index) {
+  const Dtype dtype = check_tensor(t, "weight", index);
+  const auto sizes = t.sizes(), strides = t.strides();
+  Weight w;
+  w.shape.assign(sizes.begin(), sizes.end());
+  w.values.resize(static_cast<size_t>(t.numel()));
+  const void* data = t.const_data_ptr();
+  std::vector<int64_t> position(w.shape.size(), 0);
+  for (float& value : w.values) {
+    int64_t offset = 0;
+    for (size_t d = 0; d < position.size(); ++d) offset += position[d] * strides[d];
+    if (dtype == Dtype::kFloat32) {
+      value = static_cast<const float*>(data)[offset];
+    } else {
+      const uint16_t bits = static_cast<const uint16_t*>(data)[offset];
+      value = dtype == Dtype::kFloat16 ? half_to_float(bits) : bfloat_to_float(bits);
+    }
+    for (size_t d = position.size(); d-- > 0;) {
+      if (++position[d] < w.shape[d]) break;
+      position[d] = 0;
+    }
+  }
+  return w;
+}
+
+// An input or output of a run: all images of it.
+struct Batch {
+  int64_t images = 0;
+  Shape shape;
+  TensorView first;
+  int64_t image_stride = 0;
+
+  TensorView image(int64_t n) const {
+    TensorView v = first;
+    const int64_t bytes = v.dtype == Dtype::kFloat32 ? 4 : 2;
+    v.data = static_cast<char*>(first.data) + n * image_stride * bytes;
+    return v;
+  }
+};
+
+Batch read_batch(const Tensor& t, const char* what, size_t index, bool written) {
+  Batch b;
+  b.first.dtype = check_tensor(t, what, index);
+  STD_TORCH_CHECK(t.dim() == 4, what, " ", index, " has ", t.dim(), " dimensions, must have 4: [N, C, H, W]");
+  const auto sizes = t.sizes(), strides = t.strides();
+  b.images = sizes[0];
+  b.shape = {sizes[1], sizes[2], sizes[3]};
+  b.image_stride = strides[0];
+  b.first.channel_stride = strides[1];
+  b.first.row_stride = strides[2];
+  b.first.column_stride = strides[3];
+  b.first.data = written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr());
+  return b;
+}
+
+// Where everything lies in the workspace, for one size of the inputs.
+struct Geometry {
+  std::vector<Shape> shapes;         // of every value
+  std::vector<int64_t> offsets;      // of every value's map, in floats, -1: it has none
+  std::vector<int64_t> temporaries;  // of every layer
+  int64_t floats = 0;
+};
+
+// Hands out parts of the workspace in the order of execution; what is given back is used again.
+class Arena {
+ public:
+  int64_t take(int64_t floats) {
+    floats = round_up(floats, kAlignment);
+    auto best = free_.end();
+    for (auto f = free_.begin(); f != free_.end(); ++f) {
+      if (f->second >= floats && (best == free_.end() || f->second < best->second)) best = f;
+    }
+    int64_t offset, size = floats;
+    if (best != free_.end()) {
+      std::tie(offset, size) = *best;
+      free_.erase(best);
+      if (size > floats) free_.emplace(offset + floats, size - floats);
+    } else if (!free_.empty() && free_.rbegin()->first + free_.rbegin()->second == end_) {
+      // The last part is free but too small: it grows.
+      offset = free_.rbegin()->first;
+      free_.erase(offset);
+      end_ = offset + floats;
+    } else {
+      offset = end_;
+      end_ += floats;
+    }
+    sizes_[offset] = floats;
+    most_ = std::max(most_, end_);
+    return offset;
+  }
+
+  void give(int64_t offset) {
+    auto added = free_.emplace(offset, sizes_.at(offset)).first;
+    const auto next = std::next(added);
+    if (next != free_.end() && added->first + added->second == next->first) {
+      added->second += next->second;
+      free_.erase(next);
+    }
+    if (added != free_.begin()) {
+      const auto before = std::prev(added);
+      if (before->first + before->second == added->first) {
+        before->second += added->second;
+        free_.erase(added);
+      }
+    }
+  }
+
+  int64_t floats() const { return most_; }
+
+ private:
+  // Not a power of two pages: maps that are read together should not fall on the same cache sets.
+  static constexpr int64_t kAlignment = 16;
+  std::map<int64_t, int64_t> free_;  // offset -> floats
+  std::unordered_map<int64_t, int64_t> sizes_;
+  int64_t end_ = 0, most_ = 0;
+};
+
+class CompiledPlan {
+ public:
+  CompiledPlan(Program program, const Weights& weights, const Kernels& kernels)
+      : program_(std::move(program)), kernels_(kernels) {
+    for (const Layer& layer : program_.layers) operators_.push_back(make_operator(layer, weights));
+    // Channels that are known before the plan runs must fit.
+    infer(std::vector<Shape>(static_cast<size_t>(program_.inputs)));
+    find_uses();
+  }
+
+  void execute(const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) const {
+    STD_TORCH_CHECK(static_cast<int64_t>(inputs.size()) == program_.inputs, "execute_plan: ", inputs.size(),
+                    " inputs given, the plan has ", program_.inputs);
+    STD_TORCH_CHECK(outputs.size() == program_.outputs.size(), "execute_plan: ", outputs.size(),
+                    " outputs given, the plan has ", program_.outputs.size());
+    std::vector<Batch> in, out;
+    std::vector<Shape> shapes;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      in.push_back(read_batch(inputs[i], "input", i, false));
+      shapes.push_back(in[i].shape);
+      STD_TORCH_CHECK(in[i].images == in[0].images, "input ", i, " has ", in[i].images, " images, input 0 has ",
+                      in[0].images);
+    }
+    const std::shared_ptr<const Geometry> geometry = geometry_for(shapes);
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      out.push_back(read_batch(outputs[i], "output", i, true));
+      const Shape &got = out[i].shape, &want = geometry->shapes[static_cast<size_t>(program_.outputs[i])];
+      const bool fits = out[i].images == in[0].images && got.channels == want.channels &&
+                        got.height == want.height && got.width == want.width;
+      STD_TORCH_CHECK(fits, "output ", i, " is [", out[i].images, ", ", got.channels, ", ", got.height, ", ",
+                      got.width, "], must be [", in[0].images, ", ", want.channels, ", ", want.height, ", ",
+                      want.width, "]");
+    }
+    for (const Shape& s : geometry->shapes) {
+      if (s.height == 0 || s.width == 0) return;
+    }
+    if (in[0].images == 0) return;
+    const Workspace workspace(geometry->floats);
+    for (int64_t n = 0; n < in[0].images; ++n) run_image(*geometry, in, out, n, workspace.data());
+  }
+
+ private:
+  std::unique_ptr<Operator> make_operator(const Layer& layer, const Weights& weights) const {
+    switch (layer.op) {
+      case Op::kNormalize: return make_normalize(layer, kernels_);
+      case Op::kConv1x1: return make_conv1x1(layer, kernels_, weights);
+      case Op::kEsa: return make_esa(layer, kernels_, weights);
+      case Op::kBsconv: return make_bsconv(layer, kernels_, weights);
+      case Op::kAdd: return make_add(layer, kernels_);
+      default: return make_conv3x3(layer, kernels_, weights);
+    }
+  }
+
+  // Shapes of all values from those of the inputs.
+  std::vector<Shape> infer(std::vector<Shape> shapes) const {
+    for (const auto& op : operators_) {
+      const Shape result = op->result(shapes_of(*op, shapes));
+      shapes.push_back(result);
+    }
+    return shapes;
+  }
+
+  static std::vector<Shape> shapes_of(const Operator& op, const std::vector<Shape>& shapes) {
+    std::vector<Shape> result;
+    for (const int64_t v : op.layer().inputs) result.push_back(shapes[static_cast<size_t>(v)]);
+    return result;
+  }
+
+  // For every value: whether it needs a map, and the first and last layer during which the map must exist.
+  void find_uses() {
+    const int64_t layers = static_cast<int64_t>(operators_.size());
+    uses_.resize(static_cast<size_t>(program_.values()));
+    const auto use = [&](Use& u, int64_t layer) {
+      u.first = u.needs_map ? u.first : layer;
+      u.last = layer;
+      u.needs_map = true;
+    };
+    for (int64_t k = 0; k < layers; ++k) {
+      const Operator& op = *operators_[static_cast<size_t>(k)];
+      for (size_t i = 0; i < op.layer().inputs.size(); ++i) {
+        const int64_t v = op.layer().inputs[i];
+        Use& u = uses_[static_cast<size_t>(v)];
+        if (v >= program_.inputs || !op.reads_tensor(i)) use(u, k);
+      }
+    }
+    for (size_t i = 0; i < program_.outputs.size(); ++i) {
+      const int64_t v = program_.outputs[i];
+      Use& u = uses_[static_cast<size_t>(v)];
+      u.exports.push_back(i);
+      // An input that is returned is copied by way of a map, while the first layer that needs it (or any) runs.
+      if (v < program_.inputs && !u.needs_map) use(u, 0);
+    }
+    for (int64_t k = 0; k < layers; ++k) {
+      Use& u = uses_[static_cast<size_t>(program_.inputs + k)];
+      u.first = k;
+      u.last = std::max(u.last, k);
+      u.needs_map = u.needs_map || !operators_[static_cast<size_t>(k)]->exports_directly();
+    }
+  }
+
+  std::shared_ptr<const Geometry> geometry_for(const std::vector<Shape>& inputs) const {
+    std::vector<int64_t> key;
+    for (const Shape& s : inputs) key.insert(key.end(), {s.channels, s.height, s.width});
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (const auto& [known, geometry] : geometries_) {
+        if (known == key) return geometry;
+      }
+    }
+    auto geometry = std::make_shared<Geometry>();
+    geometry->shapes = infer(inputs);
+    place(*geometry);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (geometries_.size() >= kMostGeometries) geometries_.erase(geometries_.begin());
+    geometries_.emplace_back(std::move(key), geometry);
+    return geometry;
+  }
+
+  void place(Geometry& g) const {
+    Arena arena;
+    g.offsets.assign(uses_.size(), -1);
+    for (size_t k = 0; k < operators_.size(); ++k) {
+      for (size_t v = 0; v < uses_.size(); ++v) {
+        if (uses_[v].needs_map && uses_[v].first == static_cast<int64_t>(k)) {
+          g.offsets[v] = arena.take(layout_of(g, v).floats());
+        }
+      }
+      const int64_t temporary = operators_[k]->temporary_floats(shapes_of(*operators_[k], g.shapes));
+      g.temporaries.push_back(temporary > 0 ? arena.take(temporary) : -1);
+      if (temporary > 0) arena.give(g.temporaries[k]);
+      for (size_t v = 0; v < uses_.size(); ++v) {
+        if (uses_[v].needs_map && uses_[v].last == static_cast<int64_t>(k)) arena.give(g.offsets[v]);
+      }
+    }
+    g.floats = arena.floats();
+  }
+
+  MapLayout layout_of(const Geometry& g, size_t v) const {
+    const Shape& s = g.shapes[v];
+    return MapLayout::make(s.channels, s.height, s.width, kernels_.lanes);
+  }
+
+  void run_image(const Geometry& g, const std::vector<Batch>& in, const std::vector<Batch>& out, int64_t n,
+                 float* workspace) const {
+    const auto map_of = [&](size_t v) {
+      Map map;
+      map.layout = layout_of(g, v);
+      if (uses_[v].needs_map) map.ring = workspace + g.offsets[v];
+      if (v < in.size()) map.tensor = in[v].image(n);
+      return map;
+    };
+    const auto exports_of = [&](size_t v) {
+      std::vector<TensorView> tensors;
+      for (const size_t i : uses_[v].exports) tensors.push_back(out[i].image(n));
+      return tensors;
+    };
+    for (size_t k = 0; k < operators_.size(); ++k) {
+      for (size_t v = 0; v < in.size(); ++v) {
+        if (uses_[v].needs_map && uses_[v].first == static_cast<int64_t>(k)) {
+          const Map map = map_of(v);
+          import_map(kernels_, map.tensor, nullptr, nullptr, map, exports_of(v));
+        }
+      }
+      Run run;
+      const std::vector<int64_t>& values = operators_[k]->layer().inputs;
+      for (size_t i = 0; i < values.size(); ++i) {
+        run.inputs.push_back(map_of(static_cast<size_t>(values[i])));
+        // The map of an input may be filled for a later layer only.
+        if (values[i] < program_.inputs && operators_[k]->reads_tensor(i)) run.inputs[i].ring = nullptr;
+      }
+      run.output = map_of(in.size() + k);
+      run.exports = exports_of(in.size() + k);
+      if (g.temporaries[k] >= 0) run.temporary = workspace + g.temporaries[k];
+      operators_[k]->run(run);
+    }
+  }
+
+  struct Use {
+    bool needs_map = false;
+    int64_t first = 0, last = 0;
+    std::vector<size_t> exports;  // indices of outputs
+  };
+
+  static constexpr size_t kMostGeometries = 8;
+
+  const Program program_;
+  const Kernels& kernels_;
+  std::vector<std::unique_ptr<Operator>> operators_;
+  std::vector<Use> uses_;
+  mutable std::mutex mutex_;
+  mutable std::vector<std::pair<std::vector<int64_t>, std::shared_ptr<const Geometry>>> geometries_;
+};
+
+class Registry {
+ public:
+  int64_t add(std::shared_ptr<const CompiledPlan> plan) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    plans_.emplace(++last_, std::move(plan));
+    return last_;
+  }
+
+  std::shared_ptr<const CompiledPlan> get(int64_t handle) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = plans_.find(handle);
+    STD_TORCH_CHECK(found != plans_.end(), "there is no plan with handle ", handle);
+    return found->second;
+  }
+
+  void remove(int64_t handle) {
+    std::shared_ptr<const CompiledPlan> last_owner;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = plans_.find(handle);
+    STD_TORCH_CHECK(found != plans_.end(), "there is no plan with handle ", handle);
+    last_owner = std::move(found->second);
+    plans_.erase(found);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<int64_t, std::shared_ptr<const CompiledPlan>> plans_;
+  int64_t last_ = 0;
+};
+
+// Never destroyed: a plan may be released while the process ends.
+Registry& registry() {
+  static Registry* const instance = new Registry;
+  return *instance;
+}
+
+}  // namespace
+
+int64_t compile_plan(const std::vector<int64_t>& program, const std::vector<double>& constants,
+                     const std::vector<Tensor>& weights) {
+  Program parsed = ProgramReader(program, constants, static_cast<int64_t>(weights.size())).read();
+  Weights values;
+  for (size_t i = 0; i < weights.size(); ++i) values.push_back(read_weight(weights[i], i));
+  return registry().add(std::make_shared<CompiledPlan>(std::move(parsed), values, active_kernels()));
+}
+
+void execute_plan(int64_t handle, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) {
+  registry().get(handle)->execute(inputs, outputs);
+}
+
+void release_plan(int64_t handle) { registry().remove(handle); }
+
+}  // namespace esr

@@ -1,0 +1,70 @@
+// Activation and residual, applied to results on their way to memory. Included after math.h in every path_*.cpp.
+
+// The kind of epilogue as a type; h is the convolution's result, r the residual.
+template <Activation A, ResidualMode M>
+struct Finish {
+  static constexpr bool kReadsResidual = M != ResidualMode::kNone;
+
+  static ESR_INLINE Vec apply(Vec h, Vec r, Vec slope) {
+    if constexpr (M == ResidualMode::kPre) {
+      return activate<A>(add(h, r), slope);
+    } else if constexpr (M == ResidualMode::kPost) {
+      return add(activate<A>(h, slope), r);
+    } else if constexpr (M == ResidualMode::kAttention) {
+      return mul(add(h, r), sub(sigmoid(h), set1(0.5f)));
+    } else if constexpr (M == ResidualMode::kGate) {
+      return mul(r, sigmoid(h));
+    } else {
+      return activate<A>(h, slope);
+    }
+  }
+};
+
+// Calls f with the Finish type of an epilogue.
+template <typename F>
+ESR_INLINE void with_finish(const Epilogue& e, const F& f) {
+  const auto by_activation = [&](auto mode) {
+    constexpr ResidualMode kMode = decltype(mode)::kValue;
+    switch (e.activation) {
+      case Activation::kRelu: return f(Finish<Activation::kRelu, kMode>{});
+      case Activation::kLeakyRelu: return f(Finish<Activation::kLeakyRelu, kMode>{});
+      case Activation::kSilu: return f(Finish<Activation::kSilu, kMode>{});
+      case Activation::kGelu: return f(Finish<Activation::kGelu, kMode>{});
+      case Activation::kGeluTanh: return f(Finish<Activation::kGeluTanh, kMode>{});
+      default: return f(Finish<Activation::kNone, kMode>{});
+    }
+  };
+  switch (e.mode) {
+    case ResidualMode::kPre: return by_activation(Constant<ResidualMode, ResidualMode::kPre>{});
+    case ResidualMode::kPost: return by_activation(Constant<ResidualMode, ResidualMode::kPost>{});
+    case ResidualMode::kAttention: return f(Finish<Activation::kNone, ResidualMode::kAttention>{});
+    case ResidualMode::kGate: return f(Finish<Activation::kNone, ResidualMode::kGate>{});
+    default: return by_activation(Constant<ResidualMode, ResidualMode::kNone>{});
+  }
+}
+
+// Finishes `pixels` pixels of `vectors` vectors each: from `h` (dense) to `out`, whose pixels, as the residual's, are
+// `step` floats apart.
+using FinishFunction = void (*)(const float* h, float* out, const float* residual, int64_t step, int vectors,
+                                int pixels, float slope);
+
+template <typename F>
+void finish_pixels(const float* h, float* out, const float* residual, int64_t step, int vectors, int pixels,
+                   float slope) {
+  const Vec s = set1(slope);
+  for (int p = 0; p < pixels; ++p) {
+    for (int v = 0; v < vectors; ++v) {
+      const Vec r = F::kReadsResidual ? load(residual + v * kLanes) : zero();
+      store(out + v * kLanes, F::apply(load(h), r, s));
+      h += kLanes;
+    }
+    out += step;
+    if (F::kReadsResidual) residual += step;
+  }
+}
+
+inline FinishFunction finish_function(const Epilogue& e) {
+  FinishFunction result = nullptr;
+  with_finish(e, [&](auto finish) { result = &finish_pixels<decltype(finish)>; });
+  return result;
+}

@@ -1,0 +1,176 @@
+// The interface between the engine and the kernels of one instruction set: plain structures and functions over a range
+// of rows, so that an executor may schedule rows in any order.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../common/activation.h"
+
+namespace esr {
+
+enum class Dtype : int32_t { kFloat32, kFloat16, kBFloat16 };
+
+// One image of an outside tensor; strides in elements.
+struct TensorView {
+  void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+  int64_t channel_stride = 0;
+  int64_t row_stride = 0;
+  int64_t column_stride = 0;
+};
+
+struct Epilogue {
+  Activation activation = Activation::kNone;
+  ResidualMode mode = ResidualMode::kNone;
+  float slope = 0.0f;
+  const float* residual = nullptr;  // pixel (0, 0); its pixels have the result's step
+  int64_t residual_pitch = 0;
+};
+
+// A 3x3 convolution, also the strided one of ESA: output pixel (y, x) reads the 3x3 pixels from `in` + y * in_row_step +
+// x * in_pixel_step on.
+struct Conv3x3Args {
+  const float* in = nullptr;
+  int64_t in_pitch = 0, in_step = 0;
+  int64_t in_row_step = 0, in_pixel_step = 0;
+  int64_t cin = 0;
+  float* out = nullptr;  // pixel 0 of row `out_first_row`
+  int64_t out_first_row = 0;
+  int64_t out_pitch = 0, out_step = 0;
+  int64_t width = 0;
+  int64_t out_vectors = 0;
+  const float* weights = nullptr;  // [block][3 * 3][cin][vectors of the block * lanes]
+  const float* bias = nullptr;     // [out_vectors * lanes]
+  Epilogue epilogue;
+};
+
+// The same convolution (stride 1) by Winograd F(4x4, 3x3), over rows of 4x4 tiles.
+struct WinogradArgs {
+  const float* in = nullptr;  // pixel (0, 0)
+  int64_t in_pitch = 0, in_step = 0;
+  int64_t cin = 0;
+  float* out = nullptr;  // pixel 0 of row `out_first_row`
+  int64_t out_first_row = 0;
+  int64_t out_pitch = 0, out_step = 0;
+  int64_t width = 0, height = 0;
+  int64_t out_vectors = 0;
+  const float* weights = nullptr;  // [block][36][cin][vectors of the block * lanes]
+  const float* bias = nullptr;
+  float* scratch = nullptr;  // winograd_scratch_floats()
+  Epilogue epilogue;
+};
+
+struct Conv1x1Args {
+  static constexpr int64_t kMaxInputs = 64;
+  int64_t inputs = 0;
+  const float* in[kMaxInputs] = {};  // pixel (0, 0) of each
+  int64_t in_pitch[kMaxInputs] = {}, in_step[kMaxInputs] = {}, cin[kMaxInputs] = {};
+  float* out = nullptr;
+  int64_t out_pitch = 0, out_step = 0;
+  int64_t width = 0;
+  int64_t out_vectors = 0;
+  const float* weights = nullptr;  // [block][sum of cin][vectors of the block * lanes]
+  const float* bias = nullptr;
+  Epilogue epilogue;
+};
+
+struct MaxPoolArgs {  // window 7, stride 3, no padding
+  const float* in = nullptr;
+  int64_t in_pitch = 0;
+  float* out = nullptr;
+  int64_t out_pitch = 0;
+  int64_t step = 0;
+  int64_t width = 0;
+};
+
+// The last pass of ESA: bilinear enlargement of `small`, + conv_f(c1) or + c1, conv4, sigmoid, times x.
+struct EsaGateArgs {
+  const float* small = nullptr;
+  int64_t small_pitch = 0, small_height = 0, small_width = 0;
+  const float* c1 = nullptr;
+  int64_t c1_pitch = 0;
+  int64_t mid = 0, mid_step = 0;      // channels of small and c1
+  const float* weights_f = nullptr;   // null: c1 is added as it is
+  const float* bias_f = nullptr;
+  const float* weights_4 = nullptr;
+  const float* bias_4 = nullptr;
+  const float* x = nullptr;
+  int64_t x_pitch = 0, x_step = 0;
+  float* out = nullptr;
+  int64_t out_pitch = 0;
+  int64_t height = 0, width = 0;
+  float* scratch = nullptr;  // (small_width + 2 * width) * mid_step
+};
+
+// Depthwise 3x3 over one row, each of the three input rows given by itself.
+struct DepthwiseArgs {
+  const float* rows[3] = {};  // the pixel left of pixel 0
+  int64_t step = 0;
+  int64_t width = 0;
+  const float* weights = nullptr;  // [3 * 3][step]
+  const float* bias = nullptr;     // [step]
+  float* out = nullptr;
+  Epilogue epilogue;
+};
+
+struct AddArgs {
+  const float* a = nullptr;
+  const float* b = nullptr;
+  float* out = nullptr;
+  int64_t pitch = 0;   // of all three
+  int64_t floats = 0;  // in a row, without the ring
+};
+
+struct ImportArgs {
+  TensorView tensor;
+  int64_t channels = 0, width = 0;
+  const float* shift = nullptr;  // both null, or [step]: (x - shift) * scale
+  const float* scale = nullptr;
+  float* out = nullptr;
+  int64_t pitch = 0, step = 0;
+  float* scratch = nullptr;  // lanes * width floats, or width * channels for channels_last
+};
+
+struct ExportArgs {
+  const float* in = nullptr;  // pixel 0 of row `first_row`
+  int64_t first_row = 0;
+  int64_t pitch = 0, step = 0;
+  int64_t channels = 0, width = 0;
+  TensorView tensor;
+  float* scratch = nullptr;  // lanes * width floats
+};
+
+// Channel c * r * r + i * r + j of pixel (y, x) goes to colour c, row y * r + i, column x * r + j.
+struct ShuffleArgs {
+  const float* in = nullptr;  // pixel 0 of row `first_row`
+  int64_t first_row = 0;
+  int64_t pitch = 0, step = 0;
+  int64_t colours = 0, width = 0, factor = 0;
+  TensorView tensor;
+  TensorView residual;       // data null: none; of the enlarged size
+  float* scratch = nullptr;  // 2 * width * factor floats
+};
+
+struct Kernels {
+  const char* name;
+  int64_t lanes;
+  void (*conv3x3)(const Conv3x3Args&, int64_t y0, int64_t y1);
+  void (*winograd)(const WinogradArgs&, int64_t tile_row0, int64_t tile_row1);
+  int64_t (*winograd_scratch_floats)(int64_t in_step, int64_t width);
+  void (*conv1x1)(const Conv1x1Args&, int64_t y0, int64_t y1);
+  void (*max_pool)(const MaxPoolArgs&, int64_t y0, int64_t y1);
+  void (*esa_gate)(const EsaGateArgs&, int64_t y0, int64_t y1);
+  void (*depthwise)(const DepthwiseArgs&, int64_t y);
+  void (*add)(const AddArgs&, int64_t y0, int64_t y1);
+  void (*import_rows)(const ImportArgs&, int64_t y0, int64_t y1);
+  void (*export_rows)(const ExportArgs&, int64_t y0, int64_t y1);
+  void (*shuffle_rows)(const ShuffleArgs&, int64_t y0, int64_t y1);
+};
+
+// Null where the compiler's target has no such instructions; whether this CPU has them is not asked here.
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx2();
+const Kernels* kernels_plain();
+
+}  // namespace esr

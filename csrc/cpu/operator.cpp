@@ -1,0 +1,94 @@
+#include "operator.h"
+
+#include <cstring>
+
+namespace esr {
+namespace {
+
+std::string to_string(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) {
+    text += (i == 0 ? "" : ", ") + (shape[i] < 0 ? std::string("any") : std::to_string(shape[i]));
+  }
+  return text + "]";
+}
+
+}  // namespace
+
+const Weight& weight_of(const Layer& layer, size_t k, const Weights& weights, const char* what,
+                        const std::vector<int64_t>& shape) {
+  const Weight& w = weights[static_cast<size_t>(layer.weights[k])];
+  bool fits = w.shape.size() == shape.size();
+  for (size_t i = 0; fits && i < shape.size(); ++i) {
+    fits = shape[i] < 0 ? w.shape[i] >= 1 : w.shape[i] == shape[i];
+  }
+  STD_TORCH_CHECK(fits, layer.name(), ": ", what, " has shape ", to_string(w.shape), ", must be ", to_string(shape));
+  return w;
+}
+
+PackedFloats bias_of(const Layer& layer, size_t k, const Weights& weights, const char* what, int64_t channels,
+                     int64_t lanes) {
+  const float* values =
+      layer.weights[k] < 0 ? nullptr : weight_of(layer, k, weights, what, {channels}).values.data();
+  return pack_vector(values, channels, lanes);
+}
+
+void zero_ring(const Map& map, int64_t y0, int64_t y1) {
+  const MapLayout& m = map.layout;
+  const size_t row = static_cast<size_t>(m.pitch) * sizeof(float);
+  if (y0 == 0) std::memset(map.ring, 0, row);
+  if (y1 == m.height) std::memset(map.ring + (m.height + 1) * m.pitch, 0, row);
+  const size_t pixel = static_cast<size_t>(m.step) * sizeof(float);
+  for (int64_t y = y0; y < y1; ++y) {
+    float* line = map.ring + (y + 1) * m.pitch;
+    std::memset(line, 0, pixel);
+    std::memset(line + m.pitch - m.step, 0, pixel);
+  }
+}
+
+void export_rows(const Kernels& kernels, const std::vector<TensorView>& tensors, const MapLayout& layout,
+                 const float* rows, int64_t first_row, int64_t y0, int64_t y1) {
+  if (tensors.empty()) return;
+  const Workspace scratch(kernels.lanes * layout.width);
+  ExportArgs a;
+  a.in = rows;
+  a.first_row = first_row;
+  a.pitch = layout.pitch;
+  a.step = layout.step;
+  a.channels = layout.channels;
+  a.width = layout.width;
+  a.scratch = scratch.data();
+  for (const TensorView& t : tensors) {
+    a.tensor = t;
+    kernels.export_rows(a, y0, y1);
+  }
+}
+
+void complete_rows(const Kernels& kernels, const Run& run, int64_t y0, int64_t y1) {
+  zero_ring(run.output, y0, y1);
+  export_rows(kernels, run.exports, run.output.layout, run.output.pixels(), 0, y0, y1);
+}
+
+void import_map(const Kernels& kernels, const TensorView& from, const float* shift, const float* scale,
+                const Map& map, const std::vector<TensorView>& exports) {
+  const MapLayout& m = map.layout;
+  ImportArgs a;
+  a.tensor = from;
+  a.channels = m.channels;
+  a.width = m.width;
+  a.shift = shift;
+  a.scale = scale;
+  a.out = map.pixels();
+  a.pitch = m.pitch;
+  a.step = m.step;
+  parallel_ranges(m.height, m.width * m.step * 8, [&](int64_t y0, int64_t y1) {
+    const Workspace scratch(std::max(kernels.lanes, m.channels) * m.width);
+    ImportArgs mine = a;
+    mine.scratch = scratch.data();
+    kernels.import_rows(mine, y0, y1);
+    zero_ring(map, y0, y1);
+    export_rows(kernels, exports, m, map.pixels(), 0, y0, y1);
+  });
+}
+
+}  // namespace esr

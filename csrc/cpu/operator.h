@@ -1,0 +1,121 @@
+// What the engine knows of an operator: one object per layer of a compiled plan.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../common/layout.h"
+#include "../common/plan.h"
+#include "kernels.h"
+#include "packing.h"
+#include "workspace.h"
+
+namespace esr {
+
+// Channels -1: not known before the plan runs (a plan's input).
+struct Shape {
+  int64_t channels = -1;
+  int64_t height = 0;
+  int64_t width = 0;
+};
+
+// A value of a running plan: in the internal layout, or still in the tensor it came in.
+struct Map {
+  float* ring = nullptr;  // null: only in `tensor`
+  MapLayout layout;
+  TensorView tensor;
+
+  float* pixels() const { return ring + layout.origin(); }
+
+  // The value as something with strides, wherever it is.
+  TensorView view() const {
+    if (ring == nullptr) return tensor;
+    return TensorView{pixels(), Dtype::kFloat32, 1, layout.pitch, layout.step};
+  }
+};
+
+// One layer's work on one image.
+struct Run {
+  std::vector<Map> inputs;
+  Map output;                         // its ring is null when no later layer reads it
+  std::vector<TensorView> exports;    // the outside tensors that take the result
+  float* temporary = nullptr;         // Operator::temporary_floats()
+};
+
+class Operator {
+ public:
+  Operator(const Layer& layer, const Kernels& kernels) : layer_(layer), kernels_(kernels) {}
+  virtual ~Operator() = default;
+  Operator(const Operator&) = delete;
+  Operator& operator=(const Operator&) = delete;
+
+  const Layer& layer() const { return layer_; }
+  // The result's shape; checks the inputs' as far as they are known. Sizes are 0 while only channels are known.
+  virtual Shape result(const std::vector<Shape>& inputs) const = 0;
+  virtual int64_t temporary_floats(const std::vector<Shape>&) const { return 0; }
+  // Whether input k can be read from the tensor it came in.
+  virtual bool reads_tensor(size_t) const { return false; }
+  // Whether the result may be exported without having a map of its own.
+  virtual bool exports_directly() const { return false; }
+  virtual void run(const Run& run) const = 0;
+
+ protected:
+  void check_channels(const Shape& s, int64_t channels, const char* what) const {
+    STD_TORCH_CHECK(s.channels < 0 || s.channels == channels, layer_.name(), ": ", what, " has ", s.channels,
+                    " channels, must have ", channels);
+  }
+  void check_same_size(const Shape& a, const Shape& b, const char* what) const {
+    STD_TORCH_CHECK(a.height == b.height && a.width == b.width, layer_.name(), ": ", what, " is ", b.height, "x",
+                    b.width, ", must be ", a.height, "x", a.width);
+  }
+
+  Layer layer_;
+  const Kernels& kernels_;
+};
+
+using Weights = std::vector<Weight>;
+
+// The layer's k-th weight, which must have this shape (-1: any).
+const Weight& weight_of(const Layer& layer, size_t k, const Weights& weights, const char* what,
+                        const std::vector<int64_t>& shape);
+// The layer's k-th weight as a packed vector of `channels`, zeros when there is none.
+PackedFloats bias_of(const Layer& layer, size_t k, const Weights& weights, const char* what, int64_t channels,
+                     int64_t lanes);
+
+std::unique_ptr<Operator> make_normalize(const Layer&, const Kernels&);
+std::unique_ptr<Operator> make_conv3x3(const Layer&, const Kernels&, const Weights&);
+std::unique_ptr<Operator> make_conv1x1(const Layer&, const Kernels&, const Weights&);
+std::unique_ptr<Operator> make_esa(const Layer&, const Kernels&, const Weights&);
+std::unique_ptr<Operator> make_bsconv(const Layer&, const Kernels&, const Weights&);
+std::unique_ptr<Operator> make_add(const Layer&, const Kernels&);
+
+// f(first, last) over ranges of 0 .. count - 1 in parallel; `cost` is the number of multiply-adds of one.
+template <typename F>
+void parallel_ranges(int64_t count, int64_t cost, const F& f) {
+  // A thread should have some tens of microseconds of work.
+  constexpr int64_t kLeast = 1000000;
+  const int64_t grain = std::max<int64_t>(1, kLeast / std::max<int64_t>(1, cost));
+  torch::stable::parallel_for(0, count, grain, f);
+}
+
+// Zeroes the ring around rows [y0, y1) of a map: left and right, and above and below at the image's ends.
+void zero_ring(const Map& map, int64_t y0, int64_t y1);
+
+// Writes rows [y0, y1) to every outside tensor; `rows` is pixel 0 of row `first_row`.
+void export_rows(const Kernels& kernels, const std::vector<TensorView>& tensors, const MapLayout& layout,
+                 const float* rows, int64_t first_row, int64_t y0, int64_t y1);
+
+// What follows the computation of rows [y0, y1) of the output map.
+void complete_rows(const Kernels& kernels, const Run& run, int64_t y0, int64_t y1);
+
+// Brings a value into its map, normalised where shift and scale are given, and exports it.
+void import_map(const Kernels& kernels, const TensorView& from, const float* shift, const float* scale,
+                const Map& map, const std::vector<TensorView>& exports);
+
+}  // namespace esr

@@ -1,0 +1,44 @@
+// The kernels for AVX512: 16 lanes, 32 registers. Every header that may define functions comes before the target region: an inline function
+// of theirs compiled in it could replace, at link time, the copy that older CPUs run.
+#include "../common/half.h"
+#include "../common/layout.h"
+#include "kernels.h"
+
+#if defined(__x86_64__) || defined(__i386__)
+
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+// Undefined registers inside the intrinsics' own header.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+#define ESR_PATH avx512
+#define ESR_PATH_AVX512
+#include "path_kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+namespace esr {
+
+const Kernels* kernels_avx512() {
+  static constexpr Kernels kernels = avx512::make_kernels("avx512");
+  return &kernels;
+}
+
+}  // namespace esr
+
+#else
+
+namespace esr {
+
+const Kernels* kernels_avx512() { return nullptr; }
+
+}  // namespace esr
+
+#endif

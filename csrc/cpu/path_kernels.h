@@ -1,0 +1,38 @@
+// The kernels of one instruction set. A path_*.cpp defines ESR_PATH, includes every standard header first, opens its
+// target region and then includes this file, once.
+
+#define ESR_INLINE inline __attribute__((always_inline))
+#if defined(__clang__)
+#define ESR_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define ESR_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace esr {
+namespace ESR_PATH {
+
+template <typename T, T kV>
+struct Constant {
+  static constexpr T kValue = kV;
+};
+
+#include "vec.h"
+// The order matters: each file uses the ones before it.
+#include "math.h"
+#include "epilogue.h"
+#include "multiply.h"
+#include "conv3x3.h"
+#include "winograd.h"
+#include "conv1x1.h"
+#include "esa.h"
+#include "bsconv.h"
+#include "add.h"
+#include "boundary.h"
+
+constexpr Kernels make_kernels(const char* name) {
+  return Kernels{name,     kLanes,    conv3x3, winograd,    winograd_scratch_floats, conv1x1,      max_pool,
+                 esa_gate, depthwise, add_rows, import_rows, export_rows,             shuffle_rows};
+}
+
+}  // namespace ESR_PATH
+}  // namespace esr

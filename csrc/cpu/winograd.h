@@ -1,0 +1,201 @@
+// 3x3 convolution by Winograd's F(4x4, 3x3) with the points 0, 1, -1, 2, -2: 36 products for 16 pixels instead of 144.
+// Included after multiply.h in every path_*.cpp.
+//
+// A row of 4x4 tiles is done in blocks of kTiles: all input tiles of a block are transformed, then, for each block of
+// output channels, 36 small matrix products follow and the transformation back. A block's data stays in the
+// second-level cache. Tiles are counted from the image's corner, so a tile's result does not depend on the block it is in.
+
+constexpr int64_t kTiles = 24;  // a multiple of every pixel block
+constexpr int64_t kPositions = 36;
+
+// Distance between the 36 planes of a block: an odd number of cache lines, or they would fall on the same cache sets.
+ESR_INLINE int64_t plane_stride(int64_t floats) {
+  const int64_t lines = (floats + 15) / 16;
+  return (lines | 1) * 16;
+}
+
+// y = B^T d for six values.
+ESR_INLINE void transform_in(const Vec (&d)[6], Vec (&y)[6]) {
+  const Vec two = set1(2.0f), four = set1(4.0f), five = set1(5.0f);
+  y[0] = fma(four, d[0], fnma(five, d[2], d[4]));
+  const Vec even = fnma(four, d[2], d[4]), odd = fnma(four, d[1], d[3]);
+  y[1] = add(even, odd);
+  y[2] = sub(even, odd);
+  const Vec even2 = sub(d[4], d[2]), odd2 = sub(d[3], d[1]);
+  y[3] = fma(two, odd2, even2);
+  y[4] = fnma(two, odd2, even2);
+  y[5] = fma(four, d[1], fnma(five, d[3], d[5]));
+}
+
+// y = A^T m for six values.
+ESR_INLINE void transform_out(const Vec (&m)[6], Vec (&y)[4]) {
+  const Vec sum1 = add(m[1], m[2]), difference1 = sub(m[1], m[2]);
+  const Vec sum2 = add(m[3], m[4]), difference2 = sub(m[3], m[4]);
+  y[0] = add(add(m[0], sum1), sum2);
+  y[1] = fma(set1(2.0f), difference2, difference1);
+  y[2] = fma(set1(4.0f), sum2, sum1);
+  y[3] = add(fma(set1(8.0f), difference2, difference1), m[5]);
+}
+
+// Tiles that are transformed together, and the input columns they reach over: neighbours share the vertical half.
+constexpr int64_t kRun = 12;
+constexpr int64_t kRunColumns = 4 * kRun + 2;
+// Vectors that fill a cache line: written together.
+constexpr int kLineVectors = 16 / kLanes;
+
+// V vectors of channels of a run of tiles, whose first 6x6 pixels start at `in`, to plane positions `out` + k * plane.
+template <int V>
+void winograd_in_channels(const float* in, int64_t pitch, int64_t step, int64_t tiles, float* out, int64_t plane) {
+  alignas(64) float half[6 * kRunColumns * V * kLanes];  // [transformed row][column][V * lanes]
+  const int64_t row = (4 * tiles + 2) * V * kLanes;
+  for (int64_t x = 0; x < 4 * tiles + 2; ++x) {
+    ESR_UNROLL for (int v = 0; v < V; ++v) {
+      Vec d[6], y[6];
+      ESR_UNROLL for (int i = 0; i < 6; ++i) d[i] = load(in + i * pitch + x * step + v * kLanes);
+      transform_in(d, y);
+      ESR_UNROLL for (int i = 0; i < 6; ++i) store(half + i * row + (x * V + v) * kLanes, y[i]);
+    }
+  }
+  for (int64_t i = 0; i < 6; ++i) {
+    const float* from = half + i * row;
+    float* to = out + i * 6 * plane;
+    for (int64_t t = 0; t < tiles; ++t) {
+      ESR_UNROLL for (int v = 0; v < V; ++v) {
+        Vec d[6], y[6];
+        ESR_UNROLL for (int j = 0; j < 6; ++j) d[j] = load(from + (j * V + v) * kLanes);
+        transform_in(d, y);
+        ESR_UNROLL for (int j = 0; j < 6; ++j) store(to + j * plane + v * kLanes, y[j]);
+      }
+      from += 4 * V * kLanes;
+      to += step;
+    }
+  }
+}
+
+inline void winograd_in(const float* in, int64_t pitch, int64_t step, int64_t tiles, float* out, int64_t plane) {
+  int64_t c = 0;
+  for (; c + kLineVectors * kLanes <= step; c += kLineVectors * kLanes) {
+    winograd_in_channels<kLineVectors>(in + c, pitch, step, tiles, out + c, plane);
+  }
+  for (; c < step; c += kLanes) winograd_in_channels<1>(in + c, pitch, step, tiles, out + c, plane);
+}
+
+// The pixels under a run of tiles that reaches beyond the ring: what lies there counts as zero, and only pixels that
+// are not stored depend on it. [6][kRunColumns][step]
+inline void copy_edge(const WinogradArgs& a, int64_t y, int64_t x, int64_t tiles, float* patch) {
+  for (int64_t i = 0; i < 6; ++i) {
+    const float* row = a.in + (y - 1 + i) * a.in_pitch;
+    float* out = patch + i * kRunColumns * a.in_step;
+    for (int64_t column = x - 1; column < x + 4 * tiles + 1; ++column) {
+      const bool inside = y - 1 + i <= a.height && column <= a.width;
+      for (int64_t c = 0; c < a.in_step; c += kLanes) {
+        store(out + c, inside ? load(row + column * a.in_step + c) : zero());
+      }
+      out += a.in_step;
+    }
+  }
+}
+
+// The 4x4 pixels of a tile from its 36 sums, planes apart, for V vectors of channels: [4][4][V * lanes].
+template <int V>
+void winograd_out(const float* sums, int64_t plane, float* pixels) {
+  for (int v = 0; v < V; ++v) {
+    Vec half[6][4];  // [column][transformed row]
+    for (int j = 0; j < 6; ++j) {
+      Vec m[6];
+      ESR_UNROLL for (int i = 0; i < 6; ++i) m[i] = load(sums + (i * 6 + j) * plane + v * kLanes);
+      transform_out(m, half[j]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      Vec m[6], y[4];
+      ESR_UNROLL for (int j = 0; j < 6; ++j) m[j] = half[j][i];
+      transform_out(m, y);
+      ESR_UNROLL for (int x = 0; x < 4; ++x) store(pixels + ((i * 4 + x) * V + v) * kLanes, y[x]);
+    }
+  }
+}
+
+template <int V, int P>
+void winograd_product(const float* in, int64_t step, int64_t cin, const float* weights, const float* bias,
+                      float* result) {
+  Accumulators<V, P> acc;
+  if (bias != nullptr) {
+    acc.start(bias);
+  } else {
+    acc.clear();
+  }
+  acc.multiply(in, step, cin, weights);
+  acc.write(result, V * kLanes);
+}
+
+template <int V>
+void winograd_products(const WinogradArgs& a, const float* transformed, int64_t plane_in, int64_t tiles,
+                       int64_t first_vector, float* products, int64_t plane_out) {
+  constexpr int P = pixel_block<V>();
+  const float* weights = a.weights + first_vector * kLanes * kPositions * a.cin;
+  for (int64_t k = 0; k < kPositions; ++k) {
+    // The product for the point (1, 1) is added once to each of the 16 pixels: it carries the bias.
+    const float* bias = k == 7 ? a.bias + first_vector * kLanes : nullptr;
+    for (int64_t t = 0; t < tiles; t += P) {
+      with_pixels<P>(tiles - t < P ? tiles - t : P, [&](auto count) {
+        winograd_product<V, decltype(count)::kValue>(transformed + k * plane_in + t * a.in_step, a.in_step, a.cin,
+                                                     weights, bias, products + k * plane_out + t * V * kLanes);
+      });
+    }
+    weights += a.cin * V * kLanes;
+  }
+}
+
+inline int64_t winograd_scratch_floats(int64_t in_step, int64_t width) {
+  const int64_t tiles = (width + 3) / 4 < kTiles ? (width + 3) / 4 : kTiles;
+  return kPositions * (plane_stride(tiles * in_step) + plane_stride(tiles * 3 * kLanes)) + 6 * kRunColumns * in_step;
+}
+
+inline void winograd(const WinogradArgs& a, int64_t tile_row0, int64_t tile_row1) {
+  const FinishFunction finish = finish_function(a.epilogue);
+  const int64_t tile_columns = (a.width + 3) / 4;
+  const int64_t most = tile_columns < kTiles ? tile_columns : kTiles;
+  const int64_t plane_in = plane_stride(most * a.in_step);
+  float* transformed = a.scratch;
+  float* products = transformed + kPositions * plane_in;
+  float* patch = products + kPositions * plane_stride(most * 3 * kLanes);
+  for (int64_t tile_row = tile_row0; tile_row < tile_row1; ++tile_row) {
+    const int64_t y = 4 * tile_row;
+    for (int64_t t0 = 0; t0 < tile_columns; t0 += kTiles) {
+      const int64_t tiles = tile_columns - t0 < kTiles ? tile_columns - t0 : kTiles;
+      for (int64_t t = 0; t < tiles; t += kRun) {
+        const int64_t run = tiles - t < kRun ? tiles - t : kRun;
+        const int64_t x = 4 * (t0 + t);
+        const float* in = a.in + (y - 1) * a.in_pitch + (x - 1) * a.in_step;
+        int64_t pitch = a.in_pitch;
+        if (y + 4 > a.height || x + 4 * run > a.width) {
+          copy_edge(a, y, x, run, patch);
+          in = patch;
+          pitch = kRunColumns * a.in_step;
+        }
+        winograd_in(in, pitch, a.in_step, run, transformed + t * a.in_step, plane_in);
+      }
+      for_blocks(a.out_vectors, [&](auto vectors, int64_t first_vector) {
+        constexpr int V = decltype(vectors)::kValue;
+        const int64_t plane_out = plane_stride(most * V * kLanes);
+        winograd_products<V>(a, transformed, plane_in, tiles, first_vector, products, plane_out);
+        const int64_t rows = a.height - y < 4 ? a.height - y : 4;
+        for (int64_t t = 0; t < tiles; ++t) {
+          alignas(64) float pixels[16 * V * kLanes];
+          winograd_out<V>(products + t * V * kLanes, plane_out, pixels);
+          const int64_t x = 4 * (t0 + t);
+          const int columns = static_cast<int>(a.width - x < 4 ? a.width - x : 4);
+          const int64_t offset = x * a.out_step + first_vector * kLanes;
+          float* out = a.out + (y - a.out_first_row) * a.out_pitch + offset;
+          const float* residual = a.epilogue.residual;
+          if (residual != nullptr) residual += y * a.epilogue.residual_pitch + offset;
+          for (int64_t i = 0; i < rows; ++i) {
+            finish(pixels + i * 4 * V * kLanes, out, residual, a.out_step, V, columns, a.epilogue.slope);
+            out += a.out_pitch;
+            if (residual != nullptr) residual += a.epilogue.residual_pitch;
+          }
+        }
+      });
+    }
+  }
+}
