@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 
@@ -211,3 +212,24 @@ def test_bad_images(x, error, message):
     fast = optimize(network())
     with pytest.raises(error, match=message):
         fast(x)
+
+
+def test_garbage_collected_during_a_trace_leaves_no_trace():
+    """Plans that die while a graph is recorded must not put their release into it."""
+
+    class Careless(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = optimize(network())
+
+        def forward(self, x):
+            with torch._C._DisableTorchDispatch():
+                other = optimize(network())
+                other(torch.rand(1, 3, 16, 16))
+            del other
+            gc.collect()
+            return self.inner(x)
+
+    model = Careless().eval()
+    graph = torch.fx.experimental.proxy_tensor.make_fx(model)(torch.rand(1, 3, 16, 17))
+    assert {node.target for node in graph.graph.nodes if "esr" in str(node.target)} == {torch.ops.esr.run_plan.default}

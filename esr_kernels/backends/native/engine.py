@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -61,13 +62,20 @@ def encode(plan: Plan) -> tuple[list[int], list[float]]:
     return program + list(plan.outputs), constants
 
 
+# Handles whose plan is gone. Garbage may be collected in the middle of a trace, which would record a call of the
+# operator that releases them; so they wait for the next plan to be compiled, which never happens inside one.
+_unreferenced: deque[int] = deque()
+
+
 class CompiledPlan:
-    """A plan with its weights packed inside the library; released with the last reference."""
+    """A plan with its weights packed inside the library; released after the last reference."""
 
     def __init__(self, plan: Plan, weights: list[Tensor]) -> None:
+        while _unreferenced:
+            torch.ops.esr_native.release_plan(_unreferenced.popleft())
         program, constants = encode(plan)
         self.handle: int = torch.ops.esr_native.compile_plan(program, constants, weights)
-        weakref.finalize(self, torch.ops.esr_native.release_plan, self.handle).atexit = False
+        weakref.finalize(self, _unreferenced.append, self.handle).atexit = False
 
     def execute(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         torch.ops.esr_native.execute_plan(self.handle, inputs, outputs)
