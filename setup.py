@@ -52,6 +52,7 @@ COMPILE_FLAGS = (
     "-fvisibility-inlines-hidden",
     "-Wall",
     "-Wno-psabi",
+    "-ffp-contract=off",  # which products are fused is written out, so that results do not depend on the compiler
 )
 NVCC_FLAGS = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "--expt-relaxed-constexpr")
 CUDA_MINIMUM = (12, 0)  # the first nvcc with C++20
@@ -458,7 +459,8 @@ def plan_build(folder: Path, names: Iterable[str], tools: Toolchain, torch: Torc
     macros = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     if cuda:
         macros += ["-DUSE_CUDA", "-DESR_KERNELS_WITH_CUDA"]
-    cxx = [*tools.cxx, *COMPILE_FLAGS, f"-I{ROOT / 'csrc'}"]
+    # Error messages name csrc/cpu/engine.cpp, not where it was compiled.
+    cxx = [*tools.cxx, *COMPILE_FLAGS, f"-fmacro-prefix-map={ROOT}/=", f"-I{ROOT / 'csrc'}"]
     shared = [*tools.cxx, "-shared", "-Wl,-z,defs", "-Wl,--exclude-libs,ALL"]
 
     stamp = folder / "build_information.cpp"

@@ -365,7 +365,7 @@ def model_pair(name: str, weights: str | None = None) -> tuple[nn.Module, nn.Mod
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         fused = python_models.create(name, weights)
-        plain = python_models.plain(name)
+        plain = python_models.plain(name, **fused.options)
     plain.load_state_dict(fused.state_dict())
     return fused.eval().requires_grad_(False), plain.eval().requires_grad_(False)
 

@@ -139,25 +139,21 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _unwrap(path: Path, content: Any, entry: str | None) -> Mapping[Any, Any]:
+    seen: list[str] = []
     for _ in range(_DEEPEST):
         if not isinstance(content, Mapping):
             what = "a single tensor" if isinstance(content, Tensor) else f"a {type(content).__name__}"
             raise CheckpointError(f"{path}: holds {what}, expected a state dict (names and tensors)")
         inner = {k: v for k, v in content.items() if isinstance(v, Mapping)}
-        if entry is not None:
-            if entry in inner:
-                content, entry = inner[entry], None
-                continue
-            chosen = next((k for k in _ENTRIES if k in inner), None)
-            if chosen is None or _holds_tensors(content):
-                there = ", ".join(map(str, inner)) or "none, it is a bare state dict"
-                raise CheckpointError(f"{path}: has no entry {entry!r}; entries: {there}")
-            content = inner[chosen]
-            continue
-        if _holds_tensors(content):
+        chosen: Any = next((k for k in _ENTRIES if k in inner), None)
+        if entry is not None and entry in inner:
+            chosen, entry = entry, None
+        elif entry is not None and chosen is None:
+            there = ", ".join([*seen, *map(str, inner)]) or "none, it is a bare state dict"
+            raise CheckpointError(f"{path}: has no entry {entry!r}; entries: {there}")
+        elif chosen is None and _holds_tensors(content):
             return content
-        chosen = next((k for k in _ENTRIES if k in inner), None)
-        if chosen is None:
+        elif chosen is None:
             full = [k for k, v in inner.items() if _holds_tensors(v)]
             if len(full) > 1:
                 raise CheckpointError(
@@ -167,6 +163,7 @@ def _unwrap(path: Path, content: Any, entry: str | None) -> Mapping[Any, Any]:
                 names = ", ".join(map(str, list(content)[:5]))
                 raise CheckpointError(f"{path}: holds no tensors" + (f" (only {names})" if names else ": it is empty"))
             chosen = full[0]
+        seen += map(str, inner)
         content = inner[chosen]
     raise CheckpointError(f"{path}: the state dict is wrapped more than {_DEEPEST - 1} times")
 
@@ -178,7 +175,9 @@ def _tensors(path: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: entry {name!r} has a {type(name).__name__} for a name, expected a string")
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: entry {name!r} is a {type(value).__name__}, expected a tensor")
-        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+        dense = value.layout == torch.strided and not value.is_meta and not value.is_quantized
+        # Fewer stored values than shown: an expanded tensor, by which a small file could ask for any amount of memory.
+        if not dense or value.untyped_storage().nbytes() < value.numel() * value.element_size():
             raise CheckpointError(f"{path}: entry {name!r} is not a dense tensor")
         result[name] = value.detach()
     return result

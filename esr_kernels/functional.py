@@ -76,9 +76,7 @@ def conv3x3(
         if activation != "none":
             raise ValueError(f'activation: residual_mode "attention" allows only "none", got {activation!r}')
     args = (x, weight, bias, residual, activation, float(negative_slope), residual_mode)
-    if torch.jit.is_tracing():
-        return reference.conv3x3(*args)
-    return autograd.Conv3x3.apply(*args)
+    return _call("conv3x3", autograd.Conv3x3, args)
 
 
 @overload
@@ -144,7 +142,7 @@ def spab(
     if channels != x.shape[1]:
         raise ValueError(f"w3: the block returns as many channels as x has ({x.shape[1]}), got {channels}")
     args = (x, w1, b1, w2, b2, w3, b3, bool(return_mid))
-    out, mid = reference.spab(*args) if torch.jit.is_tracing() else autograd.SPAB.apply(*args)
+    out, mid = _call("spab", autograd.SPAB, args)
     return (out, mid) if return_mid else out
 
 
@@ -189,10 +187,7 @@ def conv3x3_pixel_shuffle(
     if residual is not None:
         shape = (x.shape[0], weight.shape[0] // (r * r), x.shape[2] * r, x.shape[3] * r)
         _check_like("residual", residual, x, shape)
-    args = (x, weight, bias, residual, r)
-    if torch.jit.is_tracing():
-        return reference.conv3x3_pixel_shuffle(*args)
-    return autograd.Conv3x3PixelShuffle.apply(*args)
+    return _call("conv3x3_pixel_shuffle", autograd.Conv3x3PixelShuffle, (x, weight, bias, residual, r))
 
 
 def conv1x1(
@@ -234,9 +229,9 @@ def conv1x1(
     _check_bias("bias", bias, weight, first)
     _check_name("activation", activation, ACTIVATIONS)
     slope = float(negative_slope)
-    if torch.jit.is_tracing():
-        return reference.conv1x1(tensors, weight, bias, activation, slope)
-    return autograd.Conv1x1.apply(weight, bias, activation, slope, *tensors)
+    if not torch.jit.is_tracing() and _needs_gradient((weight, bias, *tensors)):
+        return autograd.Conv1x1.apply(weight, bias, activation, slope, *tensors)
+    return _call("conv1x1", None, (tensors, weight, bias, activation, slope))
 
 
 def esa(
@@ -312,7 +307,7 @@ def esa(
             _check_weight(weight_name, weight, x, hidden, kernel, out_channels)
         _check_bias(bias_name, bias, weight, x)
     args = (x, w1, b1, w2, b2, w3, b3, w4, b4, wf, bf, w_max, b_max, w3_, b3_)
-    return reference.esa(*args) if torch.jit.is_tracing() else autograd.ESA.apply(*args)
+    return _call("esa", autograd.ESA, args)
 
 
 def bsconv(
@@ -356,7 +351,20 @@ def bsconv(
             f'x: padding_mode "reflect" needs images of at least 2 x 2 pixels, got {x.shape[2]} x {x.shape[3]}'
         )
     args = (x, pointwise, depthwise, bias, padding_mode, activation, float(negative_slope))
-    return reference.bsconv(*args) if torch.jit.is_tracing() else autograd.BSConv.apply(*args)
+    return _call("bsconv", autograd.BSConv, args)
+
+
+def _needs_gradient(args: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def _call(operator: str, function: Any, args: tuple[Any, ...]) -> Any:
+    """Plain PyTorch while tracing, `function` (an autograd.Function) for gradients, else the operator itself."""
+    if torch.jit.is_tracing():
+        return reference.OPERATORS[operator](*args)
+    if function is not None and _needs_gradient(args):
+        return function.apply(*args)
+    return getattr(torch.ops.esr, operator)(*args)
 
 
 def _autocast(*tensors: Any, device: Any = None) -> tuple[Any, ...]:

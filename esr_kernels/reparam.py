@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -74,19 +75,24 @@ def fold_conv3xc(
             raise ValueError(f"{name}: expected shape [{size}] or None, got {list(b.shape)}")
 
     # Under autocast the products would be rounded to a half type.
-    with torch.autocast(w_skip.device.type, enabled=False):
+    device = w_skip.device.type
+    with torch.autocast(device, enabled=False) if _autocast(device) else nullcontext():
         project = w_project.to(dtype).flatten(1)  # [O, K]
-        spatial = w_spatial.to(dtype)
-        composed = torch.einsum("kmyx,mi->kiyx", spatial, w_expand.to(dtype).flatten(1))  # [K, I, 3, 3]
-        weight = (project @ composed.flatten(1)).view(outputs, inputs, 3, 3)
+        expand = w_expand.to(dtype).flatten(1)  # [M, I]
+        taps = (project @ w_spatial.to(dtype).flatten(1)).view(outputs, inner, 9).transpose(1, 2)  # [O, 9, M]
+        weight = (taps @ expand).transpose(1, 2).reshape(outputs, inputs, 3, 3)
         weight = weight + F.pad(w_skip.to(dtype), (1, 1, 1, 1))
         terms = [b.to(dtype) for b in (b_project, b_skip) if b is not None]
         if b_spatial is not None:
             terms.append(project @ b_spatial.to(dtype))
         if b_expand is not None:
-            terms.append(project @ (spatial.sum((2, 3)) @ b_expand.to(dtype)))
+            terms.append(taps.sum(1) @ b_expand.to(dtype))
         bias = torch.stack(terms).sum(0).to(w_skip.dtype) if terms else None
         return weight.to(w_skip.dtype), bias
+
+
+def _autocast(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 class Reparameterized(nn.Module):
@@ -111,9 +117,13 @@ class Reparameterized(nn.Module):
         super().__init__()
         self._kept: _Kept | None = None
 
+    def _branch_parameters(self) -> dict[str, Tensor]:
+        """The branches' parameters, named as in the state dict."""
+        raise NotImplementedError
+
     @staticmethod
     def _fold(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> _Folded:
-        """Weight and bias equal to the branches, whose parameters are named as in the state dict."""
+        """Weight and bias equal to the branches."""
         raise NotImplementedError
 
     def fold(self) -> _Folded:
@@ -123,13 +133,13 @@ class Reparameterized(nn.Module):
             return self.eval_conv.weight.detach(), None if bias is None else bias.detach()
         # Outside inference mode, so that the result may meet inputs that need a gradient.
         with torch.inference_mode(False), torch.no_grad():
-            return self._fold(dict(self.named_parameters()), torch.float64)
+            return self._fold(self._branch_parameters(), torch.float64)
 
     def folded(self) -> _Folded:
         """Weight and bias for a fused operator; gradients flow through them to the branches' parameters."""
         if self.deployed:
             return self.eval_conv.weight, self.eval_conv.bias
-        parameters = dict(self.named_parameters())
+        parameters = self._branch_parameters()
         if self.training or torch.compiler.is_compiling():
             return self._fold(parameters, _working_dtype(parameters))
         values = list(parameters.values())
@@ -137,9 +147,10 @@ class Reparameterized(nn.Module):
             stamp = [_stamp(p) for p in values]
         except RuntimeError:  # no storage: under torch.func, or a fake tensor
             return self._fold(parameters, _working_dtype(parameters))
-        if self._kept is None or self._kept.stamp != stamp:
-            self._kept = _Kept(stamp, [(p, p.detach()) for p in values], *self.fold())
-        weight, bias = self._kept.weight, self._kept.bias
+        kept = self._kept
+        if kept is None or kept.stamp != stamp:
+            kept = self._kept = _Kept(stamp, [(p, p.detach()) for p in values], *self.fold())
+        weight, bias = kept.weight, kept.bias
         if torch.is_grad_enabled() and not torch.jit.is_tracing() and any(p.requires_grad for p in values):
             results = _KeptFold.apply(self._fold, list(parameters), weight, bias, *values)
             return results[0], results[1] if bias is not None else None
@@ -216,8 +227,8 @@ def slim_message(where: str) -> str:
 def fold_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict with every training-form Conv3XC replaced by its folded `eval_conv`.
 
-    Other entries are kept, and so are incomplete sets of branches. Half types are folded to float32. `eval_conv`
-    entries that stand beside their branches are recomputed: in training they lag behind.
+    Other entries are kept, and so are incomplete sets of branches. The result is float32, or float64 where the branches
+    are. `eval_conv` entries that stand beside their branches are recomputed: in training they lag behind.
 
     Raises:
         ValueError: the shapes of a set of branches do not fit together; names it.
@@ -227,11 +238,15 @@ def fold_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for prefix in [k.removesuffix("sk.weight") for k in state if ("." + k).endswith(".sk.weight")]:
         if any(f"{prefix}{name}.weight" not in state for name in names):
             continue
+        biases = [f"{prefix}{name}.bias" in state for name in names]
+        if any(biases) and not all(biases):
+            lacking = ", ".join(f"{name}.bias" for name, there in zip(names, biases, strict=True) if not there)
+            raise ValueError(f"{prefix.rstrip('.')}: the branches do not fit together: {lacking} missing")
         branches: list[Tensor | None] = []
         for name in names:
             for kind in ("weight", "bias"):
                 t = state.pop(f"{prefix}{name}.{kind}", None)
-                branches.append(t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t)
+                branches.append(t if t is None or t.dtype == torch.float64 else t.float())
         try:
             weight, bias = fold_conv3xc(*branches)  # type: ignore[arg-type]
         except (ValueError, IndexError) as error:

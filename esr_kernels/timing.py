@@ -352,13 +352,10 @@ def machine() -> dict[str, Any]:
     Returns:
         time (UTC, ISO 8601), cpu (model, architecture, simd, torch_capability, cores, threads), memory_bytes, gpus (one
         dict each, empty without CUDA), os, versions (python, torch, triton, numpy, esr_kernels; None: not installed),
-        native (build information of the compiled library and the instruction set
-        it uses, empty without one) and git (commit, dirty; None outside a
-        checkout).
+        native (build information of the compiled library and the instruction set it uses, empty without one) and git
+        (commit, dirty; None outside a checkout).
     """
-    from . import __version__
-
-    from . import native
+    from . import __version__, native
 
     build = native.build_info()
     if build and native.load() is None:

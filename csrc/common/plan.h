@@ -30,8 +30,8 @@ inline const char* op_name(Op op) {
 
 struct Layer {
   Op op = Op::kAdd;
-  int64_t index = 0;             // position in the plan
-  std::vector<int64_t> inputs;   // values; a residual comes last
+  int64_t index = 0;            // position in the plan
+  std::vector<int64_t> inputs;  // values; a residual comes last
   bool has_residual = false;
   std::vector<int64_t> weights;  // indices, -1: none; in the order of the format's description
   Activation activation = Activation::kNone;
@@ -65,9 +65,11 @@ class ProgramReader {
     const int64_t layers = next("layers");
     const int64_t outputs = next("outputs");
     const int64_t size = static_cast<int64_t>(program_.size());
-    STD_TORCH_CHECK(p.inputs >= 1 && p.inputs <= kMaxInputs, "plan: ", p.inputs, " inputs, allowed are 1..", kMaxInputs);
+    STD_TORCH_CHECK(p.inputs >= 1 && p.inputs <= kMaxInputs, "plan: ", p.inputs, " inputs, allowed are 1..",
+                    kMaxInputs);
     STD_TORCH_CHECK(layers >= 1 && layers <= size, "plan: ", layers, " layers announced, must be 1 or more and fit");
-    STD_TORCH_CHECK(outputs >= 1 && outputs <= size, "plan: ", outputs, " outputs announced, must be 1 or more and fit");
+    STD_TORCH_CHECK(outputs >= 1 && outputs <= size, "plan: ", outputs,
+                    " outputs announced, must be 1 or more and fit");
     for (int64_t k = 0; k < layers; ++k) p.layers.push_back(read_layer(k, p.inputs + k));
     end_ = program_.size();
     for (int64_t i = 0; i < outputs; ++i) p.outputs.push_back(value("output value", p.values()));
@@ -142,7 +144,9 @@ class ProgramReader {
                     " announces ", count, " integers, ", end_ - position_, " are left");
     end_ = position_ + static_cast<size_t>(count);
     switch (layer.op) {
-      case Op::kNormalize: read_normalize(layer, defined); break;
+      case Op::kNormalize:
+        read_normalize(layer, defined);
+        break;
       case Op::kConv3x3: {
         layer.inputs.push_back(value("x", defined));
         weight(layer, "weight", true);
@@ -153,8 +157,8 @@ class ProgramReader {
         if (layer.has_residual) layer.residual_mode = mode;
         STD_TORCH_CHECK(mode != ResidualMode::kAttention || layer.has_residual, "plan: ", layer.name(),
                         " has residual_mode attention and no residual");
-        STD_TORCH_CHECK(mode != ResidualMode::kAttention || layer.activation == Activation::kNone, "plan: ",
-                        layer.name(), " has residual_mode attention, which allows no activation");
+        STD_TORCH_CHECK(mode != ResidualMode::kAttention || layer.activation == Activation::kNone,
+                        "plan: ", layer.name(), " has residual_mode attention, which allows no activation");
         break;
       }
       case Op::kConv1x1: {
@@ -208,8 +212,8 @@ class ProgramReader {
     const int64_t channels = next("channels");
     const int64_t first = next("first constant");
     const int64_t size = static_cast<int64_t>(constants_.size());
-    STD_TORCH_CHECK(channels >= 1 && first >= 0 && first <= size && channels <= (size - first) / 2, "plan: ",
-                    layer.name(), " reads ", channels, " shifts and as many scales from constant ", first,
+    STD_TORCH_CHECK(channels >= 1 && first >= 0 && first <= size && channels <= (size - first) / 2,
+                    "plan: ", layer.name(), " reads ", channels, " shifts and as many scales from constant ", first,
                     " on, there are ", size, " constants");
     for (int64_t c = 0; c < channels; ++c) {
       layer.shift.push_back(static_cast<float>(constants_[first + c]));

@@ -186,10 +186,14 @@ void gather_line(const float* in, int64_t step, int64_t width, float* out) {
 
 inline void shuffle_line(const float* in, int64_t step, int64_t width, int64_t factor, float* out) {
   switch (factor) {
-    case 1: return gather_line<1>(in, step, width, out);
-    case 2: return gather_line<2>(in, step, width, out);
-    case 3: return gather_line<3>(in, step, width, out);
-    case 4: return gather_line<4>(in, step, width, out);
+    case 1:
+      return gather_line<1>(in, step, width, out);
+    case 2:
+      return gather_line<2>(in, step, width, out);
+    case 3:
+      return gather_line<3>(in, step, width, out);
+    case 4:
+      return gather_line<4>(in, step, width, out);
     default:
       for (int64_t x = 0; x < width; ++x) {
         for (int64_t j = 0; j < factor; ++j) out[x * factor + j] = in[x * step + j];

@@ -21,8 +21,7 @@ const Kernels* usable_avx512() {
 
 const Kernels* usable_avx2() {
 #if defined(__x86_64__) || defined(__i386__)
-  const bool has =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   return has ? kernels_avx2() : nullptr;
 #else
   return nullptr;
@@ -32,8 +31,7 @@ const Kernels* usable_avx2() {
 const Kernels* by_name(const std::string& name) {
   const bool known = name == "avx512" || name == "avx2" || name == "plain";
   STD_TORCH_CHECK(known, "CPU capability: '", name, "' is unknown, allowed are avx512, avx2 and plain");
-  const Kernels* kernels =
-      name == "avx512" ? usable_avx512() : (name == "avx2" ? usable_avx2() : kernels_plain());
+  const Kernels* kernels = name == "avx512" ? usable_avx512() : (name == "avx2" ? usable_avx2() : kernels_plain());
   STD_TORCH_CHECK(kernels != nullptr, "CPU capability: this CPU has no ", name);
   return kernels;
 }

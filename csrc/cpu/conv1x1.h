@@ -26,9 +26,8 @@ inline void conv1x1_row(const Conv1x1Args& a, int64_t y, FinishFunction finish) 
     if (residual != nullptr) residual += y * a.epilogue.residual_pitch + first_vector * kLanes;
     for (int64_t x = 0; x < a.width; x += P) {
       const int64_t pixels = a.width - x < P ? a.width - x : P;
-      with_pixels<P>(pixels, [&](auto count) {
-        conv1x1_pixels<V, decltype(count)::kValue>(a, y, x, weights, bias, result);
-      });
+      with_pixels<P>(pixels,
+                     [&](auto count) { conv1x1_pixels<V, decltype(count)::kValue>(a, y, x, weights, bias, result); });
       finish(result, out + x * a.out_step, residual == nullptr ? nullptr : residual + x * a.out_step, a.out_step, V,
              static_cast<int>(pixels), a.epilogue.slope);
     }

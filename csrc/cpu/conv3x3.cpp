@@ -26,8 +26,8 @@ class Conv3x3 final : public Operator {
     cout_ = w.shape[0];
     cin_ = w.shape[1];
     const int64_t r = layer.upscale_factor;
-    STD_TORCH_CHECK(cout_ % (r * r) == 0, layer.name(), ": weight gives ", cout_,
-                    " channels, which upscale_factor ", r, " squared does not divide");
+    STD_TORCH_CHECK(cout_ % (r * r) == 0, layer.name(), ": weight gives ", cout_, " channels, which upscale_factor ", r,
+                    " squared does not divide");
     winograd_ = use_winograd(cin_, cout_);
     weights_ = winograd_ ? pack_winograd(w, kernels.lanes) : pack_conv3x3(w, kernels.lanes);
     bias_ = bias_of(layer, 1, weights, "bias", cout_, kernels.lanes);

@@ -18,10 +18,17 @@ using torch::stable::Tensor;
 
 bool to_dtype(ScalarType type, Dtype* dtype) {
   switch (type) {
-    case ScalarType::Float: *dtype = Dtype::kFloat32; return true;
-    case ScalarType::Half: *dtype = Dtype::kFloat16; return true;
-    case ScalarType::BFloat16: *dtype = Dtype::kBFloat16; return true;
-    default: return false;
+    case ScalarType::Float:
+      *dtype = Dtype::kFloat32;
+      return true;
+    case ScalarType::Half:
+      *dtype = Dtype::kFloat16;
+      return true;
+    case ScalarType::BFloat16:
+      *dtype = Dtype::kBFloat16;
+      return true;
+    default:
+      return false;
   }
 }
 
@@ -178,11 +185,10 @@ class CompiledPlan {
     for (size_t i = 0; i < outputs.size(); ++i) {
       out.push_back(read_batch(outputs[i], "output", i, true));
       const Shape &got = out[i].shape, &want = geometry->shapes[static_cast<size_t>(program_.outputs[i])];
-      const bool fits = out[i].images == in[0].images && got.channels == want.channels &&
-                        got.height == want.height && got.width == want.width;
-      STD_TORCH_CHECK(fits, "output ", i, " is [", out[i].images, ", ", got.channels, ", ", got.height, ", ",
-                      got.width, "], must be [", in[0].images, ", ", want.channels, ", ", want.height, ", ",
-                      want.width, "]");
+      const bool fits = out[i].images == in[0].images && got.channels == want.channels && got.height == want.height &&
+                        got.width == want.width;
+      STD_TORCH_CHECK(fits, "output ", i, " is [", out[i].images, ", ", got.channels, ", ", got.height, ", ", got.width,
+                      "], must be [", in[0].images, ", ", want.channels, ", ", want.height, ", ", want.width, "]");
     }
     for (const Shape& s : geometry->shapes) {
       if (s.height == 0 || s.width == 0) return;
@@ -195,12 +201,18 @@ class CompiledPlan {
  private:
   std::unique_ptr<Operator> make_operator(const Layer& layer, const Weights& weights) const {
     switch (layer.op) {
-      case Op::kNormalize: return make_normalize(layer, kernels_);
-      case Op::kConv1x1: return make_conv1x1(layer, kernels_, weights);
-      case Op::kEsa: return make_esa(layer, kernels_, weights);
-      case Op::kBsconv: return make_bsconv(layer, kernels_, weights);
-      case Op::kAdd: return make_add(layer, kernels_);
-      default: return make_conv3x3(layer, kernels_, weights);
+      case Op::kNormalize:
+        return make_normalize(layer, kernels_);
+      case Op::kConv1x1:
+        return make_conv1x1(layer, kernels_, weights);
+      case Op::kEsa:
+        return make_esa(layer, kernels_, weights);
+      case Op::kBsconv:
+        return make_bsconv(layer, kernels_, weights);
+      case Op::kAdd:
+        return make_add(layer, kernels_);
+      default:
+        return make_conv3x3(layer, kernels_, weights);
     }
   }
 

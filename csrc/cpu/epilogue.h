@@ -26,20 +26,31 @@ ESR_INLINE void with_finish(const Epilogue& e, const F& f) {
   const auto by_activation = [&](auto mode) {
     constexpr ResidualMode kMode = decltype(mode)::kValue;
     switch (e.activation) {
-      case Activation::kRelu: return f(Finish<Activation::kRelu, kMode>{});
-      case Activation::kLeakyRelu: return f(Finish<Activation::kLeakyRelu, kMode>{});
-      case Activation::kSilu: return f(Finish<Activation::kSilu, kMode>{});
-      case Activation::kGelu: return f(Finish<Activation::kGelu, kMode>{});
-      case Activation::kGeluTanh: return f(Finish<Activation::kGeluTanh, kMode>{});
-      default: return f(Finish<Activation::kNone, kMode>{});
+      case Activation::kRelu:
+        return f(Finish<Activation::kRelu, kMode>{});
+      case Activation::kLeakyRelu:
+        return f(Finish<Activation::kLeakyRelu, kMode>{});
+      case Activation::kSilu:
+        return f(Finish<Activation::kSilu, kMode>{});
+      case Activation::kGelu:
+        return f(Finish<Activation::kGelu, kMode>{});
+      case Activation::kGeluTanh:
+        return f(Finish<Activation::kGeluTanh, kMode>{});
+      default:
+        return f(Finish<Activation::kNone, kMode>{});
     }
   };
   switch (e.mode) {
-    case ResidualMode::kPre: return by_activation(Constant<ResidualMode, ResidualMode::kPre>{});
-    case ResidualMode::kPost: return by_activation(Constant<ResidualMode, ResidualMode::kPost>{});
-    case ResidualMode::kAttention: return f(Finish<Activation::kNone, ResidualMode::kAttention>{});
-    case ResidualMode::kGate: return f(Finish<Activation::kNone, ResidualMode::kGate>{});
-    default: return by_activation(Constant<ResidualMode, ResidualMode::kNone>{});
+    case ResidualMode::kPre:
+      return by_activation(Constant<ResidualMode, ResidualMode::kPre>{});
+    case ResidualMode::kPost:
+      return by_activation(Constant<ResidualMode, ResidualMode::kPost>{});
+    case ResidualMode::kAttention:
+      return f(Finish<Activation::kNone, ResidualMode::kAttention>{});
+    case ResidualMode::kGate:
+      return f(Finish<Activation::kNone, ResidualMode::kGate>{});
+    default:
+      return by_activation(Constant<ResidualMode, ResidualMode::kNone>{});
   }
 }
 

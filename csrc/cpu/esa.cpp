@@ -36,8 +36,8 @@ class Esa final : public Operator {
   Shape result(const std::vector<Shape>& in) const override {
     check_channels(in[0], channels_, "x");
     const bool known = in[0].height > 0 && in[0].width > 0;
-    STD_TORCH_CHECK(!known || (in[0].height >= kSmallestSide && in[0].width >= kSmallestSide), layer_.name(),
-                    ": x is ", in[0].height, "x", in[0].width, ", ESA needs ", kSmallestSide, " pixels a side");
+    STD_TORCH_CHECK(!known || (in[0].height >= kSmallestSide && in[0].width >= kSmallestSide), layer_.name(), ": x is ",
+                    in[0].height, "x", in[0].width, ", ESA needs ", kSmallestSide, " pixels a side");
     return {channels_, in[0].height, in[0].width};
   }
 

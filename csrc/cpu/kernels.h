@@ -28,8 +28,8 @@ struct Epilogue {
   int64_t residual_pitch = 0;
 };
 
-// A 3x3 convolution, also the strided one of ESA: output pixel (y, x) reads the 3x3 pixels from `in` + y * in_row_step +
-// x * in_pixel_step on.
+// A 3x3 convolution, also the strided one of ESA: output pixel (y, x) reads the 3x3 pixels from `in` + y * in_row_step
+// + x * in_pixel_step on.
 struct Conv3x3Args {
   const float* in = nullptr;
   int64_t in_pitch = 0, in_step = 0;
@@ -90,8 +90,8 @@ struct EsaGateArgs {
   int64_t small_pitch = 0, small_height = 0, small_width = 0;
   const float* c1 = nullptr;
   int64_t c1_pitch = 0;
-  int64_t mid = 0, mid_step = 0;      // channels of small and c1
-  const float* weights_f = nullptr;   // null: c1 is added as it is
+  int64_t mid = 0, mid_step = 0;     // channels of small and c1
+  const float* weights_f = nullptr;  // null: c1 is added as it is
   const float* bias_f = nullptr;
   const float* weights_4 = nullptr;
   const float* bias_4 = nullptr;

@@ -13,15 +13,14 @@ struct Accumulators {
   }
 
   ESR_INLINE void clear() {
-    ESR_UNROLL for (int v = 0; v < V; ++v) {
-      ESR_UNROLL for (int p = 0; p < P; ++p) a[p][v] = zero();
-    }
+    ESR_UNROLL for (int v = 0; v < V; ++v) { ESR_UNROLL for (int p = 0; p < P; ++p) a[p][v] = zero(); }
   }
 
   // Adds `depth` channels of P pixels, `step` floats apart, times weights [depth][V * lanes]. The order of additions to
   // a pixel does not depend on P, so a pixel's result depends on nothing but its inputs.
   ESR_INLINE void multiply(const float* pixels, int64_t step, int64_t depth, const float* weights) {
-    // One pointer for three pixels: x86 addresses pointer, pointer + step and pointer + 2 step without further registers.
+    // One pointer for three pixels: x86 addresses pointer, pointer + step and pointer + 2 step without further
+    // registers.
     constexpr int kGroups = (P + 2) / 3;
     const float* group[kGroups];
     ESR_UNROLL for (int g = 0; g < kGroups; ++g) group[g] = pixels + 3 * g * step;
@@ -33,7 +32,7 @@ struct Accumulators {
         ESR_UNROLL for (int v = 0; v < V; ++v) a[p][v] = fma(x, w[v], a[p][v]);
       }
       weights += V * kLanes;
-      ESR_UNROLL for (int g = 0; g < kGroups; ++g) ++group[g];
+      ESR_UNROLL for (int g = 0; g < kGroups; ++g)++ group[g];
     }
   }
 

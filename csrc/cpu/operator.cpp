@@ -28,8 +28,7 @@ const Weight& weight_of(const Layer& layer, size_t k, const Weights& weights, co
 
 PackedFloats bias_of(const Layer& layer, size_t k, const Weights& weights, const char* what, int64_t channels,
                      int64_t lanes) {
-  const float* values =
-      layer.weights[k] < 0 ? nullptr : weight_of(layer, k, weights, what, {channels}).values.data();
+  const float* values = layer.weights[k] < 0 ? nullptr : weight_of(layer, k, weights, what, {channels}).values.data();
   return pack_vector(values, channels, lanes);
 }
 
@@ -69,8 +68,8 @@ void complete_rows(const Kernels& kernels, const Run& run, int64_t y0, int64_t y
   export_rows(kernels, run.exports, run.output.layout, run.output.pixels(), 0, y0, y1);
 }
 
-void import_map(const Kernels& kernels, const TensorView& from, const float* shift, const float* scale,
-                const Map& map, const std::vector<TensorView>& exports) {
+void import_map(const Kernels& kernels, const TensorView& from, const float* shift, const float* scale, const Map& map,
+                const std::vector<TensorView>& exports) {
   const MapLayout& m = map.layout;
   ImportArgs a;
   a.tensor = from;

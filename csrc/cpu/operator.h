@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -43,9 +44,9 @@ struct Map {
 // One layer's work on one image.
 struct Run {
   std::vector<Map> inputs;
-  Map output;                         // its ring is null when no later layer reads it
-  std::vector<TensorView> exports;    // the outside tensors that take the result
-  float* temporary = nullptr;         // Operator::temporary_floats()
+  Map output;                       // its ring is null when no later layer reads it
+  std::vector<TensorView> exports;  // the outside tensors that take the result
+  float* temporary = nullptr;       // Operator::temporary_floats()
 };
 
 class Operator {
@@ -95,13 +96,27 @@ std::unique_ptr<Operator> make_esa(const Layer&, const Kernels&, const Weights&)
 std::unique_ptr<Operator> make_bsconv(const Layer&, const Kernels&, const Weights&);
 std::unique_ptr<Operator> make_add(const Layer&, const Kernels&);
 
-// f(first, last) over ranges of 0 .. count - 1 in parallel; `cost` is the number of multiply-adds of one.
+// f(first, last) over ranges of 0 .. count - 1 in parallel; `cost` is the number of multiply-adds of one. Threads draw
+// ranges until none is left: cores are not always equally fast, or equally free.
 template <typename F>
 void parallel_ranges(int64_t count, int64_t cost, const F& f) {
-  // A thread should have some tens of microseconds of work.
+  // A range should be some tens of microseconds of work, and a thread get a few of them.
   constexpr int64_t kLeast = 1000000;
-  const int64_t grain = std::max<int64_t>(1, kLeast / std::max<int64_t>(1, cost));
-  torch::stable::parallel_for(0, count, grain, f);
+  constexpr int64_t kRangesPerThread = 4;
+  const int64_t least = std::max<int64_t>(1, kLeast / std::max<int64_t>(1, cost));
+  const int64_t threads =
+      std::min<int64_t>(static_cast<int64_t>(torch::stable::get_num_threads()), ceil_div(count, least));
+  if (threads <= 1) {
+    f(int64_t{0}, count);
+    return;
+  }
+  const int64_t size = std::max(least, ceil_div(count, threads * kRangesPerThread));
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t first = next.fetch_add(size); first < count; first = next.fetch_add(size)) {
+      f(first, std::min(first + size, count));
+    }
+  });
 }
 
 // Zeroes the ring around rows [y0, y1) of a map: left and right, and above and below at the image's ends.
@@ -115,7 +130,7 @@ void export_rows(const Kernels& kernels, const std::vector<TensorView>& tensors,
 void complete_rows(const Kernels& kernels, const Run& run, int64_t y0, int64_t y1);
 
 // Brings a value into its map, normalised where shift and scale are given, and exports it.
-void import_map(const Kernels& kernels, const TensorView& from, const float* shift, const float* scale,
-                const Map& map, const std::vector<TensorView>& exports);
+void import_map(const Kernels& kernels, const TensorView& from, const float* shift, const float* scale, const Map& map,
+                const std::vector<TensorView>& exports);
 
 }  // namespace esr

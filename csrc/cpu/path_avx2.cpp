@@ -1,5 +1,5 @@
-// The kernels for AVX2: 8 lanes, 16 registers. Every header that may define functions comes before the target region: an inline function
-// of theirs compiled in it could replace, at link time, the copy that older CPUs run.
+// The kernels for AVX2: 8 lanes, 16 registers. Every header that may define functions comes before the target region:
+// an inline function of theirs compiled in it could replace, at link time, the copy that older CPUs run.
 #include "../common/half.h"
 #include "../common/layout.h"
 #include "kernels.h"

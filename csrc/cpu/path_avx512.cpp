@@ -1,5 +1,5 @@
-// The kernels for AVX512: 16 lanes, 32 registers. Every header that may define functions comes before the target region: an inline function
-// of theirs compiled in it could replace, at link time, the copy that older CPUs run.
+// The kernels for AVX512: 16 lanes, 32 registers. Every header that may define functions comes before the target
+// region: an inline function of theirs compiled in it could replace, at link time, the copy that older CPUs run.
 #include "../common/half.h"
 #include "../common/layout.h"
 #include "kernels.h"
@@ -9,7 +9,8 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
 // Undefined registers inside the intrinsics' own header.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"

@@ -16,8 +16,9 @@ struct Constant {
   static constexpr T kValue = kV;
 };
 
+// Each of these uses the ones before it.
+// clang-format off
 #include "vec.h"
-// The order matters: each file uses the ones before it.
 #include "math.h"
 #include "epilogue.h"
 #include "multiply.h"
@@ -28,10 +29,12 @@ struct Constant {
 #include "bsconv.h"
 #include "add.h"
 #include "boundary.h"
+// clang-format on
 
 constexpr Kernels make_kernels(const char* name) {
-  return Kernels{name,     kLanes,    conv3x3, winograd,    winograd_scratch_floats, conv1x1,      max_pool,
-                 esa_gate, depthwise, add_rows, import_rows, export_rows,             shuffle_rows};
+  return Kernels{name,        kLanes,      conv3x3,     winograd,  winograd_scratch_floats,
+                 conv1x1,     max_pool,    esa_gate,    depthwise, add_rows,
+                 import_rows, export_rows, shuffle_rows};
 }
 
 }  // namespace ESR_PATH

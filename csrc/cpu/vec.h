@@ -1,5 +1,6 @@
-// A vector of floats. Included once per path_*.cpp, inside its target region and its namespace, so that nothing compiled
-// for a newer instruction set can be picked by the linker for an older one. No standard header may be included from here.
+// A vector of floats. Included once per path_*.cpp, inside its target region and its namespace, so that nothing
+// compiled for a newer instruction set can be picked by the linker for an older one. No standard header may be included
+// from here.
 //
 // Every operation rounds the same way on all lanes and whatever surrounds it: products that feed a sum are written as
 // fma, so that no compiler may contract one copy of an expression and not another.
@@ -104,9 +105,7 @@ ESR_INLINE Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 ESR_INLINE Vec select_negative(Vec x, Vec a, Vec b) {
   return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_LT_OQ));
 }
-ESR_INLINE Vec select_nan(Vec x, Vec a, Vec b) {
-  return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-}
+ESR_INLINE Vec select_nan(Vec x, Vec a, Vec b) { return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, x, _CMP_UNORD_Q)); }
 ESR_INLINE Vec shift_to_exponent(Vec a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23)); }
 ESR_INLINE __m256i lane_mask(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

@@ -3,7 +3,8 @@
 //
 // A row of 4x4 tiles is done in blocks of kTiles: all input tiles of a block are transformed, then, for each block of
 // output channels, 36 small matrix products follow and the transformation back. A block's data stays in the
-// second-level cache. Tiles are counted from the image's corner, so a tile's result does not depend on the block it is in.
+// second-level cache. Tiles are counted from the image's corner, so a tile's result does not depend on the block it is
+// in.
 
 constexpr int64_t kTiles = 24;  // a multiple of every pixel block
 constexpr int64_t kPositions = 36;
@@ -115,17 +116,22 @@ void winograd_out(const float* sums, int64_t plane, float* pixels) {
   }
 }
 
+// `count` groups of P tiles.
 template <int V, int P>
 void winograd_product(const float* in, int64_t step, int64_t cin, const float* weights, const float* bias,
-                      float* result) {
-  Accumulators<V, P> acc;
-  if (bias != nullptr) {
-    acc.start(bias);
-  } else {
-    acc.clear();
+                      float* result, int64_t count) {
+  for (; count > 0; --count) {
+    Accumulators<V, P> acc;
+    if (bias != nullptr) {
+      acc.start(bias);
+    } else {
+      acc.clear();
+    }
+    acc.multiply(in, step, cin, weights);
+    acc.write(result, V * kLanes);
+    in += P * step;
+    result += P * V * kLanes;
   }
-  acc.multiply(in, step, cin, weights);
-  acc.write(result, V * kLanes);
 }
 
 template <int V>
@@ -136,10 +142,14 @@ void winograd_products(const WinogradArgs& a, const float* transformed, int64_t 
   for (int64_t k = 0; k < kPositions; ++k) {
     // The product for the point (1, 1) is added once to each of the 16 pixels: it carries the bias.
     const float* bias = k == 7 ? a.bias + first_vector * kLanes : nullptr;
-    for (int64_t t = 0; t < tiles; t += P) {
-      with_pixels<P>(tiles - t < P ? tiles - t : P, [&](auto count) {
-        winograd_product<V, decltype(count)::kValue>(transformed + k * plane_in + t * a.in_step, a.in_step, a.cin,
-                                                     weights, bias, products + k * plane_out + t * V * kLanes);
+    const float* in = transformed + k * plane_in;
+    float* out = products + k * plane_out;
+    const int64_t whole = tiles / P, rest = tiles - whole * P;
+    winograd_product<V, P>(in, a.in_step, a.cin, weights, bias, out, whole);
+    if (rest > 0) {
+      with_pixels<P>(rest, [&](auto count) {
+        winograd_product<V, decltype(count)::kValue>(in + whole * P * a.in_step, a.in_step, a.cin, weights, bias,
+                                                     out + whole * P * V * kLanes, 1);
       });
     }
     weights += a.cin * V * kLanes;

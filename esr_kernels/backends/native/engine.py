@@ -107,9 +107,9 @@ def compiled_plan(plan: Plan, weights: list[Tensor], *, compare: bool) -> Compil
     signature = tuple((w.data_ptr(), w._version) for w in weights)
     key = (plan.to_json(), capability)
     packed = per_plan.get(key)
-    if packed is not None and packed.signature == signature:
-        if not compare or all(map(torch.equal, packed.copies, weights)):
-            return packed.compiled
+    unchanged = packed is not None and packed.signature == signature
+    if unchanged and (not compare or all(map(torch.equal, packed.copies, weights))):
+        return packed.compiled
     copies = [w.detach().clone() for w in weights] if compare else []
     per_plan[key] = _Packed(signature, copies, CompiledPlan(plan, weights))
     return per_plan[key].compiled

@@ -1,0 +1,184 @@
+"""`esr-kernels demo`, what `make run` does: a photograph super-resolved, verified and timed against plain PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import math
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .. import imaging
+from ..dispatch import list_backends, select
+from ..imaging import ImageError, Picture
+from ..optimize import optimize
+from ..timing import alternate, machine, machine_line, table, thread_count
+from ._arguments import backend_name, model_name, positive, weights_file
+from .upscale import PUBLISHED, chosen, upscale_picture
+
+# Photographs inside scikit-image's wheel.
+PHOTOGRAPHS = {
+    "astronaut": "astronaut.png",
+    "coffee": "coffee.png",
+    "chelsea": "chelsea.png",
+    "rocket": "rocket.jpg",
+    "motorcycle": "motorcycle_left.png",
+}
+# Published checkpoints, where they lie beside the repository.
+NEARBY = {"span": "team38_span_ch28_slim.pth", "span_tiny": "team39_spantiny_ch26_slim.pth", "rlfn": "team00_rlfn.pth"}
+TOLERANCE = 1e-4  # of the data range
+BORDER = 4  # pixels a side that the challenge's PSNR leaves out
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "demo",
+        help="super-resolve a photograph, verified and timed",
+        description="Super-resolve a photograph: verify the fused network against plain PyTorch, time both in turns, "
+        "write the picture.",
+    )
+    add = parser.add_argument
+    add(
+        "--photo",
+        default="astronaut",
+        choices=sorted(PHOTOGRAPHS),
+        help="one of scikit-image's, downscaled first (default: astronaut)",
+    )
+    add("--image", type=Path, metavar="FILE", help="a picture of yours, used as it is")
+    add("--model", type=model_name, default="span", metavar="NAME", help="default: span")
+    add("--weights", type=weights_file, metavar="FILE", help="a checkpoint of the model")
+    add("--backend", type=backend_name, metavar="NAME", help="default: the fastest that can run")
+    add("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's)")
+    add("--rounds", type=positive, default=7, metavar="N", help="of the timing (default: 7)")
+    add("--output", type=Path, metavar="FILE", help="default: outputs/NAME_x4.png")
+    return parser
+
+
+def _photograph(name: str, scale: int) -> tuple[Picture, Picture]:
+    """The photograph cut to a multiple of the scale, and the same downscaled bicubically."""
+    spec = find_spec("skimage")
+    if spec is None or spec.origin is None:
+        raise ImageError("scikit-image, which has the photographs, is not installed; name a picture with --image")
+    file = Path(spec.origin).parent / "data" / PHOTOGRAPHS[name]
+    original = imaging.read_image(file)
+    height, width = original.height // scale * scale, original.width // scale * scale
+    pixels = np.ascontiguousarray(original.pixels[:height, :width])
+    small = Image.fromarray(pixels).resize((width // scale, height // scale), Image.Resampling.BICUBIC)
+    return Picture(pixels), Picture(np.asarray(small))
+
+
+def psnr(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    """dB between two 8-bit pictures over all channels, without a border of 4 pixels (report section 2.3)."""
+    inner = (slice(BORDER, -BORDER), slice(BORDER, -BORDER))
+    error = float(np.mean((a[inner].astype(np.float64) - b[inner].astype(np.float64)) ** 2))
+    return math.inf if error == 0 else 20 * math.log10(255 / math.sqrt(error))
+
+
+def _nearby_weights(model: str) -> Path | None:
+    """The published checkpoint in `shared/models/weights` beside the repository, if this is one."""
+    if model not in NEARBY:
+        return None
+    file = Path(__file__).resolve().parents[3] / "shared" / "models" / "weights" / NEARBY[model]
+    return file if file.is_file() else None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it all; 1 when the fused network differs from plain PyTorch."""
+    import python_models
+
+    card = python_models.card(args.model)
+    weights = args.weights or _nearby_weights(args.model)
+    torch.manual_seed(0)
+    model = python_models.create(args.model, weights=weights)
+    scale, data_range = int(model.scale), float(model.data_range)  # type: ignore[arg-type]
+    original: Picture | None = None
+    if args.image is not None:
+        picture, name = imaging.read_image(args.image), args.image.stem
+    else:
+        original, picture = _photograph(args.photo, scale)
+        name = args.photo
+    target = args.output or Path("outputs") / f"{name}_x{scale}.png"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    imaging.check_output(target, picture.height * scale, picture.width * scale, alpha=picture.alpha is not None)
+
+    with thread_count(args.threads), chosen(args.backend):
+        fast = optimize(model)
+        device_backend = _backend_of(args.backend)
+        print(machine_line(machine()))
+        print(f"network   {card.title} x{scale} (report section {card.section}), {_millions(model)} parameters")
+        if weights is None:
+            print(f"weights   RANDOM: the picture will be noise. Published weights: {PUBLISHED}; --weights FILE")
+        else:
+            print(f"weights   {weights.name}")
+        how = "downscaled x4 bicubically" if original is not None else "as it is"
+        print(f"picture   {name}, {picture.width} x {picture.height}, {how}")
+        print(f"backend   {device_backend}, {torch.get_num_threads()} threads")
+
+        x = imaging.to_tensor(picture, data_range)
+        twin = python_models.plain(args.model, **model.options)  # type: ignore[arg-type]
+        twin.load_state_dict(model.state_dict())
+        twin.requires_grad_(False)
+        with torch.inference_mode():
+            difference = float((fast(x) - twin(x)).abs().max())
+        print(
+            f"verified  largest difference from plain PyTorch {difference:.2e}, "
+            f"{difference / data_range:.1e} of the data range (allowed {TOLERANCE:.0e})"
+        )
+        if not difference <= TOLERANCE * data_range:
+            print("error: the fused network differs from plain PyTorch", file=sys.stderr)
+            return 1
+        _time(fast, twin, x, args.rounds)
+        result = upscale_picture(fast, picture)
+    if original is not None:
+        bicubic = Image.fromarray(picture.pixels).resize((original.width, original.height), Image.Resampling.BICUBIC)
+        print(
+            f"PSNR      {psnr(result.pixels, original.pixels):.2f} dB, bicubic interpolation "
+            f"{psnr(np.asarray(bicubic), original.pixels):.2f} dB"
+        )
+    imaging.write_image(target, result)
+    print(f"written   {target} ({result.width} x {result.height})")
+    return 0
+
+
+def _backend_of(requested: str | None) -> str:
+    """The backend that runs a plan on this device."""
+    implementation = select("run_plan", "cpu", torch.float32, requested)
+    for status in list_backends():
+        with contextlib.suppress(Exception):
+            if status.available and select("run_plan", "cpu", torch.float32, status.name) is implementation:
+                return status.name
+    return requested or "reference"
+
+
+def _millions(model: torch.nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f} million"
+
+
+def _time(fast: torch.nn.Module, twin: torch.nn.Module, x: Tensor, rounds: int) -> None:
+    last = copy.deepcopy(twin).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x_last = x.contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        timings = alternate(
+            {
+                "PyTorch eager": lambda: twin(x),
+                "PyTorch eager, channels_last": lambda: last(x_last),
+                "esr_kernels": lambda: fast(x),
+            },
+            rounds=rounds,
+            progress=True,
+            budget=40,
+        )
+    ours = timings["esr_kernels"].median
+    rows = [
+        [name, f"{t.median * 1e3:.1f}", f"{t.minimum * 1e3:.1f}", f"{t.median / ours:.2f}x"]
+        for name, t in timings.items()
+    ]
+    print(table(["timed in turns", "median ms", "best ms", "of esr_kernels"], rows))

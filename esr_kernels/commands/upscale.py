@@ -1,0 +1,236 @@
+"""`esr-kernels upscale`: pictures and folders of pictures."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .. import imaging
+from ..dispatch import use_backend
+from ..imaging import EXTENSIONS, ImageError, Picture
+from ..optimize import OptimizedModel, optimize
+from ..tiling import ALIGNMENT, exact_overlap, plan_tiles, tile_size, upscale_tiles
+from ..timing import thread_count
+from ._arguments import backend_name, dtype_name, model_name, positive, weights_file
+
+PUBLISHED = "the challenge's repository, github.com/Amazingren/NTIRE2024_ESR, has them in its folder model_zoo"
+
+
+def _tile(text: str) -> int | str | None:
+    if text in ("auto", "none"):
+        return None if text == "none" else text
+    if text.isdecimal() and int(text) >= ALIGNMENT and int(text) % ALIGNMENT == 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f'expected "auto", "none" or a multiple of {ALIGNMENT} pixels, got {text!r}')
+
+
+def _overlap(text: str) -> int:
+    if text.isdecimal() and int(text) % ALIGNMENT == 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a multiple of {ALIGNMENT} pixels, got {text!r}")
+
+
+def _megapixels(text: str) -> int:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"expected millions of pixels above 0, got {text!r}")
+    return int(value * 1e6)
+
+
+def _quality(text: str) -> int:
+    if text.isdecimal() and 1 <= int(text) <= 100:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected 1..100, got {text!r}")
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "upscale",
+        help="super-resolve pictures",
+        description="Super-resolve PNG, JPEG and WebP pictures. Depth (8 or 16 bits), grey, transparency and colour "
+        "profile are kept, EXIF orientation is applied. Large pictures are done in tiles, in bounded memory.",
+    )
+    add = parser.add_argument
+    add("inputs", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="pictures, or folders of pictures")
+    add("-o", "--output", type=Path, required=True, metavar="OUT", help="a file for one picture, else a folder")
+    add("--model", type=model_name, default="span", metavar="NAME", help="default: span")
+    add("--weights", type=weights_file, metavar="FILE", help="a checkpoint of the model")
+    add("--random-weights", action="store_true", help="run without a checkpoint; the result is noise")
+    add("--backend", type=backend_name, metavar="NAME", help="default: the fastest that can run")
+    add("--dtype", type=dtype_name, default="float32", metavar="NAME", help="default: float32")
+    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    add("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's)")
+    add("--tile", type=_tile, default="auto", metavar="N|auto|none", help="tiles of N pixels a side (default: auto)")
+    add("--overlap", type=_overlap, metavar="N", help="of tiles; default: enough for the same result as without tiles")
+    add("--max-pixels", type=_megapixels, default=imaging.MAX_PIXELS, metavar="MILLIONS", help="default: 100")
+    add("--quality", type=_quality, default=95, metavar="1..100", help="of JPEG and WebP (default: 95)")
+    add("--format", choices=["png", "jpg", "webp"], help="of the results in a folder (default: as the picture's)")
+    add("--recursive", action="store_true", help="folders with their subfolders")
+    add("--overwrite", action="store_true", help="replace results that exist")
+    add("--progress", action="store_true", help="show progress even when the output is not a terminal")
+    return parser
+
+
+def _jobs(args: argparse.Namespace, scale: int) -> list[tuple[Path, Path]]:
+    """(picture, result) pairs, checked against one another before any work."""
+    sources: list[tuple[Path, Path]] = []  # picture, its path below the output folder
+    for given in args.inputs:
+        if given.is_dir():
+            found = sorted(p for p in (given.rglob("*") if args.recursive else given.glob("*")) if p.is_file())
+            pictures = [p for p in found if p.suffix.lower() in EXTENSIONS]
+            if not pictures:
+                raise ImageError(f"{given}: no pictures ({', '.join(EXTENSIONS)}) in this folder")
+            sources += [(p, p.relative_to(given)) for p in pictures]
+        elif given.exists():
+            sources.append((given, Path(given.name)))
+        else:
+            raise FileNotFoundError(f"{given}: no such file or folder")
+    out: Path = args.output
+    single = len(sources) == 1 and not args.inputs[0].is_dir() and not out.is_dir() and out.suffix != ""
+    if single:
+        imaging.format_of(out)
+        jobs = [(sources[0][0], out)]
+    else:
+        if out.exists() and not out.is_dir():
+            raise ImageError(f"{out}: exists and is not a folder; several pictures need one")
+        jobs = []
+        for source, below in sources:
+            suffix = f".{args.format}" if args.format else source.suffix.lower()
+            suffix = suffix if suffix in EXTENSIONS else ".png"
+            jobs.append((source, out / below.with_name(f"{below.stem}_x{scale}{suffix}")))
+    taken: dict[Path, Path] = {}
+    for source, target in jobs:
+        if target in taken:
+            raise ImageError(f"{source} and {taken[target]} would both be written to {target}")
+        taken[target] = source
+        if target.resolve() == source.resolve():
+            raise ImageError(f"{source}: the result would replace the picture itself")
+    for _, target in jobs:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    return jobs
+
+
+def load_network(
+    name: str, weights: Path | None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> OptimizedModel:
+    """The named network, optimised, with the checkpoint's weights (None: random).
+
+    Raises:
+        ImageError: the device is not there.
+    """
+    import python_models
+
+    model = python_models.create(name, weights=weights)
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ImageError(f"device: {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    fast = optimize(model, dtype=None if dtype == torch.float32 else dtype)
+    if fast.report().left:
+        print(f"note: {fast.report()}", file=sys.stderr)
+    return fast
+
+
+def upscale_picture(
+    model: OptimizedModel,
+    picture: Picture,
+    *,
+    device: str = "cpu",
+    tile: int | str | None = "auto",
+    overlap: int | None = None,
+    progress: Any = None,
+) -> Picture:
+    """The picture super-resolved; depth, grey, transparency and profile stay.
+
+    Raises:
+        ValueError: it is smaller than the network can take, or as `esr_kernels.tiling.upscale_tiles`.
+    """
+    scale, data_range = int(model.scale), float(model.data_range)  # type: ignore[arg-type]
+    x = imaging.to_tensor(picture, data_range).to(device)
+    height, width = picture.height * scale, picture.width * scale
+    pixels = np.empty((height, width, picture.pixels.shape[2]), picture.pixels.dtype)
+    for top, left, part in upscale_tiles(model, x, tile=tile, overlap=overlap, progress=progress):
+        done = imaging.quantize(part, data_range, picture.depth, picture.grey)
+        pixels[top : top + done.shape[0], left : left + done.shape[1]] = done
+    alpha = None if picture.alpha is None else imaging.resize_alpha(picture.alpha, height, width)
+    return Picture(pixels, alpha, picture.icc_profile, picture.exif)
+
+
+@contextlib.contextmanager
+def chosen(backend: str | None) -> Iterator[None]:
+    with use_backend(backend) if backend else contextlib.nullcontext():
+        yield
+
+
+def _one(args: argparse.Namespace, model: OptimizedModel, source: Path, target: Path, bar: tqdm[Any]) -> None:
+    if target.exists() and not args.overwrite:
+        raise ImageError(f"{target}: exists; replace it with --overwrite")
+    picture = imaging.read_image(source, max_pixels=args.max_pixels)
+    scale = int(model.scale)  # type: ignore[arg-type]
+    imaging.check_output(target, picture.height * scale, picture.width * scale, alpha=picture.alpha is not None)
+    overlap = exact_overlap(model) if args.overlap is None else args.overlap
+    tiles = plan_tiles(
+        picture.height, picture.width, tile_size(picture.height, picture.width, args.tile, overlap), overlap
+    )
+    bar.set_postfix_str(source.name)
+    step = 1 / len(tiles)
+    result = upscale_picture(
+        model,
+        picture,
+        device=args.device,
+        tile=args.tile,
+        overlap=args.overlap,
+        progress=lambda done, total: bar.update(step),
+    )
+    imaging.write_image(target, result, quality=args.quality)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Upscale; a picture that fails is reported and the others go on."""
+    if args.weights is None and not args.random_weights:
+        print(
+            f"error: --weights: {args.model} needs a checkpoint; this project has none of its own yet, {PUBLISHED}. "
+            "--random-weights runs without one, for a test",
+            file=sys.stderr,
+        )
+        return 2
+    import python_models
+
+    from ..cases import DTYPES
+
+    scale = python_models.card(args.model).scale
+    jobs = _jobs(args, scale)
+    failed = 0
+    with thread_count(args.threads), chosen(args.backend):
+        model = load_network(args.model, args.weights, DTYPES[args.dtype], args.device)
+        if int(model.scale) != scale:  # type: ignore[arg-type]
+            jobs = _jobs(args, int(model.scale))  # type: ignore[arg-type]
+        shown = args.progress or sys.stderr.isatty()
+        layout = "{l_bar}{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+        with tqdm(total=len(jobs), unit="picture", disable=not shown, file=sys.stderr, bar_format=layout) as bar:
+            for number, (source, target) in enumerate(jobs, 1):
+                try:
+                    _one(args, model, source, target, bar)
+                except (ValueError, OSError, MemoryError) as error:
+                    failed += 1
+                    reason = str(error) or type(error).__name__
+                    where = "" if str(source) in reason or str(target) in reason else f"{source}: "
+                    tqdm.write(f"error: {where}{reason}", file=sys.stderr)
+                else:
+                    tqdm.write(str(target), file=sys.stdout)
+                bar.n = number
+                bar.refresh()
+    if len(jobs) > 1:
+        print(f"{len(jobs) - failed} of {len(jobs)} pictures upscaled", file=sys.stderr)
+    return 1 if failed else 0

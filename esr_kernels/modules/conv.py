@@ -1,0 +1,101 @@
+"""`nn.Conv2d` with the fused operators: same parameters and state dict, activation and residual in the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import functional
+from ..library import ACTIVATIONS
+from ._arguments import positive
+
+
+class _Conv(nn.Conv2d):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        bias: bool,
+        activation: str,
+        negative_slope: float,
+        factory: dict[str, Any],
+    ) -> None:
+        positive(in_channels=in_channels, out_channels=out_channels)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias, **factory)
+        self.activation = activation
+        self.negative_slope = float(negative_slope)
+
+    def extra_repr(self) -> str:
+        activation = "" if self.activation == "none" else f", activation={self.activation}"
+        return super().extra_repr() + activation
+
+
+class Conv3x3(_Conv):
+    """3x3 convolution, stride 1, zero padding 1, with activation and residual: `functional.conv3x3`.
+
+    Args:
+        in_channels, out_channels: at least 1.
+        bias: whether there is one.
+        activation, negative_slope: as in `functional.conv3x3`.
+        factory: `device` and `dtype` of the parameters.
+
+    State dict: weight [O, C, 3, 3], bias [O].
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        bias: bool = True,
+        activation: str = "none",
+        negative_slope: float = 0.05,
+        **factory: Any,
+    ) -> None:
+        super().__init__(in_channels, out_channels, 3, bias, activation, negative_slope, factory)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, residual_mode: str = "post") -> Tensor:
+        """[N, C, H, W] -> [N, O, H, W]; residual [N, O, H, W] with its mode as in `functional.conv3x3`."""
+        return functional.conv3x3(
+            x,
+            self.weight,
+            self.bias,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            residual=residual,
+            residual_mode=residual_mode,
+        )
+
+
+class Conv1x1(_Conv):
+    """1x1 convolution of one tensor or of the concatenation of several, with activation: `functional.conv1x1`.
+
+    Args:
+        in_channels: of all inputs together.
+        out_channels, bias, activation, negative_slope, factory: as in `Conv3x3`.
+
+    State dict: weight [O, C, 1, 1], bias [O].
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        bias: bool = True,
+        activation: str = "none",
+        negative_slope: float = 0.05,
+        **factory: Any,
+    ) -> None:
+        super().__init__(in_channels, out_channels, 1, bias, activation, negative_slope, factory)
+
+    def forward(self, xs: Tensor | Sequence[Tensor]) -> Tensor:  # type: ignore[override]
+        """One [N, C, H, W] or several [N, C_i, H, W] -> [N, O, H, W]; several are never concatenated."""
+        return functional.conv1x1(
+            xs, self.weight, self.bias, activation=self.activation, negative_slope=self.negative_slope
+        )

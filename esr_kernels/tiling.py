@@ -1,0 +1,171 @@
+"""Upscaling large pictures tile by tile in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Tiles begin at multiples of this, as kernels may treat a pixel by its position modulo 4 (Winograd).
+ALIGNMENT = 8
+# Input pixels that the automatic choice computes at once. A x4 network of 32 channels needs about 1 KiB for each.
+AUTO_PIXELS = 2**20
+# Overlap for networks that look at the whole image (enhanced spatial attention): their tiles differ slightly.
+UNBOUNDED_OVERLAP = 64
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A part of the input, in pixels: what is kept, and the larger window that is computed for it.
+
+    Attributes:
+        top, bottom, left, right: what is kept.
+        window_top, window_bottom, window_left, window_right: what is computed.
+    """
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+    window_top: int
+    window_bottom: int
+    window_left: int
+    window_right: int
+
+
+def exact_overlap(model: nn.Module) -> int:
+    """Pixels that tiles must overlap a side for a result equal to that of the whole image.
+
+    An output pixel depends on `receptive_radius` pixels a side; with Winograd its rounding depends on the 4x4 tile it
+    is computed in, in every layer, so four times that many are taken. Networks without a bound get
+    `UNBOUNDED_OVERLAP`, which hides the seams but is not exact.
+    """
+    radius = getattr(model, "receptive_radius", None)
+    if radius is None:
+        return UNBOUNDED_OVERLAP
+    return -(-4 * int(radius) // ALIGNMENT) * ALIGNMENT
+
+
+def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, int, int]]:
+    """(begin, end, window begin, window end) along one axis."""
+    return [
+        (begin, min(begin + tile, length), max(begin - overlap, 0), min(begin + tile + overlap, length))
+        for begin in range(0, length, tile)
+    ]
+
+
+def tile_size(height: int, width: int, tile: int | str | None, overlap: int) -> tuple[int, int]:
+    """Height and width of the kept part of a tile.
+
+    Args:
+        height, width: of the picture.
+        tile: pixels a side, "auto" or None for the whole picture at once.
+        overlap: as `exact_overlap`.
+
+    Raises:
+        TypeError, ValueError: tile is something else.
+    """
+    if tile is None:
+        return height, width
+    if tile == "auto":
+        if height * width <= AUTO_PIXELS:
+            return height, width
+        # Strips over the full width overlap at two sides only, as long as they are not all overlap.
+        rows = AUTO_PIXELS // (width + 2 * overlap) - 2 * overlap
+        if rows >= 2 * overlap + ALIGNMENT:
+            return rows // ALIGNMENT * ALIGNMENT, width
+        side = max(int(AUTO_PIXELS**0.5) - 2 * overlap, ALIGNMENT)
+        return side // ALIGNMENT * ALIGNMENT, side // ALIGNMENT * ALIGNMENT
+    if isinstance(tile, bool) or not isinstance(tile, int):
+        raise TypeError(f'tile: expected a number of pixels, "auto" or None, got {tile!r}')
+    if tile < ALIGNMENT or tile % ALIGNMENT:
+        raise ValueError(f"tile: expected a multiple of {ALIGNMENT} pixels, got {tile}")
+    return tile, tile
+
+
+def plan_tiles(height: int, width: int, tile: tuple[int, int], overlap: int) -> list[Tile]:
+    """The tiles of a picture, row by row; windows end at the picture's border, where the network pads as always."""
+    return [
+        Tile(top, bottom, left, right, window_top, window_bottom, window_left, window_right)
+        for top, bottom, window_top, window_bottom in _spans(height, tile[0], overlap)
+        for left, right, window_left, window_right in _spans(width, tile[1], overlap)
+    ]
+
+
+def upscale_tiles(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    tile: int | str | None = "auto",
+    overlap: int | None = None,
+    progress: Callable[[int, int], Any] | None = None,
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Upscale a picture tile by tile.
+
+    Args:
+        model: with the attributes `scale`, `minimum_size` and `receptive_radius`.
+        x: [N, C, H, W].
+        tile: pixels a side (a multiple of 8), "auto" or None for the whole picture at once.
+        overlap: pixels a side (a multiple of 8); None: enough for a result that does not depend on the tiling.
+        progress: called with the tiles done and all tiles.
+
+    Yields:
+        top and left of a part of the result, and that part [N, C, h, w].
+
+    Raises:
+        TypeError, ValueError: tile or overlap is not one of those, or the picture or a tile is smaller than the network
+            can take.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"x: expected 4 dimensions [N, C, H, W], got shape {list(x.shape)}")
+    height, width = int(x.shape[2]), int(x.shape[3])
+    smallest = int(getattr(model, "minimum_size", 1))
+    if min(height, width) < smallest:
+        raise ValueError(
+            f"the network needs pictures of at least {smallest} x {smallest} pixels, got {height} x {width}"
+        )
+    if overlap is None:
+        overlap = exact_overlap(model)
+    elif isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 0 or overlap % ALIGNMENT:
+        raise ValueError(f"overlap: expected a multiple of {ALIGNMENT} pixels, got {overlap!r}")
+    scale = int(model.scale)  # type: ignore[arg-type]
+    tiles = plan_tiles(height, width, tile_size(height, width, tile, overlap), overlap)
+    for t in tiles:
+        if min(t.window_bottom - t.window_top, t.window_right - t.window_left) < smallest:
+            raise ValueError(f"tile: tiles and their overlap must reach {smallest} pixels, which the network needs")
+    for done, t in enumerate(tiles, 1):
+        with torch.inference_mode():
+            y = model(x[:, :, t.window_top : t.window_bottom, t.window_left : t.window_right])
+        top, left = (t.top - t.window_top) * scale, (t.left - t.window_left) * scale
+        part = y[:, :, top : top + (t.bottom - t.top) * scale, left : left + (t.right - t.left) * scale]
+        if progress is not None:
+            progress(done, len(tiles))
+        yield t.top * scale, t.left * scale, part
+
+
+def upscale_tensor(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    tile: int | str | None = "auto",
+    overlap: int | None = None,
+    progress: Callable[[int, int], Any] | None = None,
+) -> Tensor:
+    """The whole result of `upscale_tiles`: [N, C, H, W] -> [N, C, H r, W r].
+
+    Raises:
+        TypeError, ValueError: as `upscale_tiles`.
+    """
+    out: Tensor | None = None
+    scale = int(model.scale)  # type: ignore[arg-type]
+    for top, left, part in upscale_tiles(model, x, tile=tile, overlap=overlap, progress=progress):
+        if part.shape[2:] == (x.shape[2] * scale, x.shape[3] * scale):
+            return part
+        if out is None:
+            out = part.new_empty((*part.shape[:2], x.shape[2] * scale, x.shape[3] * scale))
+        out[:, :, top : top + part.shape[2], left : left + part.shape[3]] = part
+    assert out is not None
+    return out

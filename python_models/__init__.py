@@ -1,0 +1,18 @@
+"""The networks of the NTIRE 2024 Efficient Super-Resolution challenge, rebuilt from `esr_kernels`.
+
+    model = python_models.create("span", weights="span.pth")
+    sharp = model(image)  # [N, 3, H, W] in [0, model.data_range] -> [N, 3, 4 H, 4 W]
+
+One file per network. Each is checked against the published checkpoint; the checkpoints themselves are in the
+challenge's public repository.
+"""
+
+from importlib import import_module
+
+from .registry import ModelCard, card, create, list_models, plain
+
+__all__ = ["ModelCard", "card", "create", "list_models", "plain"]
+
+# Each file registers its models; `list_models` has this order.
+for _name in ("span", "rlfn"):
+    import_module(f".{_name}", __name__)

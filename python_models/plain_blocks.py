@@ -1,0 +1,72 @@
+"""Blocks of the plain PyTorch twins: what the networks are compared with and timed against.
+
+Written with `nn.Conv2d` and in-place activations as the published networks are, with the same state-dict names as the
+fused modules in deploy form.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class PlainConv3XC(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__()
+        self.eval_conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.eval_conv(x)
+
+
+class PlainSPAB(nn.Module):
+    def __init__(self, channels: int, bias: bool = True) -> None:
+        super().__init__()
+        self.c1_r = PlainConv3XC(channels, channels, bias)
+        self.c2_r = PlainConv3XC(channels, channels, bias)
+        self.c3_r = PlainConv3XC(channels, channels, bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mid = F.silu(self.c1_r(x), inplace=True)
+        h = self.c3_r(F.silu(self.c2_r(mid), inplace=True))
+        return (h + x) * (h.sigmoid() - 0.5), mid
+
+
+class PlainESA(nn.Module):
+    def __init__(self, channels: int, esa_channels: int = 16) -> None:
+        super().__init__()
+        f = esa_channels
+        self.conv1 = nn.Conv2d(channels, f, 1)
+        self.conv_f = nn.Conv2d(f, f, 1)
+        self.conv2 = nn.Conv2d(f, f, 3, stride=2)
+        self.conv3 = nn.Conv2d(f, f, 3, padding=1)
+        self.conv4 = nn.Conv2d(f, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c1 = self.conv1(x)
+        y = self.conv3(F.max_pool2d(self.conv2(c1), 7, 3))
+        y = F.interpolate(y, size=x.shape[2:], mode="bilinear", align_corners=False)
+        return x * self.conv4(y + self.conv_f(c1)).sigmoid()
+
+
+class PlainRLFB(nn.Module):
+    def __init__(self, channels: int, mid_channels: int, esa_channels: int = 16, negative_slope: float = 0.05) -> None:
+        super().__init__()
+        self.c1_r = nn.Conv2d(channels, mid_channels, 3, padding=1)
+        self.c2_r = nn.Conv2d(mid_channels, mid_channels, 3, padding=1)
+        self.c3_r = nn.Conv2d(mid_channels, channels, 3, padding=1)
+        self.c5 = nn.Conv2d(channels, channels, 1)
+        self.esa = PlainESA(channels, esa_channels)
+        self.negative_slope = negative_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for conv in (self.c1_r, self.c2_r, self.c3_r):
+            y = F.leaky_relu(conv(y), self.negative_slope, inplace=True)
+        return self.esa(self.c5(y + x))
+
+
+def plain_upsampler(channels: int, out_channels: int, upscale: int, bias: bool = True) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, out_channels * upscale**2, 3, padding=1, bias=bias), nn.PixelShuffle(upscale)
+    )

@@ -1,0 +1,138 @@
+"""RLFN, the challenge's baseline.
+
+Report section 2.2; Kong et al., "Residual Local Feature Network for Efficient Super-Resolution" (winner of the 2022
+challenge), in the pruned form the organisers measured everybody against.
+
+    conv_1          3 -> C  --------.
+    block_1 ... block_4     RLFB    |   three 3x3 with LeakyReLU 0.05 (M channels inside), + input, 1x1, ESA
+    conv_2          C -> C          |
+    +  <----------------------------'
+    upsampler       C -> 3 r r, pixel shuffle
+
+Particular: works in 0..255 from end to end; no residual around the attention; the attention's gate is pooled from and
+resized to the whole image, so an output pixel depends on all of it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from esr_kernels.modules import RLFB, Conv3x3, PixelShuffleUpsampler
+from esr_kernels.modules._arguments import positive
+
+from .base import Network
+from .plain_blocks import PlainRLFB, plain_upsampler
+from .registry import ModelCard, register
+
+
+class RLFN(Network):
+    """RLFN (report section 2.2).
+
+    Args:
+        feature_channels, mid_channels: widths of the body and inside the blocks, C and M.
+        num_blocks: RLFBs, at least 1.
+        esa_channels: width of the attention's branch.
+        upscale: 1, 2, 3, 4, ...
+        in_channels, out_channels: of the images.
+
+    Images [N, in_channels, H, W] in [0, 255], at least 15 x 15; result [N, out_channels, r H, r W], not clamped.
+    """
+
+    name = "rlfn"
+    data_range = 255.0
+    receptive_radius = None
+    minimum_size = RLFB.minimum_size
+
+    def __init__(
+        self,
+        *,
+        feature_channels: int = 46,
+        mid_channels: int = 48,
+        num_blocks: int = 4,
+        esa_channels: int = 16,
+        upscale: int = 4,
+        in_channels: int = 3,
+        out_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        positive(num_blocks=num_blocks)
+        c = feature_channels
+        self.scale, self.in_channels, self.num_blocks = upscale, in_channels, num_blocks
+        self.conv_1 = Conv3x3(in_channels, c)
+        for i in range(1, num_blocks + 1):
+            self.add_module(f"block_{i}", RLFB(c, mid_channels, esa_channels=esa_channels))
+        self.conv_2 = Conv3x3(c, c)
+        self.upsampler = PixelShuffleUpsampler(c, out_channels, upscale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        shallow = self.conv_1(x)
+        y = shallow
+        for i in range(1, self.num_blocks + 1):
+            y = self.get_submodule(f"block_{i}")(y)
+        return self.upsampler(self.conv_2(y, residual=shallow))
+
+
+class PlainRLFN(Network):
+    """`RLFN` in plain PyTorch."""
+
+    name = "rlfn"
+    data_range = 255.0
+    minimum_size = RLFN.minimum_size
+
+    def __init__(
+        self,
+        *,
+        feature_channels: int = 46,
+        mid_channels: int = 48,
+        num_blocks: int = 4,
+        esa_channels: int = 16,
+        upscale: int = 4,
+        in_channels: int = 3,
+        out_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        c = feature_channels
+        self.scale, self.in_channels, self.num_blocks = upscale, in_channels, num_blocks
+        self.conv_1 = nn.Conv2d(in_channels, c, 3, padding=1)
+        for i in range(1, num_blocks + 1):
+            self.add_module(f"block_{i}", PlainRLFB(c, mid_channels, esa_channels))
+        self.conv_2 = nn.Conv2d(c, c, 3, padding=1)
+        self.upsampler = plain_upsampler(c, out_channels, upscale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shallow = self.conv_1(x)
+        y = shallow
+        for i in range(1, self.num_blocks + 1):
+            y = self.get_submodule(f"block_{i}")(y)
+        return self.upsampler(self.conv_2(y) + shallow)
+
+
+register(
+    ModelCard(
+        name="rlfn",
+        title="RLFN",
+        team="RLFN (Baseline)",
+        team_id=0,
+        section="2.2",
+        parameters=317_218,
+        flops=19_674_859_520,
+        data_range=255.0,
+        table1={
+            "psnr_val": 26.96,
+            "psnr_test": 27.07,
+            "runtime_val_ms": 14.35,
+            "runtime_test_ms": 9.19,
+            "runtime_ms": 11.77,
+            "params_m": 0.317,
+            "flops_g": 19.67,
+            "score_runtime": 7.39,
+            "score_params": 7.39,
+            "score_flops": 7.39,
+            "score": 7.39,
+            "rank": None,
+        },
+    ),
+    RLFN,
+    PlainRLFN,
+)

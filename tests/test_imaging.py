@@ -1,0 +1,268 @@
+"""Reading and writing pictures."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import png
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from esr_kernels import imaging
+from esr_kernels.imaging import ImageError, Picture, read_image, write_image
+
+
+def noise(height, width, channels, dtype, seed=0):
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, np.iinfo(dtype).max, (height, width, channels), dtype, endpoint=True)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_png_keeps_everything(tmp_path, dtype, channels, alpha):
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[0x010E] = "a description"
+    transparency = noise(13, 17, 1, dtype, 1)[..., 0] if alpha else None
+    picture = Picture(noise(13, 17, channels, dtype), transparency, icc, exif.tobytes())
+    write_image(tmp_path / "a.png", picture)
+    back = read_image(tmp_path / "a.png")
+    assert back.depth == picture.depth and back.grey == picture.grey
+    np.testing.assert_array_equal(back.pixels, picture.pixels)
+    if alpha:
+        np.testing.assert_array_equal(back.alpha, transparency)
+    else:
+        assert back.alpha is None
+    assert back.icc_profile == icc
+    loaded = Image.Exif()
+    loaded.load(back.exif)
+    assert loaded[0x010E] == "a description"
+
+
+@pytest.mark.parametrize(("name", "quality"), [("a.jpg", 95), ("a.jpeg", 100), ("a.webp", 90), ("a.webp", 100)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_lossy_formats(tmp_path, name, quality, dtype):
+    ramp = np.linspace(0, np.iinfo(dtype).max, 40 * 40).reshape(40, 40, 1).astype(dtype)
+    picture = Picture(np.repeat(ramp, 3, 2), icc_profile=b"not checked", exif=None)
+    write_image(tmp_path / name, picture, quality=quality)
+    back = read_image(tmp_path / name)
+    assert back.depth == 8 and back.icc_profile == b"not checked"
+    wanted = picture.pixels if dtype == np.uint8 else (picture.pixels / 257).round()
+    difference = np.abs(back.pixels.astype(float) - wanted)
+    assert difference.max() <= (0 if (name, quality) == ("a.webp", 100) else 6)
+
+
+def test_grey_jpeg_stays_grey(tmp_path):
+    Image.fromarray(noise(20, 20, 1, np.uint8)[..., 0]).save(tmp_path / "g.jpg")
+    assert read_image(tmp_path / "g.jpg").grey
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+def test_exif_orientation_is_applied_and_reset(tmp_path, orientation, name):
+    from PIL import ImageOps
+
+    image = Image.fromarray(np.kron(noise(4, 6, 3, np.uint8), np.ones((8, 8, 1), np.uint8)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif[0x010E] = "kept"
+    image.save(tmp_path / name, exif=exif)
+    with Image.open(tmp_path / name) as saved:
+        expected = np.asarray(ImageOps.exif_transpose(saved).convert("RGB"))
+    picture = read_image(tmp_path / name)
+    np.testing.assert_array_equal(picture.pixels, expected)
+    again = Image.Exif()
+    again.load(picture.exif)
+    assert 0x0112 not in again and again[0x010E] == "kept"
+
+
+def test_deep_png_with_orientation(tmp_path):
+    picture = Picture(noise(5, 9, 3, np.uint16))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write_image(tmp_path / "a.png", Picture(picture.pixels, None, None, exif.tobytes()))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png").pixels, np.rot90(picture.pixels, 3))
+
+
+def test_palettes_and_transparent_colours(tmp_path):
+    rgba = Image.fromarray(np.concatenate([noise(9, 9, 3, np.uint8), noise(9, 9, 1, np.uint8)], -1))
+    rgba.convert("P").save(tmp_path / "p.png")
+    assert read_image(tmp_path / "p.png").pixels.shape == (9, 9, 3)
+    rgba.quantize(16).save(tmp_path / "pa.png")
+    assert read_image(tmp_path / "pa.png").alpha is not None
+    Image.fromarray(noise(9, 9, 3, np.uint8)).convert("1").save(tmp_path / "b.png")
+    bits = read_image(tmp_path / "b.png")
+    assert bits.grey and set(np.unique(bits.pixels)) <= {0, 255}
+    pixels = noise(4, 5, 3, np.uint16)
+    with (tmp_path / "t.png").open("wb") as file:
+        writer = png.Writer(5, 4, greyscale=False, bitdepth=16, transparent=tuple(int(v) for v in pixels[2, 3]))
+        writer.write(file, pixels.reshape(4, 15).tolist())
+    keyed = read_image(tmp_path / "t.png")
+    assert keyed.depth == 16 and keyed.alpha[2, 3] == 0 and keyed.alpha[0, 0] == 65535
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr"])
+def test_other_colour_spaces_become_rgb(tmp_path, mode):
+    Image.new("RGB", (8, 8), (200, 30, 60)).convert(mode).save(tmp_path / "a.jpg", quality=100)
+    picture = read_image(tmp_path / "a.jpg")
+    assert np.abs(picture.pixels.astype(int) - [200, 30, 60]).max() <= 4
+
+
+def bomb(width, height, depth=8):
+    """A PNG header that promises a huge picture, with almost no data behind it."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_enormous_pictures_are_refused_before_decoding(tmp_path, depth):
+    (tmp_path / "bomb.png").write_bytes(bomb(50_000, 50_000, depth))
+    with pytest.raises(ImageError, match=r"50000 x 50000 is more than 100 million pixels; allow it with --max-pixels"):
+        read_image(tmp_path / "bomb.png")
+    (tmp_path / "small.png").write_bytes(bomb(20, 20, depth))
+    with pytest.raises(ImageError, match=r"more than 0\.0003 million pixels"):
+        read_image(tmp_path / "small.png", max_pixels=300)
+    before = Image.MAX_IMAGE_PIXELS
+    assert before is not None, "Pillow's own limit stays as it was"
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_image(tmp_path / "nothing.png")
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"GIF89a" + bytes(50), b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0"])
+def test_not_pictures(tmp_path, data):
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(ImageError, match=r"a\.png: (not a PNG, JPEG or WebP picture|damaged picture)"):
+        read_image(tmp_path / "a.png")
+
+
+def test_animations_are_refused(tmp_path):
+    frames = [Image.fromarray(noise(8, 8, 3, np.uint8, i)) for i in range(3)]
+    for name in ("a.png", "a.webp"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        with pytest.raises(ImageError, match="an animation of 3 pictures"):
+            read_image(tmp_path / name)
+
+
+def encoded(kind, deep=False):
+    buffer = io.BytesIO()
+    if deep:
+        pixels = noise(12, 11, 3, np.uint16)
+        png.Writer(11, 12, greyscale=False, bitdepth=16).write(buffer, pixels.reshape(12, 33).tolist())
+    else:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(noise(12, 11, 3, np.uint8)).save(buffer, kind, exif=exif)
+    return buffer.getvalue()
+
+
+FILES = {"png": encoded("PNG"), "jpg": encoded("JPEG"), "webp": encoded("WEBP"), "deep.png": encoded("PNG", True)}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_truncated_pictures(tmp_path, name, share):
+    data = FILES[name]
+    (tmp_path / f"a.{name}").write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(ImageError, match=r"damaged picture|not a PNG"):
+        read_image(tmp_path / f"a.{name}")
+
+
+@pytest.mark.parametrize("name", FILES)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=8))
+def test_mutated_pictures_never_raise_anything_else(tmp_path, name, changes):
+    data = bytearray(FILES[name])
+    for position, value in changes:
+        data[position % len(data)] = value
+    file = tmp_path / f"a.{name}"
+    file.write_bytes(data)
+    message = ""
+    try:
+        assert read_image(file, max_pixels=10**6).pixels.ndim == 3
+    except ImageError as error:
+        message = str(error)
+    assert "\n" not in message
+
+
+def test_nothing_half_written(tmp_path, monkeypatch):
+    target = tmp_path / "a.png"
+    picture = Picture(noise(30, 30, 3, np.uint8))
+    write_image(target, picture)
+    before = target.read_bytes()
+
+    def full_disk(file, *rest):
+        file.write(b"half a picture")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(imaging, "_encode", full_disk)
+    with pytest.raises(ImageError, match=r"a\.png: cannot be written: No space left on device"):
+        write_image(target, picture)
+
+    def interrupted(file, *rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(imaging, "_encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_image(target, picture)
+    assert target.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "picture", "message"),
+    [
+        ("a.gif", Picture(noise(4, 4, 3, np.uint8)), "unknown extension '.gif', expected one of .png"),
+        ("no/a.png", Picture(noise(4, 4, 3, np.uint8)), "there is no folder"),
+        ("a.jpg", Picture(noise(4, 4, 3, np.uint8), noise(4, 4, 1, np.uint8)[..., 0]), "JPEG holds no transparency"),
+        ("a.webp", Picture(np.zeros((2, 16384, 3), np.uint8)), "WEBP holds at most 16383 pixels a side"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(tmp_path, name, picture, message):
+    with pytest.raises(ImageError, match=message):
+        write_image(tmp_path / name, picture)
+
+
+def test_a_folder_in_the_way(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(ImageError, match="is a folder"):
+        write_image(tmp_path / "a.png", Picture(noise(4, 4, 3, np.uint8)))
+    with pytest.raises(ImageError, match=r"quality: expected 1\.\.100, got 0"):
+        write_image(tmp_path / "b.png", Picture(noise(4, 4, 3, np.uint8)), quality=0)
+
+
+@pytest.mark.parametrize("data_range", [1.0, 255.0])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_conversion_round_trip(data_range, dtype, channels):
+    picture = Picture(noise(7, 9, channels, dtype))
+    x = imaging.to_tensor(picture, data_range)
+    assert x.shape == (1, 3, 7, 9) and x.dtype == torch.float32
+    assert float(x.max()) <= data_range
+    np.testing.assert_array_equal(imaging.quantize(x, data_range, picture.depth, picture.grey), picture.pixels)
+
+
+def test_rounding_is_half_to_even_and_clamped():
+    x = torch.tensor([-3.0, 0.5, 1.5, 2.5, 254.6, 300.0]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
+    assert imaging.quantize(x, 255.0, 8, True)[0, :, 0].tolist() == [0, 0, 2, 2, 255, 255]
+
+
+def test_transparency_is_resized():
+    opaque = np.full((5, 6), 65535, np.uint16)
+    assert (imaging.resize_alpha(opaque, 20, 24) == 65535).all()
+    ramp = np.tile(np.linspace(0, 255, 6).astype(np.uint8), (5, 1))
+    resized = imaging.resize_alpha(ramp, 20, 24)
+    assert resized.shape == (20, 24) and resized.dtype == np.uint8 and (np.diff(resized[10].astype(int)) >= 0).all()

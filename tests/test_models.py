@@ -1,0 +1,468 @@
+"""The networks: published outputs, parameters and FLOPs; checkpoints in every form; the plain twins; errors."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import esr_kernels
+import python_models
+from esr_kernels.checkpoint import CheckpointError
+from esr_kernels.reparam import deploy
+
+MODELS = python_models.list_models()
+# name: number of the golden file, checkpoint
+PUBLISHED = {
+    "span": ("38", "team38_span_ch28_slim.pth"),
+    "span_tiny": ("39", "team39_spantiny_ch26_slim.pth"),
+    "rlfn": ("00", "team00_rlfn.pth"),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On images this small a second thread costs more than it does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape
+    return float((a.detach().double() - b.detach().double()).abs().max() / b.detach().double().abs().max())
+
+
+def image(model: Any, height: int, width: int, batch: int = 1) -> Tensor:
+    return torch.rand(batch, model.in_channels, height, width) * model.data_range
+
+
+def saved(path: Path, content: Any) -> Path:
+    torch.save(content, path)
+    return path
+
+
+# --- what was published -------------------------------------------------------------------------------------------
+
+
+def test_every_model_has_a_published_file_here() -> None:
+    assert list(PUBLISHED) == MODELS
+
+
+@pytest.mark.parametrize("case", ["A", "B"])
+@pytest.mark.parametrize("name", MODELS)
+def test_golden(shared_models: Path, name: str, case: str, backend: str) -> None:
+    number, file = PUBLISHED[name]
+    model = python_models.create(name, shared_models / "weights" / file)
+    data = np.load(shared_models / "golden" / f"team{number}.npz")
+    x, expected = torch.from_numpy(data[f"input{case}"]), torch.from_numpy(data[f"output{case}"])
+    with torch.no_grad():
+        assert float((model(x) - expected).abs().max()) <= 1e-4 * model.data_range
+        x = x.contiguous(memory_format=torch.channels_last)
+        assert float((model(x) - expected).abs().max()) <= 1e-4 * model.data_range
+        fast = esr_kernels.optimize(model)
+        assert fast.plan is not None
+        assert float((fast(x) - expected).abs().max()) <= 1e-4 * model.data_range
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_strict_in_the_published_form(shared_models: Path, name: str) -> None:
+    state = torch.load(shared_models / "weights" / PUBLISHED[name][1], map_location="cpu", weights_only=True)
+    python_models.create(name).load_state_dict(state, strict=True)
+    plain = python_models.plain(name, shared_models / "weights" / PUBLISHED[name][1])
+    assert all(torch.equal(plain.state_dict()[k], v) for k, v in state.items())
+    assert plain.state_dict().keys() == state.keys()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cards_agree_with_table_1(shared_models: Path, name: str) -> None:
+    import json
+
+    rows = {r["id"]: r for r in json.loads((shared_models / "table1.json").read_text())}
+    card = python_models.card(name)
+    row = rows[card.team_id]
+    assert card.team == row["team"]
+    assert card.title == row["model"]
+    assert (card.section or "-") == row["section"]
+    assert card.parameters == row["params"]
+    assert card.flops == round(row["flops_fvcore_g"] * 1e9)
+    assert card.data_range == row["data_range"]
+    assert card.table1 is not None
+    assert all(row.get(k) == v for k, v in card.table1.items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_and_flops(name: str) -> None:
+    card = python_models.card(name)
+    logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
+    model = python_models.create(name).requires_grad_(False)
+    x = torch.rand(1, 3, 256, 256)
+    assert sum(p.numel() for p in model.parameters()) == card.parameters
+    assert FlopCountAnalysis(model, x).unsupported_ops_warnings(False).total() == card.flops
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    assert counter.get_total_flops() == 2 * card.flops
+
+
+# --- the registry -------------------------------------------------------------------------------------------------
+
+
+def test_registry() -> None:
+    assert MODELS[:2] == ["span", "span_tiny"]
+    for name in MODELS:
+        card = python_models.card(name)
+        assert card.name == name
+        model = python_models.create(name)
+        assert (model.name, model.scale, model.data_range) == (name, card.scale, card.data_range)
+        assert not model.training
+        twin = python_models.plain(name)
+        assert not twin.training
+        for attribute in ("name", "scale", "data_range", "receptive_radius", "minimum_size", "in_channels"):
+            assert getattr(twin, attribute) == getattr(model, attribute)
+        shapes = {k: v.shape for k, v in model.state_dict().items()}
+        assert {k: v.shape for k, v in twin.state_dict().items()} == shapes
+    assert python_models.create("span").receptive_radius == 21
+    assert python_models.create("rlfn").receptive_radius is None
+    assert python_models.create("rlfn").minimum_size == 15
+
+
+@pytest.mark.parametrize("function", [python_models.create, python_models.plain, python_models.card])
+def test_unknown_name(function: Any) -> None:
+    with pytest.raises(ValueError, match=r"name: unknown model 'rlnf', did you mean 'rlfn'\? known: span, span_tiny"):
+        function("rlnf")
+    with pytest.raises(ValueError, match="name: unknown model 'xyzzy', known: span"):
+        function("xyzzy")
+
+
+def test_bad_options() -> None:
+    with pytest.raises(TypeError, match=r"feature_channel: span has no such option, did you mean 'feature_channels'\?"):
+        python_models.create("span", feature_channel=28)
+    with pytest.raises(TypeError, match="deploy: rlfn has no such option"):
+        python_models.create("rlfn", deploy=False)
+    with pytest.raises(ValueError, match="upscale: must be at least 1, got 0"):
+        python_models.create("span", upscale=0)
+    with pytest.raises(ValueError, match="num_blocks: must be at least 1, got 0"):
+        python_models.create("rlfn", num_blocks=0)
+    with pytest.raises(ValueError, match="norm: the mean has 3 values for 1 input channels; use norm=False"):
+        python_models.create("span", in_channels=1)
+    with pytest.raises(ValueError, match="entry: chooses inside a checkpoint"):
+        python_models.create("span", entry="params")
+
+
+def test_seedable() -> None:
+    states = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        states.append(python_models.create("span").state_dict())
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+# --- fused against plain ------------------------------------------------------------------------------------------
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in MODELS),
+    ("span", {"feature_channels": 48, "upscale": 2, "norm": False}),
+    ("span", {"feature_channels": 52, "num_blocks": 2}),
+    ("span", {"feature_channels": 9, "upscale": 3, "in_channels": 1, "out_channels": 1, "norm": False, "bias": False}),
+    ("span", {"feature_channels": 10, "deploy": False, "gain": 3}),
+    ("rlfn", {"feature_channels": 20, "mid_channels": 12, "num_blocks": 2, "esa_channels": 8, "upscale": 2}),
+]
+
+
+def twins(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    model = python_models.create(name, **options)
+    twin = python_models.plain(name, **model.options)
+    twin.load_state_dict(deploy(model).state_dict())
+    return model, twin
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_equal_to_the_plain_twin(name: str, options: dict[str, Any], backend: str) -> None:
+    model, twin = twins(name, options)
+    exact = copy.deepcopy(twin).double()
+    smallest = model.minimum_size
+    with torch.no_grad():
+        for size in sorted({(smallest, smallest), (15, 15), (16, 19)}):
+            x = image(model, *size)
+            y, expected = model(x), exact(x.double())
+            assert y.shape[2:] == (size[0] * model.scale, size[1] * model.scale)
+            # Numbers of +-127 go through float32 convolutions here: plain PyTorch's own error counts too.
+            assert relative(y, expected) <= max(1e-4, 3 * relative(twin(x), expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_half_types(name: str, dtype: torch.dtype, backend: str) -> None:
+    model, twin = twins(name, {})
+    x = image(model, 24, 21).to(dtype)
+    model, twin = model.to(dtype), twin.to(dtype)
+    exact = copy.deepcopy(twin).double()(x.double())
+    with torch.no_grad():
+        y = model(x)
+        assert y.dtype == dtype
+        assert relative(y, exact) <= max(2 * relative(twin(x), exact), torch.finfo(dtype).eps)
+
+
+def test_receptive_radius() -> None:
+    for options in ({}, {"num_blocks": 2}):
+        model = python_models.create("span", feature_channels=4, **options).double()
+        radius = model.receptive_radius
+        assert radius is not None
+        x = image(model, 2 * radius + 5, 3).double()
+        y = x.clone()
+        y[:, :, 0] += 0.5
+        changed = (model(x) - model(y)).abs().amax((0, 1, 3)).view(-1, model.scale).amax(1) > 0
+        assert changed[radius]
+        assert not changed[radius + 1 :].any()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_copies_and_round_trip(name: str) -> None:
+    model = python_models.create(name)
+    x = image(model, 17, 16)
+    with torch.no_grad():
+        expected = model(x)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other(x), expected)
+            assert other.options == model.options
+        other = python_models.create(name)
+        assert not torch.equal(other(x), expected)
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize(("name", "options"), [("span", {"deploy": False}), ("span_tiny", {}), ("rlfn", {})])
+def test_one_step_trains(name: str, options: dict[str, Any]) -> None:
+    model = python_models.create(name, **options).train()
+    x = image(model, 16, 18)
+    target = torch.rand(1, 3, 64, 72) * model.data_range
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = (model(x) - target).abs().mean()
+        loss.backward()
+        assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+
+
+def test_mean_is_not_saved_and_moves_with_the_model() -> None:
+    model = python_models.create("span")
+    assert not any("mean" in k for k in model.state_dict())
+    assert model.to(torch.float64).mean.dtype == torch.float64
+
+
+# --- inputs -------------------------------------------------------------------------------------------------------
+
+
+def test_bad_images() -> None:
+    span, rlfn = python_models.create("span"), python_models.create("rlfn")
+    with pytest.raises(ValueError, match="x: rlfn needs images of at least 15 x 15 pixels, got 14 x 40"):
+        rlfn(torch.rand(1, 3, 14, 40))
+    for shape in ((3, 20, 20), (1, 1, 20, 20), (1, 4, 20, 20), (1, 3, 0, 20)):
+        with pytest.raises(ValueError, match=r"x: span (takes|needs) images"):
+            span(torch.rand(shape))
+    with pytest.raises(TypeError, match=r"x: span takes floating-point images in \[0, 1\], got torch.uint8"):
+        span(torch.zeros(1, 3, 20, 20, dtype=torch.uint8))
+    with pytest.raises(TypeError, match=r"x: expected a torch\.Tensor, got ndarray"):
+        span(np.zeros((1, 3, 20, 20)))
+    with pytest.raises(TypeError, match="float16"):
+        span(torch.rand(1, 3, 20, 20).half())
+    assert span(torch.rand(0, 3, 20, 20)).shape == (0, 3, 80, 80)
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def loads(path: Path, source: Any, name: str = "span", **options: Any) -> Any:
+    """The model made from the file; asserts that it computes what `source` does."""
+    model = python_models.create(name, path, **options)
+    assert not model.training
+    x = image(model, 16, 15)
+    with torch.no_grad():
+        assert relative(model(x), source(x)) < 1e-4
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"params": s},
+        lambda s: {"params_ema": s, "params": {k: v * 0 for k, v in s.items()}},
+        lambda s: {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in s.items()}},
+        lambda s: {f"module.{k}": v for k, v in s.items()},
+    ],
+    ids=["bare", "params", "params_ema", "state_dict+module", "module"],
+)
+@pytest.mark.parametrize("form", ["slim", "training"])
+def test_forms_and_wrappers(tmp_path: Path, wrap: Any, form: str) -> None:
+    source = python_models.create("span", feature_channels=12, deploy=form == "slim")
+    state = dict(source.state_dict())
+    if form == "training":
+        for k, v in deploy(source).state_dict().items():
+            state.setdefault(k, v + 1)  # eval_conv beside its branches, stale
+    path = saved(tmp_path / "w.pth", wrap(state))
+    model = loads(path, source)
+    assert set(model.state_dict()) == set(deploy(source).state_dict())
+    assert model.options["feature_channels"] == 12
+    plain = python_models.plain("span", path)
+    assert all(torch.equal(plain.state_dict()[k], v) for k, v in model.state_dict().items())
+
+
+def test_training_form_for_training(tmp_path: Path) -> None:
+    source = python_models.create("span", feature_channels=8, deploy=False, gain=3)
+    model = loads(saved(tmp_path / "w.pth", source.state_dict()), source, deploy=False)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in source.state_dict().items())
+    slim = saved(tmp_path / "slim.pth", deploy(source).state_dict())
+    with pytest.raises(CheckpointError, match=r"slim\.pth: the state dict is in slim form.*deploy=True"):
+        python_models.create("span", slim, deploy=False)
+
+
+def test_entry(tmp_path: Path) -> None:
+    a, b = python_models.create("span", feature_channels=8), python_models.create("span", feature_channels=8)
+    path = saved(tmp_path / "w.pth", {"params": a.state_dict(), "params_ema": b.state_dict()})
+    loads(path, b)
+    loads(path, a, entry="params")
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    source = python_models.create("rlfn")
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    loads(tmp_path / "w.safetensors", source, "rlfn")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"feature_channels": 48, "norm": False},
+        {"feature_channels": 52, "upscale": 2},
+        {"feature_channels": 8, "upscale": 1, "num_blocks": 3},
+        {"feature_channels": 8, "in_channels": 1, "out_channels": 1, "norm": False},
+        {"feature_channels": 8, "in_channels": 1, "out_channels": 3, "norm": False},
+        {"feature_channels": 8, "bias": False},
+    ],
+)
+def test_span_options_come_from_the_file(tmp_path: Path, options: dict[str, Any]) -> None:
+    source = python_models.create("span", **options)
+    assert ("no_norm" in source.state_dict()) == (not options.get("norm", True))
+    model = loads(saved(tmp_path / "w.pth", source.state_dict()), source)
+    assert {k: model.options[k] for k in options} == options
+    assert model.scale == options.get("upscale", 4)
+
+
+def test_no_norm_feeds_the_image_as_it_is(tmp_path: Path) -> None:
+    # spandrel, neosr and traiNNer mark networks without normalisation by this entry.
+    plain = python_models.plain("span")
+    path = saved(tmp_path / "w.pth", {**plain.state_dict(), "no_norm": torch.zeros(1)})
+    model = python_models.create("span", path)
+    x = image(model, 9, 8)
+    shifted = (x / 255) + plain.mean  # what the normalisation turns into x
+    with torch.no_grad():
+        assert relative(model(x), plain(shifted)) < 1e-4
+
+
+def test_half_precision_file(tmp_path: Path) -> None:
+    source = python_models.create("span", feature_channels=8)
+    half = {k: v.half() for k, v in source.state_dict().items()}
+    model = python_models.create("span", saved(tmp_path / "w.pth", half))
+    assert all(v.dtype == torch.float32 and torch.equal(v, half[k].float()) for k, v in model.state_dict().items())
+
+
+def refused(path: Path, match: str, name: str = "span", **options: Any) -> None:
+    with pytest.raises(CheckpointError, match=match) as caught:
+        python_models.create(name, path, **options)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_checkpoint_of_another_model(tmp_path: Path) -> None:
+    span = saved(tmp_path / "span.pth", python_models.create("span").state_dict())
+    tiny = saved(tmp_path / "tiny.pth", python_models.create("span_tiny").state_dict())
+    trained = saved(tmp_path / "trained.pth", python_models.create("span_tiny", deploy=False).state_dict())
+    rlfn = saved(tmp_path / "rlfn.pth", python_models.create("rlfn").state_dict())
+    refused(
+        rlfn,
+        r"not a checkpoint of 'span': 42 missing: conv_1\.eval_conv\.weight, .*, \.\.\.; 76 unexpected: "
+        r"conv_1\.weight, .*; it looks like a checkpoint of 'rlfn'",
+    )
+    for path, looks in ((span, "span"), (tiny, "span_tiny"), (trained, "span_tiny")):
+        refused(path, f"not a checkpoint of 'rlfn': .*it looks like a checkpoint of '{looks}'$", "rlfn")
+    refused(
+        span,
+        r"not a checkpoint of 'span_tiny': 43 of another shape: conv_1\.eval_conv\.weight \[28, 3, 3, 3\] instead of "
+        r"\[26, 3, 3, 3\], .*looks like a checkpoint of 'span'$",
+        "span_tiny",
+    )
+    python_models.create("span", tiny)
+    other = saved(tmp_path / "other.pth", {"a.weight": torch.zeros(2, 2)})
+    refused(other, r"1 unexpected: a\.weight$")
+
+
+def test_published_checkpoints_of_other_models(shared_models: Path) -> None:
+    files = {f for _, f in PUBLISHED.values()}
+    others = [p for p in sorted((shared_models / "weights").iterdir()) if p.name not in files]
+    assert others
+    for i, path in enumerate(others):
+        name = MODELS[i % len(MODELS)]
+        refused(path, f"not a checkpoint of '{name}'", name)
+
+
+def test_differences_inside_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    state = python_models.create("rlfn").state_dict()
+    refused(saved(path, {k: v for k, v in state.items() if k != "conv_2.bias"}), r"1 missing: conv_2\.bias$", "rlfn")
+    refused(saved(path, {**state, "extra": torch.zeros(1)}), "1 unexpected: extra$", "rlfn")
+    wide = {**state, "conv_2.bias": torch.zeros(47)}
+    refused(saved(path, wide), r"1 of another shape: conv_2\.bias \[47\] instead of \[46\]$", "rlfn")
+    whole = {**state, "conv_2.bias": torch.zeros(46, dtype=torch.int64)}
+    refused(saved(path, whole), r"1 of another type: conv_2\.bias torch\.int64$", "rlfn")
+    broken = {**state, "conv_2.bias": torch.full((46,), float("nan"))}
+    refused(saved(path, broken), r"1 tensors hold values that are not finite: conv_2\.bias$", "rlfn")
+
+
+def test_differences_inside_a_span_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    slim = python_models.create("span", feature_channels=8).state_dict()
+    refused(saved(path, slim), r"conv_1\.eval_conv\.weight \[8, .* instead of \[9, 3, 3, 3\]", feature_channels=9)
+    refused(saved(path, slim), r"2 of another shape: upsampler", upscale=2)
+    tail = {**slim, "upsampler.0.weight": torch.zeros(2, 8, 3, 3)}
+    refused(saved(path, tail), "not a checkpoint of 'span'")
+    grey = {**slim, "conv_1.eval_conv.weight": torch.zeros(8, 1, 3, 3)}
+    refused(saved(path, grey), "not a checkpoint of 'span': norm: the mean has 3 values for 1 input channels")
+    trained = python_models.create("span", feature_channels=8, deploy=False).state_dict()
+    del trained["block_1.c1_r.conv.1.bias"]
+    refused(saved(path, trained), r"block_1\.c1_r: the branches do not fit together: conv\.1\.bias missing")
+    del trained["block_1.c1_r.conv.1.weight"]
+    for form in (True, False):
+        refused(saved(path, trained), r"1 missing|missing: block_1\.c1_r\.eval_conv", deploy=form)
+
+
+def test_an_option_at_fault_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    path = saved(tmp_path / "w.pth", python_models.create("span").state_dict())
+    with pytest.raises(ValueError, match=r"^upscale: must be at least 1"):
+        python_models.create("span", path, upscale=0)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no such checkpoint file: .*none\.pth"):
+        python_models.create("span", tmp_path / "none.pth")
