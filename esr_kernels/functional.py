@@ -358,21 +358,26 @@ def _needs_gradient(args: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
+# By overload, which spares its resolution on every call.
+_OPERATORS = {name: getattr(torch.ops.esr, name).default for name in __all__}
+
+
 def _call(operator: str, function: Any, args: tuple[Any, ...]) -> Any:
     """Plain PyTorch while tracing, `function` (an autograd.Function) for gradients, else the operator itself."""
     if torch.jit.is_tracing():
         return reference.OPERATORS[operator](*args)
     if function is not None and _needs_gradient(args):
         return function.apply(*args)
-    return getattr(torch.ops.esr, operator)(*args)
+    return _OPERATORS[operator](*args)
 
 
 def _autocast(*tensors: Any, device: Any = None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where it is on for their device, else as they are."""
     anchor = tensors[0] if device is None else device
-    if not isinstance(anchor, Tensor) or not torch.is_autocast_enabled(anchor.device.type):
+    kind = anchor.device.type if isinstance(anchor, Tensor) else "meta"
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # PyTorch has no autocast for meta tensors
         return tensors
-    dtype = torch.get_autocast_dtype(anchor.device.type)
+    dtype = torch.get_autocast_dtype(kind)
     return tuple(
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors

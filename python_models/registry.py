@@ -92,7 +92,8 @@ def create(
         weights: checkpoint file, read by `esr_kernels.checkpoint.load_state_dict`; None: PyTorch's random
             initialisation. Width, scale and form are taken from the file where the model's options allow others.
         entry: of the checkpoint, where it holds several sets of weights.
-        options: the network's own, see its class; `deploy=False` builds the training form where there is one.
+        options: the network's own, see its class. `deploy=False` builds the training form and is taken by all; it
+            changes nothing in networks that have none.
 
     Returns:
         A module with the attributes of `Network` (name, scale, data_range, receptive_radius, minimum_size, options).
@@ -105,6 +106,8 @@ def create(
             and which model it looks like.
     """
     found = _entry(name)
+    if "deploy" not in inspect.signature(found.network).parameters:
+        options.pop("deploy", None)
     return _build(found, found.network, weights, entry, options)
 
 
@@ -120,7 +123,7 @@ def plain(
     allowed = inspect.signature(found.network).parameters
     taken = inspect.signature(found.plain).parameters
     # Options of the training form mean nothing here.
-    options = {k: v for k, v in options.items() if k in taken or k not in allowed}
+    options = {k: v for k, v in options.items() if k in taken or k not in {*allowed, "deploy"}}
     return _build(found, found.plain, weights, entry, options)
 
 

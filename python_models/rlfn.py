@@ -18,7 +18,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from esr_kernels.modules import RLFB, Conv3x3, PixelShuffleUpsampler
-from esr_kernels.modules._arguments import positive
+from esr_kernels.modules.arguments import positive
 
 from .base import Network
 from .plain_blocks import PlainRLFB, plain_upsampler

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from esr_kernels.modules import SPAB, Conv1x1, Conv3XC, PixelShuffleUpsampler
-from esr_kernels.modules._arguments import positive
+from esr_kernels.modules.arguments import positive
 
 from .base import Network
 from .plain_blocks import PlainConv3XC, PlainSPAB, plain_upsampler

@@ -140,6 +140,7 @@ def test_whole_module_is_refused(tmp_path: Path) -> None:
     fails(saved(tmp_path / "w.pth", nn.Conv2d(1, 1, 1)), r"refused: .*torch\.nn\.modules\.conv\.Conv2d")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torchscript(tmp_path: Path) -> None:
     program = torch.jit.trace(nn.Conv2d(1, 1, 1), torch.ones(1, 1, 2, 2))
     torch.jit.save(program, tmp_path / "w.pt")

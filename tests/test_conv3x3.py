@@ -309,3 +309,9 @@ def test_errors(change, error, message):
     arguments = {"x": torch.zeros(1, 3, 8, 8), "weight": torch.zeros(4, 3, 3, 3), "bias": torch.zeros(4)} | change
     with pytest.raises(error, match=message):
         conv3x3(**arguments)
+
+
+def test_meta_tensors():
+    with torch.device("meta"):
+        out = conv3x3(torch.empty(2, 3, 8, 9), torch.empty(5, 3, 3, 3), torch.empty(5), activation="silu")
+    assert out.shape == (2, 5, 8, 9) and out.device.type == "meta"

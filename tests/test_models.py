@@ -153,8 +153,8 @@ def test_unknown_name(function: Any) -> None:
 def test_bad_options() -> None:
     with pytest.raises(TypeError, match=r"feature_channel: span has no such option, did you mean 'feature_channels'\?"):
         python_models.create("span", feature_channel=28)
-    with pytest.raises(TypeError, match="deploy: rlfn has no such option"):
-        python_models.create("rlfn", deploy=False)
+    with pytest.raises(TypeError, match="norm: rlfn has no such option"):
+        python_models.plain("rlfn", norm=False)
     with pytest.raises(ValueError, match="upscale: must be at least 1, got 0"):
         python_models.create("span", upscale=0)
     with pytest.raises(ValueError, match="num_blocks: must be at least 1, got 0"):
@@ -163,6 +163,12 @@ def test_bad_options() -> None:
         python_models.create("span", in_channels=1)
     with pytest.raises(ValueError, match="entry: chooses inside a checkpoint"):
         python_models.create("span", entry="params")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_takes_deploy(name: str) -> None:
+    model = python_models.create(name, deploy=False)
+    assert deploy(model).state_dict().keys() == python_models.plain(name, deploy=False).state_dict().keys()
 
 
 def test_seedable() -> None:

@@ -220,8 +220,8 @@ def test_one_step_trains(block: Any) -> None:
     twin = copy.deepcopy(module).double()
     x.requires_grad_()
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
-    before = module(x).square().mean()
-    before.backward()
+    loss = module(x).square().mean()
+    loss.backward()
     plain(twin, x.double()).square().mean().backward()
     for p, q in zip(module.parameters(), twin.parameters(), strict=True):
         assert p.grad is not None
@@ -229,7 +229,7 @@ def test_one_step_trains(block: Any) -> None:
         assert bool(torch.isfinite(p.grad).all())
         assert error(p.grad, q.grad) < 1e-3
     optimizer.step()
-    assert float(module(x).square().mean()) < float(before)
+    assert float(module(x).square().mean().detach()) < float(loss.detach())
 
 
 def test_copies(block: Any) -> None:

@@ -161,6 +161,20 @@ def test_functional_transforms(training: bool) -> None:
         assert close(got[name], p.grad, 1e-4)
 
 
+def test_replicas_of_data_parallel() -> None:
+    module = SPAB(4)
+    modules = list(module.modules())
+    replicas = {id(m): m._replicate_for_data_parallel() for m in modules}
+    for m in modules:
+        replica = replicas[id(m)]
+        for name, child in m._modules.items():
+            setattr(replica, name, replicas[id(child)])
+        for name, p in m._parameters.items():
+            setattr(replica, name, p.clone())  # type: ignore[union-attr]
+    x = torch.randn(1, 4, 6, 5)
+    assert close(replicas[id(module)](x), module(x), 1e-6)
+
+
 # --- kept between calls -------------------------------------------------------------------------------------------
 
 

@@ -113,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
         fast = optimize(model)
         device_backend = _backend_of(args.backend)
         print(machine_line(machine()))
-        print(f"network   {card.title} x{scale} (report section {card.section}), {_millions(model)} parameters")
+        where = f"report section {card.section}" if card.section else f"team {card.team}"
+        print(f"network   {card.title} x{scale} ({where}), {_millions(model)} parameters")
         if weights is None:
             print(f"weights   RANDOM: the picture will be noise. Published weights: {PUBLISHED}; --weights FILE")
         else:

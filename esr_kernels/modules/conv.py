@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..library import ACTIVATIONS
-from ._arguments import positive
+from .arguments import positive
 
 
 class _Conv(nn.Conv2d):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..reparam import Reparameterized, fold_conv3xc
-from ._arguments import positive
+from .arguments import positive
 
 
 class Conv3XC(Reparameterized):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import functional
-from ._arguments import positive
+from .arguments import positive
 
 
 class ESA(nn.Module):

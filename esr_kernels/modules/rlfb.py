@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ._arguments import positive
+from .arguments import positive
 from .conv import Conv1x1, Conv3x3
 from .esa import ESA
 

@@ -7,7 +7,7 @@ from typing import Literal, overload
 from torch import Tensor, nn
 
 from .. import functional
-from ._arguments import positive
+from .arguments import positive
 from .conv3xc import Conv3XC
 
 

@@ -1,4 +1,4 @@
-"""Checks that the modules' constructors share."""
+"""Checks that constructors of modules and networks share."""
 
 from __future__ import annotations
 
