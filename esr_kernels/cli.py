@@ -51,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 2
-    from .checkpoint import CheckpointError
     from .errors import BackendError, OptimizeError
-    from .imaging import ImageError
 
     try:
         status: int = importlib.import_module(f".commands.{args.command}", __package__).run(args)
@@ -64,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has gone, as `head` does
         sys.stderr.close()
         return 1
-    except (BackendError, OptimizeError, ImageError, CheckpointError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, BackendError, OptimizeError) as error:
+        # A wrong argument, picture or checkpoint; anything else is a bug and keeps its traceback.
         print(f"error: {error}", file=sys.stderr)
         return 1
