@@ -95,33 +95,33 @@ def plan_tiles(height: int, width: int, tile: tuple[int, int], overlap: int) -> 
     ]
 
 
-def upscale_tiles(
+def upscale_windows(
     model: nn.Module,
-    x: Tensor,
+    height: int,
+    width: int,
+    window: Callable[[Tile], Tensor],
     *,
     tile: int | str | None = "auto",
     overlap: int | None = None,
     progress: Callable[[int, int], Any] | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Upscale a picture tile by tile.
+    """Upscale a picture tile by tile, of which no more than a tile need exist at a time.
 
     Args:
         model: with the attributes `scale`, `minimum_size` and `receptive_radius`.
-        x: [N, C, H, W].
+        height, width: of the picture.
+        window: gives the pixels [N, C, h, w] of a tile's window.
         tile: pixels a side (a multiple of 8), "auto" or None for the whole picture at once.
         overlap: pixels a side (a multiple of 8); None: enough for a result that does not depend on the tiling.
         progress: called with the tiles done and all tiles.
 
     Yields:
-        top and left of a part of the result, and that part [N, C, h, w].
+        top and left of a part of the result, and that part [N, C, h, w]; row by row, left to right.
 
     Raises:
         TypeError, ValueError: tile or overlap is not one of those, or the picture or a tile is smaller than the network
             can take.
     """
-    if x.dim() != 4:
-        raise ValueError(f"x: expected 4 dimensions [N, C, H, W], got shape {list(x.shape)}")
-    height, width = int(x.shape[2]), int(x.shape[3])
     smallest = int(getattr(model, "minimum_size", 1))
     if min(height, width) < smallest:
         raise ValueError(
@@ -138,12 +138,35 @@ def upscale_tiles(
             raise ValueError(f"tile: tiles and their overlap must reach {smallest} pixels, which the network needs")
     for done, t in enumerate(tiles, 1):
         with torch.inference_mode():
-            y = model(x[:, :, t.window_top : t.window_bottom, t.window_left : t.window_right])
+            y = model(window(t))
         top, left = (t.top - t.window_top) * scale, (t.left - t.window_left) * scale
         part = y[:, :, top : top + (t.bottom - t.top) * scale, left : left + (t.right - t.left) * scale]
         if progress is not None:
             progress(done, len(tiles))
         yield t.top * scale, t.left * scale, part
+
+
+def upscale_tiles(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    tile: int | str | None = "auto",
+    overlap: int | None = None,
+    progress: Callable[[int, int], Any] | None = None,
+) -> Iterator[tuple[int, int, Tensor]]:
+    """`upscale_windows` of a picture x [N, C, H, W] that is there as a whole.
+
+    Raises:
+        TypeError, ValueError: x has another number of dimensions, or as `upscale_windows`.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"x: expected 4 dimensions [N, C, H, W], got shape {list(x.shape)}")
+    height, width = int(x.shape[2]), int(x.shape[3])
+
+    def window(t: Tile) -> Tensor:
+        return x[:, :, t.window_top : t.window_bottom, t.window_left : t.window_right]
+
+    yield from upscale_windows(model, height, width, window, tile=tile, overlap=overlap, progress=progress)
 
 
 def upscale_tensor(

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,8 @@ import python_models
 from esr_kernels import imaging
 from esr_kernels.cli import main
 from esr_kernels.imaging import Picture, read_image, write_image
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def command(*argv):
@@ -67,6 +73,9 @@ def test_version_and_help(capsys):
         ),
         (["upscale"], "the following arguments are required"),
         (["upscale", "a.png", "-o", "b.png", "--model", "spam"], "did you mean 'span'"),
+        (["upscale", "a.png", "-o", "b.png", "--model", "all"], "expected one model, got 'all'"),
+        (["demo", "--size-limit", "0"], "expected a whole number of at least 1"),
+        (["demo", "--photo", "astronout"], "astronout"),
         (["upscale", "a.png", "-o", "b.png", "--backend", "refrence"], "did you mean 'reference'"),
         (["upscale", "a.png", "-o", "b.png", "--dtype", "float8"], "float8"),
         (["upscale", "a.png", "-o", "b.png", "--tile", "100"], 'expected "auto", "none" or a multiple of 8'),
@@ -183,6 +192,146 @@ def test_interruption_leaves_nothing_behind(tmp_path, weights, monkeypatch, caps
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interruption_that_python_discards(tmp_path, weights, monkeypatch, capsys, number, status):
+    """A weak reference's callback is where an exception is lost; the command stops all the same."""
+    write_image(tmp_path / "a.png", Picture(noise(9, 50)))
+    convert, handlers = imaging.to_tensor, (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    calls = []
+
+    class Object:
+        pass
+
+    def to_tensor(*args):
+        calls.append(args)
+        thing = Object()
+        reference = weakref.ref(thing, lambda _: signal.raise_signal(number))
+        del thing
+        assert reference() is None
+        return convert(*args)
+
+    monkeypatch.setattr(imaging, "to_tensor", to_tensor)
+    lost = []
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+    argv = ["upscale", tmp_path / "a.png", "-o", tmp_path / "b.png", "--weights", weights, "--tile", "8"]
+    assert command(*argv) == status
+    assert not lost, "nothing is printed of it"
+    assert len(calls) == 1 and [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    monkeypatch.setattr(imaging, "to_tensor", convert)
+    assert command(*argv) == 0, "the next run knows nothing of it"
+
+
+def test_recursion_leaves_earlier_results_alone(tmp_path, weights, capsys):
+    (tmp_path / "in").mkdir()
+    write_image(tmp_path / "in" / "a.png", Picture(noise(9, 12)))
+    argv = ["upscale", tmp_path, "-o", tmp_path / "out", "--recursive", "--overwrite", "--weights", weights]
+    for _ in range(2):
+        assert command(*argv) == 0
+        assert capsys.readouterr().out == f"{tmp_path / 'out' / 'in' / 'a_x4.png'}\n"
+
+
+def test_folders_that_cannot_be_made(tmp_path, weights, capsys):
+    write_image(tmp_path / "a.png", Picture(noise(9, 12)))
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "below" / "b.png"
+    for argv in (
+        ["upscale", tmp_path / "a.png", "-o", out, "--weights", weights],
+        ["demo", "--image", tmp_path / "a.png", "--output", out, "--weights", weights],
+    ):
+        assert command(*argv) == 1
+        errors = capsys.readouterr().err
+        assert "cannot be made: Not a directory" in errors and errors.count("\n") == 1
+
+
+def test_nothing_is_made_for_a_failure(tmp_path, capsys):
+    write_image(tmp_path / "a.png", Picture(noise(9, 12)))
+    (tmp_path / "broken.pth").write_bytes(b"no checkpoint")
+    argv = ["upscale", tmp_path / "a.png", "-o", tmp_path / "new" / "folder", "--weights", tmp_path / "broken.pth"]
+    assert command(*argv) == 1
+    assert "broken.pth" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_opaque_pictures_become_jpeg(tmp_path, weights, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_image(folder / "opaque.png", Picture(noise(9, 12), np.full((9, 12), 255, np.uint8)))
+    write_image(folder / "clear.png", Picture(noise(9, 12), np.full((9, 12), 254, np.uint8)))
+    assert command("upscale", folder, "-o", tmp_path / "out", "--weights", weights, "--format", "jpg") == 1
+    assert "clear_x4.jpg: JPEG holds no transparency" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["opaque_x4.jpg"]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")]
+)
+def test_out_of_memory_in_one_picture(tmp_path, weights, monkeypatch, capsys, error):
+    from esr_kernels.commands import upscale
+
+    (tmp_path / "in").mkdir()
+    write_image(tmp_path / "in" / "a.png", Picture(noise(20, 20)))
+    write_image(tmp_path / "in" / "b.png", Picture(noise(9, 12)))
+    whole = upscale.upscale_picture
+
+    def scarce(model, picture, **options):
+        if picture.height == 20:
+            raise error
+        return whole(model, picture, **options)
+
+    monkeypatch.setattr(upscale, "upscale_picture", scarce)
+    assert command("upscale", tmp_path / "in", "-o", tmp_path / "out", "--weights", weights) == 1
+    assert "a.png: not enough memory; smaller tiles need less (--tile)" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["b_x4.png"]
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, weights, monkeypatch):
+    from esr_kernels.commands import upscale
+
+    def wrong(*args, **options):
+        raise RuntimeError("shapes cannot be broadcast")
+
+    monkeypatch.setattr(upscale, "upscale_picture", wrong)
+    write_image(tmp_path / "a.png", Picture(noise(9, 12)))
+    with pytest.raises(RuntimeError, match="shapes"):
+        command("upscale", tmp_path / "a.png", "-o", tmp_path / "b.png", "--weights", weights)
+
+
+def test_no_more_than_a_window_is_converted_at_once(tmp_path, weights, monkeypatch):
+    write_image(tmp_path / "a.png", Picture(noise(90, 200)))
+    sizes, convert = [], imaging.to_tensor
+
+    def to_tensor(*args):
+        part = convert(*args)
+        sizes.append(tuple(part.shape[2:]))
+        return part
+
+    monkeypatch.setattr(imaging, "to_tensor", to_tensor)
+    argv = ["upscale", tmp_path / "a.png", "-o", tmp_path / "b.png", "--weights", weights]
+    assert command(*argv, "--tile", "32", "--overlap", "8") == 0
+    assert len(sizes) == 21 and max(max(s) for s in sizes) == 48
+
+
+def test_names_that_are_no_text(tmp_path, weights, monkeypatch, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_image(tmp_path / "a.png", Picture(noise(9, 12)))
+    os.rename(tmp_path / "a.png", os.fsencode(folder) + b"/\xff.png")
+    monkeypatch.chdir(tmp_path)
+    assert command("upscale", "in", "-o", "out", "--weights", weights) == 0
+    assert capsys.readouterr().out == "out/\\xff_x4.png\n"
+
+
+def test_a_broken_command_does_not_take_the_others_with_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "esr_kernels.commands.bench", None)
+    assert command("info") == 0
+    assert command("--help") == 0
+    assert "cannot run here" in capsys.readouterr().out
+    assert command("bench") == 1
+    streams = capsys.readouterr()
+    assert streams.err.startswith("error: bench cannot run here: ") and streams.err.count("\n") == 1
+
+
 def test_half_types_and_a_chosen_backend(tmp_path, weights):
     write_image(tmp_path / "a.png", Picture(noise(12, 12)))
     results = []
@@ -208,10 +357,18 @@ def test_demo(tmp_path, weights, capsys, monkeypatch):
     write_image(tmp_path / "mine.png", Picture(noise(20, 24)))
     assert command("demo", "--image", "mine.png", "--weights", weights, "--rounds", "2") == 0
     text = capsys.readouterr().out
-    assert "verified  largest difference from plain PyTorch" in text
+    assert "verified  largest difference from plain PyTorch" in text and "of the data range" in text
     assert "PyTorch eager, channels_last" in text and "esr_kernels" in text
     assert f"written   {Path('outputs') / 'mine_x4.png'} (96 x 80)" in text
     assert read_image(tmp_path / "outputs" / "mine_x4.png").width == 96
+
+
+def test_demo_of_a_large_picture_measures_a_part(tmp_path, weights, capsys):
+    write_image(tmp_path / "mine.png", Picture(noise(50, 70)))
+    argv = ["demo", "--image", tmp_path / "mine.png", "--weights", weights, "--rounds", "1", "--size-limit", "32"]
+    assert command(*argv, "--output", tmp_path / "o.png") == 0
+    assert "part      32 x 32 from its middle" in capsys.readouterr().out
+    assert read_image(tmp_path / "o.png").width == 280
 
 
 def test_demo_says_that_weights_are_random(tmp_path, capsys, monkeypatch):
@@ -244,10 +401,39 @@ class _Wrong(torch.nn.Module):
         return self.model(x) * 1.01
 
 
-def test_as_a_program(tmp_path):
-    run = lambda *argv: subprocess.run(  # noqa: E731
-        [sys.executable, "-m", "esr_kernels", *argv], capture_output=True, text=True, cwd=tmp_path
+def start(folder, *argv):
+    """The command line as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "esr_kernels", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    result = run("upscale", "nothing.png", "-o", "b.png", "--random-weights")
-    assert result.returncode == 1 and result.stderr == "error: nothing.png: no such file or folder\n"
-    assert run("inf").returncode == 2
+
+
+def test_as_a_program(tmp_path):
+    process = start(tmp_path, "upscale", "nothing.png", "-o", "b.png", "--random-weights")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and errors == "error: nothing.png: no such file or folder\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_signals_leave_no_file_and_no_traceback(tmp_path, weights, number, status, word):
+    write_image(tmp_path / "a.png", Picture(noise(800, 800)))
+    argv = ["upscale", "a.png", "-o", "b.png", "--weights", str(weights), "--tile", "8", "--progress"]
+    process = start(tmp_path, *argv)
+    # The name of the picture in the progress line: it is being computed, in 10,000 tiles.
+    seen = ""
+    while "a.png" not in seen:
+        seen += process.stderr.read(1)
+        assert process.poll() is None, seen
+    time.sleep(0.1)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == status
+    assert word in errors and "Traceback" not in errors and output == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]

@@ -21,8 +21,8 @@ from ..dispatch import list_backends, select
 from ..imaging import ImageError, Picture
 from ..optimize import optimize
 from ..timing import alternate, machine, machine_line, table, thread_count
-from ._arguments import backend_name, model_name, positive, weights_file
-from .upscale import PUBLISHED, chosen, upscale_picture
+from ._arguments import backend_name, positive, weights_file
+from .upscale import PUBLISHED, chosen, make_folder, one_model, upscale_picture
 
 # Photographs inside scikit-image's wheel.
 PHOTOGRAPHS = {
@@ -35,6 +35,7 @@ PHOTOGRAPHS = {
 # Published checkpoints, where they lie beside the repository.
 NEARBY = {"span": "team38_span_ch28_slim.pth", "span_tiny": "team39_spantiny_ch26_slim.pth", "rlfn": "team00_rlfn.pth"}
 TOLERANCE = 1e-4  # of the largest value
+SIZE_LIMIT = 512  # plain PyTorch takes seconds and gigabytes for a photograph of today's cameras
 BORDER = 4  # pixels a side that the challenge's PSNR leaves out
 
 
@@ -53,12 +54,20 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="one of scikit-image's, downscaled first (default: astronaut)",
     )
     add("--image", type=Path, metavar="FILE", help="a picture of yours, used as it is")
-    add("--model", type=model_name, default="span", metavar="NAME", help="default: span")
+    add("--model", type=one_model, default="span", metavar="NAME", help="default: span")
     add("--weights", type=weights_file, metavar="FILE", help="a checkpoint of the model")
     add("--backend", type=backend_name, metavar="NAME", help="default: the fastest that can run")
     add("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's)")
     add("--rounds", type=positive, default=7, metavar="N", help="of the timing (default: 7)")
     add("--output", type=Path, metavar="FILE", help="default: outputs/NAME_x4.png")
+    add(
+        "--size-limit",
+        type=positive,
+        default=SIZE_LIMIT,
+        metavar="PIXELS",
+        help="larger pictures are verified and timed on a part of this many pixels a side, and upscaled as a whole "
+        f"(default: {SIZE_LIMIT})",
+    )
     return parser
 
 
@@ -80,6 +89,11 @@ def psnr(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
     inner = (slice(BORDER, -BORDER), slice(BORDER, -BORDER))
     error = float(np.mean((a[inner].astype(np.float64) - b[inner].astype(np.float64)) ** 2))
     return math.inf if error == 0 else 20 * math.log10(255 / math.sqrt(error))
+
+
+def _middle(length: int, limit: int) -> slice:
+    begin = max(length - limit, 0) // 2
+    return slice(begin, begin + min(length, limit))
 
 
 def _nearby_weights(model: str) -> Path | None:
@@ -106,8 +120,8 @@ def run(args: argparse.Namespace) -> int:
         original, picture = _photograph(args.photo, scale)
         name = args.photo
     target = args.output or Path("outputs") / f"{name}_x{scale}.png"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    imaging.check_output(target, picture.height * scale, picture.width * scale, alpha=picture.alpha is not None)
+    make_folder(target)
+    imaging.check_output(target, picture.height * scale, picture.width * scale, transparent=picture.transparent)
 
     with thread_count(args.threads), chosen(args.backend):
         fast = optimize(model)
@@ -119,11 +133,14 @@ def run(args: argparse.Namespace) -> int:
             print(f"weights   RANDOM: the picture will be noise. Published weights: {PUBLISHED}; --weights FILE")
         else:
             print(f"weights   {weights.name}")
-        how = "downscaled x4 bicubically" if original is not None else "as it is"
+        how = f"downscaled x{scale} bicubically" if original is not None else "as it is"
         print(f"picture   {name}, {picture.width} x {picture.height}, {how}")
         print(f"backend   {device_backend}, {torch.get_num_threads()} threads")
 
-        x = imaging.to_tensor(picture, data_range)
+        rows, columns = _middle(picture.height, args.size_limit), _middle(picture.width, args.size_limit)
+        x = imaging.to_tensor(picture, data_range, rows, columns)
+        if x.shape[2:] != (picture.height, picture.width):
+            print(f"part      {x.shape[3]} x {x.shape[2]} from its middle for verification and timing (--size-limit)")
         twin = python_models.plain(args.model, **model.options)  # type: ignore[arg-type]
         twin.load_state_dict(model.state_dict())
         twin.requires_grad_(False)
@@ -133,8 +150,8 @@ def run(args: argparse.Namespace) -> int:
         # Random weights leave the data range far behind.
         largest = max(float(expected.abs().max()), data_range)
         print(
-            f"verified  largest difference from plain PyTorch {difference:.2e}, "
-            f"{difference / largest:.1e} of the largest value (allowed {TOLERANCE:.0e})"
+            f"verified  largest difference from plain PyTorch {difference:.2e}: {difference / data_range:.1e} of the "
+            f"data range, {difference / largest:.1e} of the largest value (allowed {TOLERANCE:.0e})"
         )
         if not difference <= TOLERANCE * largest:
             print("error: the fused network differs from plain PyTorch", file=sys.stderr)

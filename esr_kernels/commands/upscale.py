@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from .. import imaging
+from ..cli import check_interruption
 from ..dispatch import use_backend
 from ..imaging import EXTENSIONS, ImageError, Picture
 from ..optimize import OptimizedModel, optimize
-from ..tiling import ALIGNMENT, exact_overlap, plan_tiles, tile_size, upscale_tiles
+from ..tiling import ALIGNMENT, Tile, exact_overlap, plan_tiles, tile_size, upscale_windows
 from ..timing import thread_count
-from ._arguments import backend_name, dtype_name, model_name, positive, weights_file
+from ._arguments import ALL, backend_name, dtype_name, model_name, positive, weights_file
 
 PUBLISHED = "the challenge's repository, github.com/Amazingren/NTIRE2024_ESR, has them in its folder model_zoo"
 
@@ -30,6 +34,12 @@ def _tile(text: str) -> int | str | None:
     if text.isdecimal() and int(text) >= ALIGNMENT and int(text) % ALIGNMENT == 0:
         return int(text)
     raise argparse.ArgumentTypeError(f'expected "auto", "none" or a multiple of {ALIGNMENT} pixels, got {text!r}')
+
+
+def one_model(text: str) -> str:
+    if text == ALL:
+        raise argparse.ArgumentTypeError("expected one model, got 'all'")
+    return model_name(text)
 
 
 def _overlap(text: str) -> int:
@@ -64,7 +74,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("inputs", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="pictures, or folders of pictures")
     add("-o", "--output", type=Path, required=True, metavar="OUT", help="a file for one picture, else a folder")
-    add("--model", type=model_name, default="span", metavar="NAME", help="default: span")
+    add("--model", type=one_model, default="span", metavar="NAME", help="default: span")
     add("--weights", type=weights_file, metavar="FILE", help="a checkpoint of the model")
     add("--random-weights", action="store_true", help="run without a checkpoint; the result is noise")
     add("--backend", type=backend_name, metavar="NAME", help="default: the fastest that can run")
@@ -88,7 +98,10 @@ def _jobs(args: argparse.Namespace, scale: int) -> list[tuple[Path, Path]]:
     for given in args.inputs:
         if given.is_dir():
             found = sorted(p for p in (given.rglob("*") if args.recursive else given.glob("*")) if p.is_file())
-            pictures = [p for p in found if p.suffix.lower() in EXTENSIONS]
+            # Results of an earlier run inside the folder are not pictures to upscale again.
+            results = args.output.resolve()
+            own = [] if results == given.resolve() else [p for p in found if results in p.resolve().parents]
+            pictures = [p for p in found if p.suffix.lower() in EXTENSIONS and p not in own]
             if not pictures:
                 raise ImageError(f"{given}: no pictures ({', '.join(EXTENSIONS)}) in this folder")
             sources += [(p, p.relative_to(given)) for p in pictures]
@@ -116,8 +129,6 @@ def _jobs(args: argparse.Namespace, scale: int) -> list[tuple[Path, Path]]:
         taken[target] = source
         if target.resolve() == source.resolve():
             raise ImageError(f"{source}: the result would replace the picture itself")
-    for _, target in jobs:
-        target.parent.mkdir(parents=True, exist_ok=True)
     return jobs
 
 
@@ -157,14 +168,50 @@ def upscale_picture(
         ValueError: it is smaller than the network can take, or as `esr_kernels.tiling.upscale_tiles`.
     """
     scale, data_range = int(model.scale), float(model.data_range)  # type: ignore[arg-type]
-    x = imaging.to_tensor(picture, data_range).to(device)
     height, width = picture.height * scale, picture.width * scale
     pixels = np.empty((height, width, picture.pixels.shape[2]), picture.pixels.dtype)
-    for top, left, part in upscale_tiles(model, x, tile=tile, overlap=overlap, progress=progress):
+
+    def window(t: Tile) -> Tensor:
+        rows, columns = slice(t.window_top, t.window_bottom), slice(t.window_left, t.window_right)
+        return imaging.to_tensor(picture, data_range, rows, columns).to(device)
+
+    size = picture.height, picture.width
+    for top, left, part in upscale_windows(model, *size, window, tile=tile, overlap=overlap, progress=progress):
+        check_interruption()
         done = imaging.quantize(part, data_range, picture.depth, picture.grey)
         pixels[top : top + done.shape[0], left : left + done.shape[1]] = done
     alpha = None if picture.alpha is None else imaging.resize_alpha(picture.alpha, height, width)
     return Picture(pixels, alpha, picture.icc_profile, picture.exif)
+
+
+def make_folder(target: Path) -> None:
+    """The folder a result is to be written to.
+
+    Raises:
+        ImageError: it cannot be made.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ImageError(f"{target}: folder {target.parent} cannot be made: {error.strerror}") from None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is one of the ways in which Python and PyTorch say that memory has run out."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "bad_alloc" in str(error))
+
+
+def _shown(path: Path) -> str:
+    """A path for the terminal; file names may be bytes that are no text."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _reason(error: BaseException) -> str:
+    if out_of_memory(error):
+        return "not enough memory; smaller tiles need less (--tile)"
+    return str(error) or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -178,7 +225,8 @@ def _one(args: argparse.Namespace, model: OptimizedModel, source: Path, target: 
         raise ImageError(f"{target}: exists; replace it with --overwrite")
     picture = imaging.read_image(source, max_pixels=args.max_pixels)
     scale = int(model.scale)  # type: ignore[arg-type]
-    imaging.check_output(target, picture.height * scale, picture.width * scale, alpha=picture.alpha is not None)
+    make_folder(target)
+    imaging.check_output(target, picture.height * scale, picture.width * scale, transparent=picture.transparent)
     overlap = exact_overlap(model) if args.overlap is None else args.overlap
     tiles = plan_tiles(
         picture.height, picture.width, tile_size(picture.height, picture.width, args.tile, overlap), overlap
@@ -193,6 +241,7 @@ def _one(args: argparse.Namespace, model: OptimizedModel, source: Path, target: 
         overlap=args.overlap,
         progress=lambda done, total: bar.update(step),
     )
+    check_interruption()
     imaging.write_image(target, result, quality=args.quality)
 
 
@@ -212,23 +261,29 @@ def run(args: argparse.Namespace) -> int:
     scale = python_models.card(args.model).scale
     jobs = _jobs(args, scale)
     failed = 0
-    with thread_count(args.threads), chosen(args.backend):
+    with thread_count(args.threads), chosen(args.backend), warnings.catch_warnings():
         model = load_network(args.model, args.weights, DTYPES[args.dtype], args.device)
         if int(model.scale) != scale:  # type: ignore[arg-type]
             jobs = _jobs(args, int(model.scale))  # type: ignore[arg-type]
         shown = args.progress or sys.stderr.isatty()
         layout = "{l_bar}{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+        # Pillow warns of what it finds odd in a file; what matters is an error here.
+        warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
         with tqdm(total=len(jobs), unit="picture", disable=not shown, file=sys.stderr, bar_format=layout) as bar:
             for number, (source, target) in enumerate(jobs, 1):
                 try:
                     _one(args, model, source, target, bar)
-                except (ValueError, OSError, MemoryError) as error:
+                except (ValueError, OSError, MemoryError, RuntimeError) as error:
+                    # Anything else of PyTorch's is a bug, or fails for every picture alike.
+                    if isinstance(error, RuntimeError) and not out_of_memory(error):
+                        raise
+                    check_interruption()
                     failed += 1
-                    reason = str(error) or type(error).__name__
+                    reason = _reason(error)
                     where = "" if str(source) in reason or str(target) in reason else f"{source}: "
                     tqdm.write(f"error: {where}{reason}", file=sys.stderr)
                 else:
-                    tqdm.write(str(target), file=sys.stdout)
+                    tqdm.write(_shown(target), file=sys.stdout)
                 bar.n = number
                 bar.refresh()
     if len(jobs) > 1:
