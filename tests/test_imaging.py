@@ -196,6 +196,28 @@ def test_png_written_row_by_row(height, width, channels, depth, smooth, cuts, bl
     np.testing.assert_array_equal(np.array(list(rows)).reshape(pixels.shape), pixels)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_every_png_filter_is_chosen_and_undone(dtype, channels):
+    """Rows for which each filter leaves the least: noise, a ramp, a repeated row, and corners that only Paeth follows."""
+    step = 37 if dtype == np.uint8 else 37 * 257
+    pixels = noise(48, 64, channels, dtype, 1)
+    y, x = np.mgrid[:12, :64]
+    pixels[12:24] = (np.arange(64) * 3 * (1 if dtype == np.uint8 else 257))[None, :, None]
+    pixels[24:36] = pixels[24]
+    # Steps along both diagonals: at some the pixel above is the same, at others the one to the left.
+    pixels[36:48] = (((x + y) // 4 % 3 + (x - y) // 4 % 3) * step)[..., None]
+    file = io.BytesIO()
+    writer = PngWriter(file, 48, 64, channels, 8 * pixels.itemsize)
+    writer.write(pixels)
+    writer.close()
+    _, _, rows, _ = png.Reader(bytes=file.getvalue()).read()
+    np.testing.assert_array_equal(np.array(list(rows)).reshape(pixels.shape), pixels)
+    data = b"".join(content for kind, content in png.Reader(bytes=file.getvalue()).chunks() if kind == b"IDAT")
+    filters = np.frombuffer(zlib.decompress(data), np.uint8).reshape(48, -1)[:, 0]
+    assert set(filters.tolist()) == {0, 1, 2, 4}
+
+
 def test_png_writer_refuses_what_does_not_fit():
     for arguments, message in (
         ((5, 5, 5, 8), r"channels: expected 1\.\.4, got 5"),
