@@ -62,7 +62,8 @@ test: lint build
 
 bench: build
 	@mkdir -p $(dir $(BENCH_JSON))
-	$(PY) -m pytest bench --benchmark-json=$(BENCH_JSON) $(ARGS)
+	$(PY) -m pytest bench --benchmark-json=$(BENCH_JSON).part $(ARGS)
+	@mv $(BENCH_JSON).part $(BENCH_JSON)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

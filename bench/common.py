@@ -21,6 +21,8 @@ from esr_kernels.timing import thread_count
 
 EAGER = "eager"
 EAGER_CHANNELS_LAST = "eager channels_last"
+# The reference is plain PyTorch inside: once is enough to see what the way through the operator costs.
+_LEFT_OUT = ("reference", " channels_last")
 # Training has no chosen backend: forward and backward each run on the first one that can.
 TRAINING_ENGINES = ("fused", EAGER, EAGER_CHANNELS_LAST)
 
@@ -45,8 +47,8 @@ def backends(device: str) -> list[str]:
 
 
 def operator_engines(device: str) -> list[str]:
-    """Every backend in both memory formats, then plain PyTorch."""
-    fused = [name + suffix for name in backends(device) for suffix in ("", " channels_last")]
+    """Every backend, all but the reference in both memory formats, then plain PyTorch in both."""
+    fused = [f"{b}{suffix}" for b in backends(device) for suffix in ("", " channels_last") if (b, suffix) != _LEFT_OUT]
     return [*fused, EAGER, EAGER_CHANNELS_LAST]
 
 

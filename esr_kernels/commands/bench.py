@@ -416,7 +416,8 @@ def run(args: argparse.Namespace) -> int:
                 records.append(record)
 
     print(machine_line(info))
-    print(f"medians of up to {args.rounds} rounds taking turns; ratio: the peer's time over ours")
+    print(f"medians of up to {args.rounds} rounds taking turns; ratio: the peer's time over ours;")
+    print("GFLOP/s: the work of direct convolutions, a multiply-add as two, over the time")
     print(_rows(records))
     if args.json is not None:
         settings = {"rounds": args.rounds, "budget": args.budget, "weights": _name_of(args.weights)}
