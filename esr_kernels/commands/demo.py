@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import math
 import sys
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import imaging
-from ..dispatch import list_backends, select
+from ..cases import resolve_backend
 from ..imaging import ImageError, Picture
 from ..optimize import optimize
 from ..timing import alternate, machine, machine_line, table, thread_count
@@ -125,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
 
     with thread_count(args.threads), chosen(args.backend):
         fast = optimize(model)
-        device_backend = _backend_of(args.backend)
+        device_backend = resolve_backend("run_plan", "cpu", torch.float32)
         print(machine_line(machine()))
         where = f"report section {card.section}" if card.section else f"team {card.team}"
         print(f"network   {card.title} x{scale} ({where}), {_millions(model)} parameters")
@@ -167,16 +166,6 @@ def run(args: argparse.Namespace) -> int:
     imaging.write_image(target, result)
     print(f"written   {target} ({result.width} x {result.height})")
     return 0
-
-
-def _backend_of(requested: str | None) -> str:
-    """The backend that runs a plan on this device."""
-    implementation = select("run_plan", "cpu", torch.float32, requested)
-    for status in list_backends():
-        with contextlib.suppress(Exception):
-            if status.available and select("run_plan", "cpu", torch.float32, status.name) is implementation:
-                return status.name
-    return requested or "reference"
 
 
 def _millions(model: torch.nn.Module) -> str:
