@@ -84,7 +84,7 @@ class BackendStatus:
 
 @lru_cache(maxsize=1)
 def _backends() -> dict[str, Backend]:
-    from .backends import native, reference
+    from .backends import native, reference, triton
 
     every = frozenset({"cpu", "cuda", "mps", "xpu", "meta"})
     plain = {
@@ -95,13 +95,9 @@ def _backends() -> dict[str, Backend]:
         Backend("reference", lambda: None, plain),
         Backend("native-cpu", native.probe_cpu, native.CPU_OPERATORS),
         Backend("native-cuda", native.probe_cuda, {}),
-        Backend("triton", _probe_triton, {}),
+        Backend("triton", triton.probe, triton.implementations()),
     ]
     return {backend.name: backend for backend in found}
-
-
-def _probe_triton() -> str | None:
-    return "this version of esr_kernels has no Triton kernels"
 
 
 # The order in which a device's calls try the backends.

@@ -86,13 +86,13 @@ def image(x: Tensor, channels: int, scale: int) -> Tensor:
     return x.new_empty((x.shape[0], channels, x.shape[2] * scale, x.shape[3] * scale))
 
 
-def _gradient(like: Tensor, wanted: bool = True) -> Tensor:
+def gradient(like: Tensor, wanted: bool = True) -> Tensor:
     if not wanted:
         return like.new_empty(0)
     return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=_format(like))
 
 
-def _bias_gradient(bias: Tensor | None, weight: Tensor, wanted: bool) -> Tensor:
+def bias_gradient(bias: Tensor | None, weight: Tensor, wanted: bool) -> Tensor:
     like = weight if bias is None else bias
     return like.new_empty(weight.shape[0] if wanted else 0)
 
@@ -105,9 +105,9 @@ def _(x, weight, bias, residual, activation, negative_slope, residual_mode):  # 
 @torch.library.register_fake("esr::conv3x3_backward", lib=_library)
 def _(grad, x, weight, bias, residual, activation, negative_slope, residual_mode, output_mask):  # type: ignore[no-untyped-def]
     return (
-        _gradient(x, output_mask[0]),
-        _gradient(weight, output_mask[1]),
-        _bias_gradient(bias, weight, output_mask[2]),
+        gradient(x, output_mask[0]),
+        gradient(weight, output_mask[1]),
+        bias_gradient(bias, weight, output_mask[2]),
         feature_map(x, weight.shape[0]) if output_mask[3] else x.new_empty(0),
     )
 
@@ -119,10 +119,10 @@ def _(x, w1, b1, w2, b2, w3, b3, return_mid):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("esr::spab_backward", lib=_library)
 def _(grad, grad_mid, x, w1, b1, w2, b2, w3, b3, output_mask):  # type: ignore[no-untyped-def]
-    gradients = [_gradient(x, output_mask[0])]
+    gradients = [gradient(x, output_mask[0])]
     for i, (weight, bias) in enumerate(((w1, b1), (w2, b2), (w3, b3))):
-        gradients.append(_gradient(weight, output_mask[2 * i + 1]))
-        gradients.append(_bias_gradient(bias, weight, output_mask[2 * i + 2]))
+        gradients.append(gradient(weight, output_mask[2 * i + 1]))
+        gradients.append(bias_gradient(bias, weight, output_mask[2 * i + 2]))
     return tuple(gradients)
 
 
@@ -134,9 +134,9 @@ def _(x, weight, bias, residual, upscale_factor):  # type: ignore[no-untyped-def
 @torch.library.register_fake("esr::conv3x3_pixel_shuffle_backward", lib=_library)
 def _(grad, x, weight, bias, upscale_factor, output_mask):  # type: ignore[no-untyped-def]
     return (
-        _gradient(x, output_mask[0]),
-        _gradient(weight, output_mask[1]),
-        _bias_gradient(bias, weight, output_mask[2]),
+        gradient(x, output_mask[0]),
+        gradient(weight, output_mask[1]),
+        bias_gradient(bias, weight, output_mask[2]),
         x.new_empty(grad.shape if output_mask[3] else 0),
     )
 
@@ -148,8 +148,8 @@ def _(xs, weight, bias, activation, negative_slope):  # type: ignore[no-untyped-
 
 @torch.library.register_fake("esr::conv1x1_backward", lib=_library)
 def _(grad, xs, weight, bias, activation, negative_slope, output_mask):  # type: ignore[no-untyped-def]
-    gradients = [_gradient(x, wanted) for x, wanted in zip(xs, output_mask[:-2], strict=True)]
-    return [*gradients, _gradient(weight, output_mask[-2]), _bias_gradient(bias, weight, output_mask[-1])]
+    gradients = [gradient(x, wanted) for x, wanted in zip(xs, output_mask[:-2], strict=True)]
+    return [*gradients, gradient(weight, output_mask[-2]), bias_gradient(bias, weight, output_mask[-1])]
 
 
 @torch.library.register_fake("esr::esa", lib=_library)
@@ -159,7 +159,7 @@ def _(x, *weights):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("esr::esa_backward", lib=_library)
 def _(grad, x, *weights):  # type: ignore[no-untyped-def]
-    return [_gradient(x), *(x.new_empty(0) if w is None else _gradient(w) for w in weights)]
+    return [gradient(x), *(x.new_empty(0) if w is None else gradient(w) for w in weights)]
 
 
 @torch.library.register_fake("esr::bsconv", lib=_library)
@@ -170,10 +170,10 @@ def _(x, pointwise, depthwise, bias, padding_mode, activation, negative_slope): 
 @torch.library.register_fake("esr::bsconv_backward", lib=_library)
 def _(grad, x, pointwise, depthwise, bias, padding_mode, activation, negative_slope, output_mask):  # type: ignore[no-untyped-def]
     return (
-        _gradient(x, output_mask[0]),
-        _gradient(pointwise, output_mask[1]),
-        _gradient(depthwise, output_mask[2]),
-        _bias_gradient(bias, depthwise, output_mask[3]),
+        gradient(x, output_mask[0]),
+        gradient(pointwise, output_mask[1]),
+        gradient(depthwise, output_mask[2]),
+        bias_gradient(bias, depthwise, output_mask[3]),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .backends import reference
 from .errors import OptimizeError
+from .graphs import GraphCache
 from .plan import ESA_WEIGHTS, Plan, PlanBuilder
 from .reparam import deploy
 
@@ -30,10 +31,12 @@ class Report:
     Attributes:
         fused: one line per layer of the plan.
         left: one line per operation that stayed plain PyTorch, with the reason; empty when the whole network fused.
+        graphs: one line per CUDA graph captured so far, and one per reason why a call that should have one has none.
     """
 
     fused: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+    graphs: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         if self.left:
@@ -41,6 +44,8 @@ class Report:
         else:
             lines = [f"fused into {len(self.fused)} layers, run as one operator:"]
             lines += [f"  {line}" for line in self.fused]
+        if self.graphs:
+            lines += ["CUDA graphs:", *(f"  {line}" for line in self.graphs)]
         return "\n".join(lines)
 
 
@@ -49,6 +54,13 @@ class OptimizedModel(nn.Module):
 
     Takes [N, C, H, W] of any size the network takes, in float32, float16 or bfloat16, and returns the input's dtype.
     For inference: gradients are refused with an error.
+
+    On a CUDA device the operator's work is replayed from a CUDA graph, as `optimize(cuda_graphs=...)` says. The result
+    is always a new tensor, and any stream and any number of threads may call the model: the GPU runs their replays
+    one after the other. Nothing is replayed, and the operator itself runs, on other devices, for empty batches, when
+    something traces, compiles or counts the operators, and while the caller captures a graph of its own, which then
+    takes in the operator's work. Moving, replacing or writing weights drops the graphs; copies and pickles have none.
+    (A write through `.data` leaves no trace: with or without a graph, packed weights stay as they were.)
 
     Attributes:
         plan: the layers, or None when the network could not be fused and runs as it was.
@@ -64,6 +76,7 @@ class OptimizedModel(nn.Module):
         *,
         dtype: torch.dtype | None,
         memory_format: torch.memory_format | None,
+        cuda_graphs: str | bool,
         attributes: dict[str, Any],
     ) -> None:
         super().__init__()
@@ -71,25 +84,54 @@ class OptimizedModel(nn.Module):
         self.fallback = fallback
         self._report = report
         self._plan_json = plan.to_json() if plan is not None else ""
-        self._count = len(weights)
+        self._weight_names = [f"weight_{i}" for i in range(len(weights))]
         self._dtype = dtype
         self._memory_format = memory_format
-        for i, w in enumerate(weights):
-            self.register_buffer(f"weight_{i}", w)
+        self._graphs: GraphCache | None = None
+        if plan is not None and cuda_graphs is not False:
+            self._graphs = GraphCache(required=cuda_graphs is True)
+        with torch.inference_mode(False):
+            for weight_name, w in zip(self._weight_names, weights, strict=True):
+                # A tensor of inference mode does not count its changes, which a graph has to notice.
+                self.register_buffer(weight_name, w.clone() if w.is_inference() else w)
         for name, value in attributes.items():
             setattr(self, name, value)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._run(x)
+
+    def _run(self, x: Tensor, *, at_once: bool = False) -> Tensor:
         if self.plan is None:
             assert self.fallback is not None
             y = self.fallback(x if self._dtype is None else x.to(self._dtype)).to(x.dtype)
         else:
             self._check(x)
+            if not torch.compiler.is_compiling() and not torch.jit.is_tracing() and self._graphs is not None:
+                replayed = self._replay(self._graphs, x, at_once)
+                if replayed is not None:
+                    return replayed
             inputs = [x if self._dtype is None else x.to(self._dtype)]
-            weights = [getattr(self, f"weight_{i}") for i in range(self._count)]
+            weights = [getattr(self, name) for name in self._weight_names]
             run = reference.run_plan if torch.jit.is_tracing() else ops.run_plan
             y = run(inputs, weights, self._plan_json)[0].to(x.dtype)
         return y if self._memory_format is None else y.contiguous(memory_format=self._memory_format)
+
+    def _replay(self, graphs: GraphCache, x: Tensor, at_once: bool) -> Tensor | None:
+        buffers: dict[str, Any] = self._buffers  # attribute look-up in a module takes several times as long
+        weights = [buffers[name] for name in self._weight_names]
+        return graphs.run(
+            lambda image: ops.run_plan([image], weights, self._plan_json)[0],
+            x,
+            weights,
+            dtype=self._dtype,
+            memory_format=self._memory_format,
+            at_once=at_once,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OptimizedModel:
+        self.clear_graphs()
+        with torch.inference_mode(False):
+            return super()._apply(fn, recurse)
 
     def _check(self, x: Any) -> None:
         assert self.plan is not None
@@ -108,18 +150,30 @@ class OptimizedModel(nn.Module):
             )
 
     def report(self) -> Report:
-        """What was fused, and what was not and why."""
-        return self._report
+        """What was fused, what was not and why, and which CUDA graphs there are now."""
+        return self._report if self._graphs is None else replace(self._report, graphs=self._graphs.report())
+
+    def clear_graphs(self) -> None:
+        """Drop the captured CUDA graphs and their memory, and forget failed captures."""
+        if self._graphs is not None:
+            self._graphs.clear()
 
     def warmup(self, sizes: Sequence[tuple[int, int]]) -> OptimizedModel:
-        """Do all packing, compiling and buffer planning for images of these (height, width) now, outside timed code."""
+        """Do all packing, compiling and buffer planning for images of these (height, width) now, outside timed code.
+
+        On a CUDA device one CUDA graph per size is captured too, for single NCHW images and whatever their size
+        (unless `cuda_graphs` is False); as many are kept from then on.
+        """
         channels = 3 if self.plan is None else self.plan.inputs[0][0]
         tensors = [*self.buffers(), *self.parameters()]
         device = tensors[0].device if tensors else torch.device("cpu")
         dtype = self._dtype or (tensors[0].dtype if tensors else torch.float32)
+        if self._graphs is not None:
+            self._graphs.reserve(len(sizes))
         with torch.inference_mode():
-            for height, width in sizes:
-                self(torch.zeros(1, channels, height, width, dtype=dtype, device=device))
+            # The largest first: the graphs of the others then fit in the memory that it needs between its layers.
+            for height, width in sorted(sizes, key=lambda size: -size[0] * size[1]):
+                self._run(torch.zeros(1, channels, height, width, dtype=dtype, device=device), at_once=True)
         return self
 
     def extra_repr(self) -> str:
@@ -144,12 +198,16 @@ def optimize(
         dtype: float32, float16 or bfloat16 to hold weights and feature maps in (an executor may hold them in
             float32), or None for the model's own.
         memory_format: of the returned tensor; None: NCHW for images.
-        cuda_graphs: "auto", True or False: replay CUDA graphs. No effect on a CPU.
+        cuda_graphs: whether a fused network on a CUDA device is replayed from CUDA graphs, one per size, layout and
+            dtype of the input. "auto": captured by `warmup`, and when the second input of its kind comes, unless it
+            has more than a million pixels; what cannot be captured runs without, and `report()` says why. True:
+            captured at the first input of its kind, or an `OptimizeError` says why not. False: never. The 8 most
+            recently used graphs are kept. No effect on other devices.
         sizes: (height, width) pairs to prepare for now, as `OptimizedModel.warmup`.
 
     Raises:
         TypeError, ValueError: an argument is not one of those named above.
-        OptimizeError: the model cannot be run on an example input.
+        OptimizeError: the model cannot be run on an example input, or not be captured with `cuda_graphs=True`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -173,6 +231,8 @@ def optimize(
         report.fused = str(plan).splitlines()[1 + len(plan.inputs) :]
     except _NotPlannableError as reason:
         report.left = [str(reason)]
+    if plan is None and cuda_graphs is True:
+        report.graphs = ["none: only a fused network is captured"]
     if dtype is not None:
         weights = [w.to(dtype) for w in weights]
         network = network.to(dtype)
@@ -183,6 +243,7 @@ def optimize(
         report,
         dtype=dtype,
         memory_format=memory_format,
+        cuda_graphs=cuda_graphs if cuda_graphs == "auto" else bool(cuda_graphs),
         attributes=attributes,
     ).eval()
     return optimized.warmup(sizes)

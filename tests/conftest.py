@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+import triton_interpreter
 
-import esr_kernels
+# Without a GPU Triton's kernels run in its interpreter, which has to be chosen before they are defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+triton_interpreter.install()
+
+import esr_kernels  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -22,6 +22,15 @@ def _parse(plan: str) -> dict[str, Any]:
     return json.loads(plan)
 
 
+@lru_cache(maxsize=64)
+def _per_channel(
+    shift: tuple[float, ...], scale: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Made once: a CUDA graph cannot capture a copy from the host."""
+    table = torch.tensor([shift, scale], dtype=dtype, device=device).view(2, 1, -1, 1, 1)
+    return table[0], table[1]
+
+
 def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Tensor]:
     """Run a serialised plan (`esr_kernels.plan.Plan.to_json`).
 
@@ -38,9 +47,7 @@ def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Ten
         a = layer["attributes"]
         op = layer["op"]
         if op == "normalize":
-            shape = (1, -1, 1, 1)
-            shift = torch.tensor(a["shift"], dtype=dtype, device=x[0].device).view(shape)
-            scale = torch.tensor(a["scale"], dtype=dtype, device=x[0].device).view(shape)
+            shift, scale = _per_channel(tuple(a["shift"]), tuple(a["scale"]), dtype, x[0].device)
             values.append((x[0] - shift) * scale)
         elif op == "conv3x3":
             residual = x[1] if len(x) > 1 else None

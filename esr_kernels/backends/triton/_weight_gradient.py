@@ -1,0 +1,282 @@
+"""Gradients of a convolution to its weight and bias: partial sums of disjoint tiles, then their sum in fixed order."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._convolution import reflect
+from ._epilogue import channel_offsets, image_start, pixel_offsets
+from .configs import Config, choose
+from .launch import Kernel, ceil_div, next_power_of_two
+from .maps import Map, precision, wide
+
+# Programs along the pixels, and tiles for each at least. Both depend on nothing but the shape, so that results do not
+# depend on the GPU's size.
+_SPLITS = 128
+_TILES = 4
+_REDUCE = 128
+
+
+@triton.jit
+def weight_gradient_kernel(
+    x,
+    g,
+    partial,  # [splits, TAPS * TAPS, K blocks * BLOCK_K, N blocks * BLOCK_N] float32
+    partial_bias,  # [splits, N blocks * BLOCK_N] float32
+    in_height,
+    in_width,
+    height,
+    width,
+    tiles_x,
+    tiles_y,
+    tiles,
+    splits,
+    x_batch,
+    g_batch,
+    CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    BORDER: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PIPELINE: tl.constexpr,
+    BIAS: tl.constexpr,
+    X_PITCH: tl.constexpr,
+    G_PITCH: tl.constexpr,
+    G_SHUFFLE: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: every `splits`-th tile of pixels, one row of taps, BLOCK_K input and BLOCK_N output channels."""
+    K_BLOCKS: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
+    N_BLOCKS: tl.constexpr = (OUT_CHANNELS + BLOCK_N - 1) // BLOCK_N
+    split = tl.program_id(0)
+    ky = tl.program_id(1) % TAPS
+    block = tl.program_id(1) // TAPS
+    k0 = block % K_BLOCKS * BLOCK_K
+    n0 = block // K_BLOCKS * BLOCK_N
+    p = tl.arange(0, TILE_H * TILE_W)
+    k = k0 + tl.arange(0, BLOCK_K)[:, None]
+    n = n0 + tl.arange(0, BLOCK_N)[None, :]
+    pixels = height * width
+    in_pixels = in_height * in_width
+    x_channels = channel_offsets(k, in_pixels, in_width, X_PITCH, 1, WIDE)
+    g_channels = channel_offsets(n, pixels, width, G_PITCH, G_SHUFFLE, WIDE)
+
+    acc0 = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
+    acc1 = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
+    acc2 = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
+    bias = tl.zeros([BLOCK_N], tl.float32)
+    for tile in tl.range(split, tiles, splits, num_stages=PIPELINE):
+        image = (tile // (tiles_x * tiles_y)).to(tl.int64)
+        oy = tile // tiles_x % tiles_y * TILE_H + p // TILE_W
+        ox = tile % tiles_x * TILE_W + p % TILE_W
+        inside = (oy < height) & (ox < width)
+        g_pixels = pixel_offsets(oy, ox, width, G_PITCH, G_SHUFFLE, WIDE)[:, None]
+        gradient = tl.load(
+            g + image_start(image, g_batch, G_PITCH) + (g_pixels + g_channels),
+            mask=inside[:, None] & (n < OUT_CHANNELS),
+            other=0.0,
+        )  # [P, BLOCK_N]
+        if BIAS:
+            bias += tl.sum(gradient.to(tl.float32), 0)
+        gradient = gradient.to(x.dtype.element_ty)
+        start = x + image_start(image, x_batch, X_PITCH)
+        for kx in tl.static_range(0, TAPS):
+            iy = oy * STRIDE - PAD + ky
+            ix = ox * STRIDE - PAD + kx
+            if BORDER == "reflect":
+                iy = reflect(iy, in_height)
+                ix = reflect(ix, in_width)
+                ok = inside
+            else:
+                ok = inside & (iy >= 0) & (iy < in_height) & (ix >= 0) & (ix < in_width)
+            x_pixels = pixel_offsets(iy, ix, in_width, X_PITCH, 1, WIDE)[None, :]
+            a = tl.load(start + (x_pixels + x_channels), mask=ok[None, :] & (k < CHANNELS), other=0.0)  # [BLOCK_K, P]
+            if kx == 0:
+                acc0 = tl.dot(a, gradient, acc0, input_precision=PRECISION)
+            elif kx == 1:
+                acc1 = tl.dot(a, gradient, acc1, input_precision=PRECISION)
+            else:
+                acc2 = tl.dot(a, gradient, acc2, input_precision=PRECISION)
+
+    row: tl.constexpr = N_BLOCKS * BLOCK_N
+    size: tl.constexpr = K_BLOCKS * BLOCK_K * row
+    out = partial + (split.to(tl.int64) * TAPS + ky) * (TAPS * size) + (k * row + n)
+    tl.store(out, acc0)
+    if TAPS > 1:
+        tl.store(out + size, acc1)
+        tl.store(out + 2 * size, acc2)
+    if BIAS and ((ky == 0) & (k0 == 0)):
+        tl.store(partial_bias + split * row + n0 + tl.arange(0, BLOCK_N), bias)
+
+
+@triton.jit
+def reduce_kernel(
+    partial,
+    partial_bias,
+    gw,
+    gb,
+    splits,
+    stride_k,
+    stride_n,
+    stride_y,
+    stride_x,
+    CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """gw[n, k, tap] = sum over splits; programs beyond the weight's sum the bias' gradient."""
+    SIZE: tl.constexpr = TAPS * TAPS * ROWS * COLUMNS
+    WEIGHT_PROGRAMS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK * WEIGHT
+    program = tl.program_id(0)
+    e = program * BLOCK + tl.arange(0, BLOCK)[None, :]
+    s = tl.arange(0, SPLITS)[:, None]
+    total = tl.zeros([BLOCK], tl.float32)
+    if program < WEIGHT_PROGRAMS:
+        for first in range(0, splits, SPLITS):
+            at = (first + s).to(tl.int64) * SIZE + e
+            total += tl.sum(tl.load(partial + at, mask=(first + s < splits) & (e < SIZE), other=0.0), 0)
+        e = program * BLOCK + tl.arange(0, BLOCK)
+        n = e % COLUMNS
+        k = e // COLUMNS % ROWS
+        tap = e // (COLUMNS * ROWS)
+        ok = (n < OUT_CHANNELS) & (k < CHANNELS) & (e < SIZE)
+        out = gw + k * stride_k + n * stride_n + tap // TAPS * stride_y + tap % TAPS * stride_x
+        tl.store(out, total.to(gw.dtype.element_ty), mask=ok)
+    elif BIAS:
+        e -= WEIGHT_PROGRAMS * BLOCK
+        for first in range(0, splits, SPLITS):
+            at = (first + s) * COLUMNS + e
+            total += tl.sum(tl.load(partial_bias + at, mask=(first + s < splits) & (e < COLUMNS), other=0.0), 0)
+        n = (program - WEIGHT_PROGRAMS) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(gb + n, total.to(gb.dtype.element_ty), mask=n < OUT_CHANNELS)
+
+
+def _block(channels: int) -> int:
+    return min(64, max(16, next_power_of_two(channels)))
+
+
+@lru_cache(maxsize=1024)
+def _kernels(
+    channels: int,
+    out_channels: int,
+    taps: int,
+    stride: int,
+    pad: int,
+    border: str,
+    dtypes: tuple[Any, ...],
+    wanted: tuple[bool, bool],
+    maps: tuple[int, ...],
+    config: Config,
+    is_wide: bool,
+    exact: str,
+) -> tuple[Kernel, Kernel]:
+    block_k, block_n = _block(channels), _block(out_channels)
+    sums = {
+        "CHANNELS": channels,
+        "OUT_CHANNELS": out_channels,
+        "TAPS": taps,
+        "STRIDE": stride,
+        "PAD": pad,
+        "BORDER": border,
+        "TILE_H": config.tile[0],
+        "TILE_W": config.tile[1],
+        "BLOCK_K": block_k,
+        "BLOCK_N": block_n,
+        "PIPELINE": config.pipeline,
+        "BIAS": wanted[1],
+        "X_PITCH": maps[0],
+        "G_PITCH": maps[1],
+        "G_SHUFFLE": maps[2],
+        "WIDE": is_wide,
+        "PRECISION": exact,
+    }
+    reduction = {
+        "CHANNELS": channels,
+        "OUT_CHANNELS": out_channels,
+        "TAPS": taps,
+        "ROWS": ceil_div(channels, block_k) * block_k,
+        "COLUMNS": ceil_div(out_channels, block_n) * block_n,
+        "WEIGHT": int(wanted[0]),
+        "BIAS": wanted[1],
+        "BLOCK": _REDUCE,
+        "SPLITS": 16,
+    }
+    return Kernel(weight_gradient_kernel, sums, config.warps), Kernel(reduce_kernel, reduction, 4)
+
+
+def weight_gradient(
+    x: Map,
+    g: Map,
+    gw: Tensor | None,
+    gb: Tensor | None,
+    *,
+    taps: int = 3,
+    stride: int = 1,
+    pad: int = 1,
+    border: str = "zeros",
+    config: Config | None = None,
+) -> None:
+    """Write the gradients of a convolution of `x` whose result has the gradient `g`.
+
+    Args:
+        gw: [O, C, taps, taps], any strides, or None.
+        gb: [O], or None.
+    """
+    if gw is None and gb is None:
+        return
+    channels, out_channels = x.channels, g.channels
+    dtype, exact = x.tensor.dtype, precision(x.tensor.dtype)
+    if config is None:
+        config = choose("weight_gradient", dtype, exact, _block(channels), _block(out_channels))
+    sums, reduction = _kernels(
+        channels,
+        out_channels,
+        taps,
+        stride,
+        pad,
+        border,
+        tuple(None if t is None else t.dtype for t in (x.tensor, g.tensor, gw, gb)),
+        (gw is not None, gb is not None),
+        (x.pitch, g.pitch, g.shuffle),
+        config,
+        wide(x, g),
+        exact,
+    )
+    tiles_y, tiles_x = ceil_div(g.height, config.tile[0]), ceil_div(g.width, config.tile[1])
+    tiles = g.tensor.shape[0] * tiles_y * tiles_x
+    splits = min(_SPLITS, ceil_div(tiles, _TILES))
+    block_k, block_n = _block(channels), _block(out_channels)
+    k_blocks, n_blocks = ceil_div(channels, block_k), ceil_div(out_channels, block_n)
+    rows, columns = k_blocks * block_k, n_blocks * block_n
+    size = taps * taps * rows * columns
+    partial = x.tensor.new_empty(splits * size, dtype=torch.float32)
+    partial_bias = x.tensor.new_empty(splits * columns, dtype=torch.float32)
+    programs = taps * k_blocks * n_blocks
+    sums(
+        (splits, programs), x.tensor, g.tensor, partial, partial_bias,
+        x.height, x.width, g.height, g.width, tiles_x, tiles_y, tiles, splits, x.batch, g.batch,
+    )  # fmt: skip
+    strides = (0, 0, 0, 0)
+    if gw is not None:
+        stride_n, stride_k, stride_y, stride_x = gw.stride()
+        strides = (stride_k, stride_n, stride_y, stride_x)
+    grid = (ceil_div(size, _REDUCE) if gw is not None else 0) + (ceil_div(columns, _REDUCE) if gb is not None else 0)
+    reduction((grid, 1), partial, partial_bias, gw, gb, splits, *strides)

@@ -1,0 +1,157 @@
+"""Which tile, how many warps and how much pipelining a kernel gets, per GPU.
+
+`configs/*.json` hold what was measured on a GPU (`python -m esr_kernels.backends.triton.tuning` writes such a file) or,
+where none was at hand, what was chosen from compiled resources. Keys name the kernel, the dtype and the channels, not
+height and width.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+FOLDER = Path(__file__).parent / "configs"
+# A file of configurations that goes before the package's own.
+VARIABLE = "ESR_KERNELS_TRITON_CONFIGS"
+
+
+class Config(NamedTuple):
+    """How a kernel is launched.
+
+    Attributes:
+        tile: pixels of one program, (height, width); kernels over flat pixels take their product.
+        warps: of one program.
+        pipeline: 1: everything unrolled; 2, 3: loops whose loads run ahead, with as many stages.
+    """
+
+    tile: tuple[int, int]
+    warps: int
+    pipeline: int
+
+    @property
+    def pixels(self) -> int:
+        return self.tile[0] * self.tile[1]
+
+
+# Everything the tuner tries. Tests run every entry in the interpreter.
+TILES = ((4, 16), (8, 16), (4, 32), (16, 16))
+SPACE: dict[str, tuple[Config, ...]] = {
+    "convolution": tuple(Config(tile, warps, pipeline) for tile in TILES for warps in (4, 8) for pipeline in (1, 2, 3)),
+    "conv1x1": tuple(Config((1, pixels), warps, 1) for pixels in (32, 64, 128, 256) for warps in (4, 8)),
+    "weight_gradient": tuple(
+        Config(tile, warps, pipeline) for tile in ((2, 16), (4, 16)) for warps in (4, 8) for pipeline in (1, 2)
+    ),
+    "esa_reduce": tuple(
+        Config(tile, warps, pipeline) for tile in ((4, 8), (8, 8)) for warps in (2, 4) for pipeline in (1, 2)
+    ),
+    "esa_gate": tuple(Config((1, pixels), warps, 1) for pixels in (32, 64, 128) for warps in (4, 8)),
+}
+
+
+def key(kernel: str, dtype: torch.dtype, precision: str, rows: int, columns: int) -> str:
+    """The name of a configuration, such as "convolution/float16/32x48"."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype == torch.float32 and precision == "tf32":
+        name = "tf32"
+    return f"{kernel}/{name}/{rows}x{columns}"
+
+
+def choose(kernel: str, dtype: torch.dtype, precision: str, rows: int, columns: int) -> Config:
+    """The configuration for the current device: the measured one of the nearest channels, else the default."""
+    table = _table(_device())
+    wanted = key(kernel, dtype, precision, rows, columns)
+    if wanted in table:
+        return table[wanted]
+    prefix = wanted.rpartition("/")[0] + "/"
+    near = [k for k in table if k.startswith(prefix)]
+    if not near:
+        return default(kernel, dtype, columns)
+
+    def distance(name: str) -> float:
+        r, c = map(int, name.rpartition("/")[2].split("x"))
+        # More columns than were measured may not fit into the registers.
+        return abs(math.log2(r / rows)) + abs(math.log2(c / columns)) + (8.0 if c < columns else 0.0)
+
+    return table[min(near, key=distance)]
+
+
+def default(kernel: str, dtype: torch.dtype, columns: int) -> Config:
+    """A configuration that compiles without spills everywhere."""
+    if kernel == "convolution":
+        small = columns > 64 or (dtype == torch.float32 and columns > 32)
+        return Config((4, 16) if small else (8, 16), 4, 1 if dtype == torch.float32 else 2)
+    if kernel == "conv1x1":
+        return Config((1, 64), 4, 1)
+    if kernel == "weight_gradient":
+        return Config((2, 16), 4, 1)
+    if kernel == "esa_reduce":
+        return Config((4, 8), 2, 1)
+    return Config((1, 64), 4, 1)
+
+
+def _device() -> tuple[str, tuple[int, int]]:
+    """Name and compute capability of the current device; of the interpreter without one."""
+    return _properties(torch.cuda.current_device()) if torch.cuda.is_available() else ("interpreter", (0, 0))
+
+
+@lru_cache(maxsize=64)
+def _properties(index: int) -> tuple[str, tuple[int, int]]:
+    return torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+
+
+def parse(data: dict[str, Any]) -> dict[str, Config]:
+    """The configurations of a file's content.
+
+    Raises:
+        ValueError: it is not such a file.
+    """
+    try:
+        return {
+            k: Config((int(c["tile"][0]), int(c["tile"][1])), int(c["warps"]), int(c["pipeline"]))
+            for k, c in data["configurations"].items()
+        }
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"not a file of Triton configurations ({type(error).__name__}: {error})") from None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file of configurations: device, capability, measured, configurations."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    parse(data)
+    return data
+
+
+def find(name: str, capability: tuple[int, int], files: list[dict[str, Any]]) -> dict[str, Any]:
+    """The file of the device, else of the nearest: same capability first, measured ones first."""
+
+    def distance(data: dict[str, Any]) -> tuple[bool, int, bool]:
+        major, minor = data["capability"]
+        apart = abs(10 * major + minor - 10 * capability[0] - capability[1])
+        return data["device"] != name, apart, not data["measured"]
+
+    return min(files, key=distance)
+
+
+@lru_cache(maxsize=64)
+def _table(device: tuple[str, tuple[int, int]]) -> dict[str, Config]:
+    name, capability = device
+    own = os.environ.get(VARIABLE)
+    if own:
+        return parse(read(Path(own)))
+    if name == "interpreter":
+        return {}
+    data = find(name, capability, [read(path) for path in sorted(FOLDER.glob("*.json"))])
+    if data["device"] != name:
+        warnings.warn(
+            f"esr_kernels: no Triton configurations were measured on {name}, using those of {data['device']}; "
+            f"`python -m esr_kernels.backends.triton.tuning FILE` measures it, {VARIABLE}=FILE uses the result",
+            stacklevel=2,
+        )
+    return parse(data)

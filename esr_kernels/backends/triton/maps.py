@@ -1,0 +1,93 @@
+"""How the kernels see feature maps, and what decides the arithmetic of a call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Offsets inside one image are 32-bit up to here.
+LARGEST_OFFSET = 2**31 - 1
+
+
+class Map(NamedTuple):
+    """A feature map [N, channels, height, width] the kernels can address.
+
+    Attributes:
+        tensor: its memory, from the first element.
+        pitch: elements from pixel to pixel where channels lie together; 0 for planes.
+        batch: from image to image, in pixels where channels lie together, else in elements.
+        channels, height, width: of the map.
+        shuffle: r where the memory holds the pixel-shuffled image, r times as high and wide, else 1.
+    """
+
+    tensor: Tensor
+    pitch: int
+    batch: int
+    channels: int
+    height: int
+    width: int
+    shuffle: int = 1
+
+    @property
+    def span(self) -> int:
+        """Elements from the first of an image to its last, at most."""
+        return self.height * self.width * (self.pitch or self.channels)
+
+
+class _Nothing(NamedTuple):
+    """In place of a map that is not there."""
+
+    tensor: None = None
+    pitch: int = 0
+    batch: int = 0
+    shuffle: int = 1
+
+
+NOTHING = _Nothing()
+
+
+def as_map(x: Tensor) -> Map:
+    """`x` as a map; a copy where neither its channels nor its planes are dense."""
+    n, c, h, w = x.shape
+    sn, sc, sh, sw = x.stride()
+    if (w == 1 or sw == 1) and (h == 1 or sh == w) and (c == 1 or sc == h * w):
+        return Map(x, 0, sn, c, h, w)
+    pitch = sw if w > 1 else sh if h > 1 else c
+    if (c == 1 or sc == 1) and pitch >= c and (h == 1 or w == 1 or sh == w * pitch) and (n == 1 or sn % pitch == 0):
+        return Map(x, pitch, sn // pitch, c, h, w)
+    return as_map(x.contiguous())
+
+
+def shuffled(image: Tensor, r: int) -> Map:
+    """The image [N, C, H r, W r] as the map [N, C r r, H, W] that pixel_shuffle would turn into it."""
+    _, c, h, w = image.shape
+    image = image.contiguous()
+    if r == 1:
+        return as_map(image)
+    return Map(image, 0, c * h * w, c * r * r, h // r, w // r, r)
+
+
+def padded(channels: int) -> int:
+    """Channels rounded up to what the matrix instructions take."""
+    return -(-channels // 16) * 16
+
+
+def wide(*maps: Map | None) -> bool:
+    """Whether offsets inside an image need 64 bits."""
+    return any(m is not None and m.span > LARGEST_OFFSET for m in maps)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of float32 are computed: "tf32" where PyTorch allows it for convolutions, else "tf32x3".
+
+    The latter splits each factor in two tf32 numbers, which is as accurate as float32 and uses tensor cores too.
+    """
+    if dtype != torch.float32:
+        return "tf32"  # has no effect on half types
+    try:
+        allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    except AttributeError:
+        allowed = torch.backends.cudnn.allow_tf32
+    return "tf32" if allowed else "tf32x3"

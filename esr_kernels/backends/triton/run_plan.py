@@ -1,0 +1,164 @@
+"""A whole network: its layers' launches one after the other, on channels-last maps padded for the tensor cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ...library import run_plan_outputs
+from ...plan import ESA_WEIGHTS, Layer, Plan
+from . import _pointwise, bsconv, esa
+from ._conv1x1 import multiply
+from ._convolution import convolve
+from .maps import Map, as_map, padded, shuffled
+from .packing import pack, pack_parts
+
+# Writes one layer's result; gets the maps the layer reads, and the map to write.
+Step = Callable[[list[Map], Map], None]
+
+
+class PreparedPlan:
+    """A plan whose weights are folded and packed for one dtype and device."""
+
+    def __init__(self, plan: Plan, weights: list[Tensor], dtype: torch.dtype, device: torch.device) -> None:
+        self.plan = plan
+        self.dtype = dtype
+        self.device = device
+        self.weights = weights
+        self._absorbed: dict[int, Tensor] = {}
+        self.steps = [self._step(k, layer) for k, layer in enumerate(plan.layers)]
+
+    def execute(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        plan = self.plan
+        n, _, height, width = inputs[0].shape
+        buffers = self._allocate(n, height, width)
+        values = [as_map(x) for x in inputs]
+        for k, (layer, step) in enumerate(zip(plan.layers, self.steps, strict=True)):
+            value = len(inputs) + k
+            scale = plan.scales[value]
+            h, w = height * scale, width * scale
+            if value in plan.outputs:
+                out = as_map(outputs[plan.outputs.index(value)])
+            elif step is None:
+                out = values[layer.inputs[0]]
+            else:
+                buffer = buffers[plan.buffers[value]]  # type: ignore[index]
+                pitch, batch = self._layout(layer.channels, scale, h * w)
+                out = Map(buffer, pitch, batch, layer.channels, h, w)
+            if step is not None:
+                step([values[i] for i in layer.inputs], out)
+            values.append(out)
+
+    def _layout(self, channels: int, scale: int, pixels: int) -> tuple[int, int]:
+        """Pitch and batch of a buffer's map: images are planes, as their pixel shuffle writes them."""
+        return (padded(channels), pixels) if scale == 1 else (0, channels * pixels)
+
+    def _allocate(self, n: int, height: int, width: int) -> dict[int, Tensor]:
+        """The plan's buffers, which values share in turns; [n, elements], so that `shape[0]` is the batch."""
+        plan = self.plan
+        sizes: dict[int, int] = {}
+        for k, layer in enumerate(plan.layers):
+            value = len(plan.inputs) + k
+            slot, scale = plan.buffers[value], plan.scales[value]
+            if slot is None or self.steps[k] is None:
+                continue
+            channels = padded(layer.channels) if scale == 1 else layer.channels
+            sizes[slot] = max(sizes.get(slot, 0), height * width * scale * scale * channels)
+        return {slot: torch.empty((n, size), dtype=self.dtype, device=self.device) for slot, size in sizes.items()}
+
+    def _step(self, k: int, layer: Layer) -> Step | None:
+        """What runs the layer; None where the layers after it do its work."""
+        a = layer.attributes
+        w = {name: self.weights[i] for name, i in layer.weights.items()}
+        bias = w.get("bias")
+        if layer.op == "normalize":
+            table = torch.tensor([a["shift"], a["scale"]], dtype=torch.float32, device=self.device)
+            if self._absorbable(k):
+                self._absorbed[len(self.plan.inputs) + k] = table
+                return None
+            return lambda x, out: _pointwise.normalize(x[0], table, out)
+        if layer.op == "add":
+            return lambda x, out: _pointwise.add(x[0], x[1], out)
+        if layer.op == "conv1x1":
+            channels = tuple(self.plan.channels[i] for i in layer.inputs)
+            parts = pack_parts(w["weight"], channels, self.dtype)
+            run = partial(multiply, packed=parts, bias=bias, activation=a["activation"], slope=a["negative_slope"])
+            return lambda x, out: run(x, out=out)
+        if layer.op == "esa":
+            folded = esa.fold(*(None if (t := w.get(name)) is None else t.to(self.dtype) for name in ESA_WEIGHTS))  # type: ignore[arg-type]
+            return lambda x, out: esa.attend(x[0], folded, out)
+        if layer.op == "bsconv":
+            packed = pack(bsconv.fold(w["pointwise"], w["depthwise"]), self.dtype)
+            padding, activation, slope = a["padding_mode"], a["activation"], a["negative_slope"]
+            return lambda x, out: bsconv.separable(x[0], packed, bias, out, padding, activation, slope)
+        return self._convolution(layer, w["weight"], bias)
+
+    def _convolution(self, layer: Layer, weight: Tensor, bias: Tensor | None) -> Step:
+        a = layer.attributes
+        options: dict[str, Any] = {"normalization": self._absorbed.get(layer.inputs[0])}
+        if layer.op == "conv3x3":
+            options |= {"activation": a["activation"], "slope": a["negative_slope"]}
+        mode = a.get("residual_mode", "post")
+        packed = pack(weight, self.dtype)
+        r = layer.scale
+
+        def step(x: list[Map], out: Map) -> None:
+            residual = x[1] if len(x) > 1 else None
+            if r > 1:
+                out = _as_shuffled(out, r)
+                residual = None if residual is None else _as_shuffled(residual, r)
+            convolve(x[0], packed, bias, out, residual=residual, residual_mode=mode, **options)
+
+        return step
+
+    def _absorbable(self, k: int) -> bool:
+        """Whether every reader of a normalization can apply it while loading.
+
+        Only one of an input: a buffer may be written again before its readers run.
+        """
+        layer, value = self.plan.layers[k], len(self.plan.inputs) + k
+        if layer.inputs[0] >= len(self.plan.inputs) or value in self.plan.outputs:
+            return False
+        readers = [other for other in self.plan.layers if value in other.inputs]
+        return all(
+            other.op in ("conv3x3", "conv3x3_pixel_shuffle") and value not in other.inputs[1:] for other in readers
+        )
+
+
+def _as_shuffled(image: Map, r: int) -> Map:
+    """An image of planes as the map that was shuffled into it."""
+    if image.pitch:
+        return shuffled(image.tensor, r)
+    return image._replace(channels=image.channels * r * r, height=image.height // r, width=image.width // r, shuffle=r)
+
+
+_prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def prepared_plan(text: str, weights: list[Tensor], dtype: torch.dtype, device: torch.device) -> PreparedPlan:
+    """The plan with packed weights, kept until one of them changes."""
+    plan = Plan.from_json(text)
+    if not weights or any(w.is_inference() for w in weights):  # they carry no version
+        return PreparedPlan(plan, weights, dtype, device)
+    plans = _prepared.get(weights[0])
+    if plans is None:
+        plans = _prepared[weights[0]] = {}
+    signature = tuple((w.data_ptr(), w._version) for w in weights)
+    found = plans.get((text, dtype))
+    if found is None or found[0] != signature:
+        # Detached: the prepared plan, found through the first weight, must not keep that weight alive.
+        found = plans[(text, dtype)] = (signature, PreparedPlan(plan, [w.detach() for w in weights], dtype, device))
+    return found[1]
+
+
+def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Tensor]:
+    outputs = run_plan_outputs(inputs, weights, plan)
+    x = inputs[0]
+    if x.shape[0]:
+        prepared_plan(plan, weights, x.dtype, x.device).execute(inputs, outputs)
+    return outputs

@@ -1,0 +1,125 @@
+"""Makes Triton's interpreter treat bfloat16, masks and loop bounds the way compiled kernels do."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+# What install() replaced, by method name; empty until it has replaced something.
+ORIGINALS: dict[str, Callable[..., Any]] = {}
+
+
+def install() -> None:
+    """Patch the interpreter of Triton 3.6 to 3.9; without Triton or TRITON_INTERPRET=1 nothing happens."""
+    if ORIGINALS or os.environ.get("TRITON_INTERPRET", "").lower() not in ("1", "true", "yes", "on", "y"):
+        return
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    import numpy as np
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+
+    def is_bf16(x: Any) -> bool:
+        # Elsewhere than in uint16 bit patterns the interpreter would have computed with the values themselves.
+        return isinstance(x, handle) and x.dtype.scalar == tl.bfloat16 and x.data.dtype == np.uint16
+
+    def decode(x: Any) -> Any:
+        if not is_bf16(x):
+            return x
+        return handle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def encode(x: Any) -> Any:
+        bits = np.ascontiguousarray(x.data, dtype=np.float32).view(np.uint32).reshape(x.data.shape)
+        nearest_even = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+        # The payload of a NaN may lie in the low half alone: the quiet bit keeps it from becoming an infinity.
+        quiet_nan = (bits >> 16) | 0x40
+        return handle(np.where(np.isnan(x.data), quiet_nan, nearest_even).astype(np.uint16), tl.bfloat16)
+
+    def arithmetic(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            half = any(map(is_bf16, args))
+            result = original(self, *map(decode, args), **kwargs)
+            if result.data.dtype == np.bool_:
+                # A comparison is handed on as its operands' type. Broadcasting a scalar one would then make a mask of
+                # that type, which Triton 3.9 rejects, and casting one to bfloat16 would take it for floats.
+                return handle(result.data, tl.int1)
+            return encode(result) if half else result
+
+        return method
+
+    def cast(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def method(self: Any, src: Any, dst_type: Any) -> Any:
+            half = dst_type.scalar == tl.bfloat16
+            # Overflow to infinity and signalling NaNs are nothing to warn of, but an integer of a NaN is.
+            quiet = {"over": "ignore", "invalid": "ignore"} if dst_type.scalar.is_floating() else {}
+            with np.errstate(**quiet):
+                result = original(self, decode(src), tl.float32 if half else dst_type)
+            return encode(result) if half else result
+
+        return method
+
+    def dot(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def method(self: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
+            return original(self, decode(a), decode(b), *args, **kwargs)
+
+        return method
+
+    def reduction(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def method(self: Any, tensors: Any) -> Any:
+            half = [t.dtype == tl.bfloat16 for t in tensors]
+            if not any(half):
+                return original(self, tensors)
+            results = original(self, tuple(t.to(tl.float32) if h else t for t, h in zip(tensors, half, strict=True)))
+            if not isinstance(results, (tuple, list)):
+                results = (results,)
+            return tuple(r.to(tl.bfloat16) if h else r for r, h in zip(results, half, strict=False))
+
+        return method
+
+    def language(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+            original(tensor, scope)
+            # Scalars are arrays of one element, which NumPy 2.4 no longer converts to an int for range() of Triton 3.6.
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+        return patch_lang_tensor
+
+    def replace(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        ORIGINALS[f"{owner.__name__.rpartition('.')[2]}.{name}"] = getattr(owner, name)
+        setattr(owner, name, wrap(getattr(owner, name)))
+
+    for name in ("binary_op", "ternary_op", "unary_op", "create_fma"):
+        replace(builder, name, arithmetic)
+    replace(builder, "cast_impl", cast)
+    replace(builder, "create_dot", dot)
+    for owner in (interpreter.ReduceOps, interpreter.ScanOps):
+        replace(owner, "apply_impl", reduction)
+    replace(interpreter, "_patch_lang_tensor", language)
+
+    def silenced(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            # A GPU's infinities and NaNs come without a word.
+            with np.errstate(all="ignore"):
+                return original(*args, **kwargs)
+
+        return run
+
+    replace(interpreter.GridExecutor, "__call__", silenced)
+    # Its checks for integer overflow take half of the time and report nothing.
+    current = interpreter.interpreter_builder
+    current.options = dataclasses.replace(current.options, sanitize_overflow=False)
+    if not hasattr(builder, "get_bf16"):
+        # Without it tl.full cannot make a bfloat16 tensor of anything but zero.
+        builder.get_bf16 = lambda self, value: encode(self.get_fp32(value))
