@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import dispatch, functional
+from .backends import triton
 from .errors import BackendError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -32,7 +33,7 @@ BACKEND_DEVICES = {
     "reference": ("cpu", "cuda"),
     "native-cpu": ("cpu",),
     "native-cuda": ("cuda",),
-    "triton": ("cuda",),
+    "triton": ("cpu",) if triton.interpreted() else ("cuda",),
 }
 # The order in which a call of its own accord tries the backends.
 _BACKEND_ORDER = ("native-cpu", "native-cuda", "triton", "reference")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -41,19 +41,22 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
-def _function(name: str) -> Callable[..., Any]:
-    @lru_cache(maxsize=1)
-    def load() -> Callable[..., Any]:
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+@cache
+def call(name: str) -> Callable[..., Any]:
+    """The operator's implementation, loaded by its first call."""
+    loaded: Callable[..., Any] | None = None
 
-    def call(*args: Any) -> Any:
+    def run(*args: Any) -> Any:
+        nonlocal loaded
+        if loaded is None:
+            loaded = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
         first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
         if first.is_cuda and first.device.index != torch.cuda.current_device():
             with torch.cuda.device(first.device):
-                return load()(*args)
-        return load()(*args)
+                return loaded(*args)
+        return loaded(*args)
 
-    return call
+    return run
 
 
 def _accepts(*args: Any) -> str | None:
@@ -65,7 +68,7 @@ def _accepts(*args: Any) -> str | None:
 
 def implementations() -> dict[str, Implementation]:
     devices = frozenset({"cpu" if interpreted() else "cuda"})
-    return {name: Implementation(_function(name), devices=devices, accepts=_accepts) for name in _MODULES}
+    return {name: Implementation(call(name), devices=devices, accepts=_accepts) for name in _MODULES}
 
 
 def probe() -> str | None:

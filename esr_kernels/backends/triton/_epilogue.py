@@ -68,7 +68,7 @@ def pixel_offsets(y, x, width, PITCH: tl.constexpr, SHUFFLE: tl.constexpr, WIDE:
     of the pixel-shuffled image, r times as high and wide.
     """
     if WIDE:
-        y = y.to(tl.int64)
+        y = tl.cast(y, tl.int64)
     if PITCH > 0:
         offsets = (y * width + x) * PITCH
     else:
@@ -80,7 +80,7 @@ def pixel_offsets(y, x, width, PITCH: tl.constexpr, SHUFFLE: tl.constexpr, WIDE:
 def channel_offsets(channel, pixels, width, PITCH: tl.constexpr, SHUFFLE: tl.constexpr, WIDE: tl.constexpr):
     """The part that comes from the channel; `pixels` is height * width."""
     if WIDE:
-        channel = channel.to(tl.int64)
+        channel = tl.cast(channel, tl.int64)
     if PITCH > 0:
         offsets = channel
     elif SHUFFLE > 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -128,45 +127,47 @@ def reduce_kernel(
     gw,
     gb,
     splits,
+    channels,
+    out_channels,
+    rows,
+    columns,
+    taps_x,
+    size,
+    weight_programs,
     stride_k,
     stride_n,
     stride_y,
     stride_x,
-    CHANNELS: tl.constexpr,
-    OUT_CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """gw[n, k, tap] = sum over splits; programs beyond the weight's sum the bias' gradient."""
-    SIZE: tl.constexpr = TAPS * TAPS * ROWS * COLUMNS
-    WEIGHT_PROGRAMS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK * WEIGHT
+    """gw[n, k, tap] = sum over splits; programs from `weight_programs` on sum the bias' gradient."""
     program = tl.program_id(0)
-    e = program * BLOCK + tl.arange(0, BLOCK)[None, :]
     s = tl.arange(0, SPLITS)[:, None]
     total = tl.zeros([BLOCK], tl.float32)
-    if program < WEIGHT_PROGRAMS:
-        for first in range(0, splits, SPLITS):
-            at = (first + s).to(tl.int64) * SIZE + e
-            total += tl.sum(tl.load(partial + at, mask=(first + s < splits) & (e < SIZE), other=0.0), 0)
-        e = program * BLOCK + tl.arange(0, BLOCK)
-        n = e % COLUMNS
-        k = e // COLUMNS % ROWS
-        tap = e // (COLUMNS * ROWS)
-        ok = (n < OUT_CHANNELS) & (k < CHANNELS) & (e < SIZE)
-        out = gw + k * stride_k + n * stride_n + tap // TAPS * stride_y + tap % TAPS * stride_x
-        tl.store(out, total.to(gw.dtype.element_ty), mask=ok)
-    elif BIAS:
-        e -= WEIGHT_PROGRAMS * BLOCK
-        for first in range(0, splits, SPLITS):
-            at = (first + s) * COLUMNS + e
-            total += tl.sum(tl.load(partial_bias + at, mask=(first + s < splits) & (e < COLUMNS), other=0.0), 0)
-        n = (program - WEIGHT_PROGRAMS) * BLOCK + tl.arange(0, BLOCK)
-        tl.store(gb + n, total.to(gb.dtype.element_ty), mask=n < OUT_CHANNELS)
+    if program < weight_programs:
+        if WEIGHT:
+            e = program * BLOCK + tl.arange(0, BLOCK)
+            for first in range(0, splits, SPLITS):
+                at = (first + s).to(tl.int64) * size + e[None, :]
+                value = tl.load(partial + at, mask=(first + s < splits) & (e[None, :] < size), other=0.0)
+                total += tl.sum(value, 0)
+            n = e % columns
+            k = e // columns % rows
+            tap = e // (columns * rows)
+            ok = (n < out_channels) & (k < channels) & (e < size)
+            out = gw + k * stride_k + n * stride_n + tap // taps_x * stride_y + tap % taps_x * stride_x
+            tl.store(out, total.to(gw.dtype.element_ty), mask=ok)
+    else:
+        if BIAS:
+            n = (program - weight_programs) * BLOCK + tl.arange(0, BLOCK)
+            for first in range(0, splits, SPLITS):
+                at = (first + s) * columns + n[None, :]
+                value = tl.load(partial_bias + at, mask=(first + s < splits) & (n[None, :] < columns), other=0.0)
+                total += tl.sum(value, 0)
+            tl.store(gb + n, total.to(gb.dtype.element_ty), mask=n < out_channels)
 
 
 def _block(channels: int) -> int:
@@ -174,20 +175,20 @@ def _block(channels: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _kernels(
+def _kernel(
     channels: int,
     out_channels: int,
     taps: int,
     stride: int,
     pad: int,
     border: str,
-    dtypes: tuple[Any, ...],
-    wanted: tuple[bool, bool],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    bias: bool,
     maps: tuple[int, ...],
     config: Config,
     is_wide: bool,
     exact: str,
-) -> tuple[Kernel, Kernel]:
+) -> Kernel:
     block_k, block_n = _block(channels), _block(out_channels)
     sums = {
         "CHANNELS": channels,
@@ -201,25 +202,20 @@ def _kernels(
         "BLOCK_K": block_k,
         "BLOCK_N": block_n,
         "PIPELINE": config.pipeline,
-        "BIAS": wanted[1],
+        "BIAS": bias,
         "X_PITCH": maps[0],
         "G_PITCH": maps[1],
         "G_SHUFFLE": maps[2],
         "WIDE": is_wide,
         "PRECISION": exact,
     }
-    reduction = {
-        "CHANNELS": channels,
-        "OUT_CHANNELS": out_channels,
-        "TAPS": taps,
-        "ROWS": ceil_div(channels, block_k) * block_k,
-        "COLUMNS": ceil_div(out_channels, block_n) * block_n,
-        "WEIGHT": int(wanted[0]),
-        "BIAS": wanted[1],
-        "BLOCK": _REDUCE,
-        "SPLITS": 16,
-    }
-    return Kernel(weight_gradient_kernel, sums, config.warps), Kernel(reduce_kernel, reduction, 4)
+    return Kernel(weight_gradient_kernel, sums, config.warps)
+
+
+@lru_cache(maxsize=64)
+def _reduction(weight: torch.dtype | None, bias: torch.dtype | None) -> Kernel:
+    constants = {"WEIGHT": weight is not None, "BIAS": bias is not None, "BLOCK": _REDUCE, "SPLITS": 16}
+    return Kernel(reduce_kernel, constants, 4)
 
 
 def weight_gradient(
@@ -246,15 +242,15 @@ def weight_gradient(
     dtype, exact = x.tensor.dtype, precision(x.tensor.dtype)
     if config is None:
         config = choose("weight_gradient", dtype, exact, _block(channels), _block(out_channels))
-    sums, reduction = _kernels(
+    sums = _kernel(
         channels,
         out_channels,
         taps,
         stride,
         pad,
         border,
-        tuple(None if t is None else t.dtype for t in (x.tensor, g.tensor, gw, gb)),
-        (gw is not None, gb is not None),
+        (x.tensor.dtype, g.tensor.dtype),
+        gb is not None,
         (x.pitch, g.pitch, g.shuffle),
         config,
         wide(x, g),
@@ -278,5 +274,10 @@ def weight_gradient(
     if gw is not None:
         stride_n, stride_k, stride_y, stride_x = gw.stride()
         strides = (stride_k, stride_n, stride_y, stride_x)
-    grid = (ceil_div(size, _REDUCE) if gw is not None else 0) + (ceil_div(columns, _REDUCE) if gb is not None else 0)
-    reduction((grid, 1), partial, partial_bias, gw, gb, splits, *strides)
+    weight_programs = 0 if gw is None else ceil_div(size, _REDUCE)
+    bias_programs = 0 if gb is None else ceil_div(columns, _REDUCE)
+    reduction = _reduction(None if gw is None else gw.dtype, None if gb is None else gb.dtype)
+    reduction(
+        (weight_programs + bias_programs, 1), partial, partial_bias, gw, gb, splits, channels, out_channels, rows,
+        columns, taps, size, weight_programs, *strides,
+    )  # fmt: skip

@@ -11,6 +11,9 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +31,7 @@ class Config(NamedTuple):
     Attributes:
         tile: pixels of one program, (height, width); kernels over flat pixels take their product.
         warps: of one program.
-        pipeline: 1: everything unrolled; 2, 3: loops whose loads run ahead, with as many stages.
+        pipeline: 1: everything unrolled; 2, 3: a loop whose loads run ahead, with as many stages.
     """
 
     tile: tuple[int, int]
@@ -49,7 +52,7 @@ SPACE: dict[str, tuple[Config, ...]] = {
         Config(tile, warps, pipeline) for tile in ((2, 16), (4, 16)) for warps in (4, 8) for pipeline in (1, 2)
     ),
     "esa_reduce": tuple(
-        Config(tile, warps, pipeline) for tile in ((4, 8), (8, 8)) for warps in (2, 4) for pipeline in (1, 2)
+        Config(tile, warps, pipeline) for tile in ((4, 4), (4, 8)) for warps in (2, 4, 8) for pipeline in (1, 2)
     ),
     "esa_gate": tuple(Config((1, pixels), warps, 1) for pixels in (32, 64, 128) for warps in (4, 8)),
 }
@@ -63,10 +66,26 @@ def key(kernel: str, dtype: torch.dtype, precision: str, rows: int, columns: int
     return f"{kernel}/{name}/{rows}x{columns}"
 
 
+_chooser: ContextVar[Callable[[str], Config | None] | None] = ContextVar("esr_kernels_triton_config", default=None)
+
+
+@contextmanager
+def chosen_by(chooser: Callable[[str], Config | None]) -> Iterator[None]:
+    """Inside, `chooser` maps keys to configurations, None to the usual choice: for tuning and tests."""
+    token = _chooser.set(chooser)
+    try:
+        yield
+    finally:
+        _chooser.reset(token)
+
+
 def choose(kernel: str, dtype: torch.dtype, precision: str, rows: int, columns: int) -> Config:
     """The configuration for the current device: the measured one of the nearest channels, else the default."""
-    table = _table(_device())
     wanted = key(kernel, dtype, precision, rows, columns)
+    chooser = _chooser.get()
+    if chooser is not None and (chosen := chooser(wanted)) is not None:
+        return chosen
+    table = _table(_device())
     if wanted in table:
         return table[wanted]
     prefix = wanted.rpartition("/")[0] + "/"
@@ -92,7 +111,7 @@ def default(kernel: str, dtype: torch.dtype, columns: int) -> Config:
     if kernel == "weight_gradient":
         return Config((2, 16), 4, 1)
     if kernel == "esa_reduce":
-        return Config((4, 8), 2, 1)
+        return Config((4, 4), 4, 2)
     return Config((1, 64), 4, 1)
 
 
@@ -147,7 +166,10 @@ def _table(device: tuple[str, tuple[int, int]]) -> dict[str, Config]:
         return parse(read(Path(own)))
     if name == "interpreter":
         return {}
-    data = find(name, capability, [read(path) for path in sorted(FOLDER.glob("*.json"))])
+    files = [read(path) for path in sorted(FOLDER.glob("*.json"))]
+    if not files:
+        return {}
+    data = find(name, capability, files)
     if data["device"] != name:
         warnings.warn(
             f"esr_kernels: no Triton configurations were measured on {name}, using those of {data['device']}; "

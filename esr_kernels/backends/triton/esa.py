@@ -86,6 +86,27 @@ def fold_kernel(
 
 
 @triton.jit
+def _add_column(left, middle, right, start, ox, j, row_ok, in_width, ROWS: tl.constexpr):
+    """Reduce seven rows of the j-th of the 13 columns that three neighbouring windows read, for those that read it."""
+    lowest = float("-inf")
+    column = (ox - 1) * 3 + j
+    # A window that sticks out belongs to a neighbour that does not exist.
+    ok = row_ok & (column >= 0) & (column < in_width)
+    pointers = start + column * ROWS
+    most = tl.load(pointers, mask=ok, other=lowest).to(tl.float32)
+    for i in tl.static_range(1, 7):
+        value = tl.load(pointers + i * in_width * ROWS, mask=ok, other=lowest).to(tl.float32)
+        most = tl.maximum(most, value, propagate_nan=tl.PropagateNan.ALL)
+    if j < 7:
+        left = tl.maximum(left, most, propagate_nan=tl.PropagateNan.ALL)
+    if (j >= 3) & (j < 10):
+        middle = tl.maximum(middle, most, propagate_nan=tl.PropagateNan.ALL)
+    if j >= 6:
+        right = tl.maximum(right, most, propagate_nan=tl.PropagateNan.ALL)
+    return left, middle, right
+
+
+@triton.jit
 def reduce_kernel(
     x,  # [n, pool_height, pool_width, PITCH]
     w,  # packed [9 * ROWS, ROWS]
@@ -103,6 +124,7 @@ def reduce_kernel(
     TILE_W: tl.constexpr,
     BIAS: tl.constexpr,
     RELU: tl.constexpr,
+    LOOP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """conv3x3(max_pool(x, 7, 3)) of channels-last maps; the pooled map exists in registers only.
@@ -121,27 +143,19 @@ def reduce_kernel(
     out += n * height * width * ROWS
     lowest = float("-inf")
     acc = tl.zeros([TILE_H * TILE_W, ROWS], tl.float32)
-    for ky in range(0, 3):
+    for ky in tl.range(0, 3, num_stages=1):  # pipelined, its 91 loads would fill all shared memory
         py = oy + ky - 1
         row_ok = inside & (py >= 0) & (py < height)
         left = tl.full([TILE_H * TILE_W, ROWS], lowest, tl.float32)
         middle = left
         right = left
-        for j in tl.static_range(0, 13):
-            column = (ox - 1) * 3 + j
-            # A window that sticks out belongs to a neighbour that does not exist.
-            ok = row_ok & (column >= 0) & (column < in_width)
-            pointers = x + ((py * 3) * in_width + column) * ROWS + f
-            most = tl.load(pointers, mask=ok, other=lowest).to(tl.float32)
-            for i in tl.static_range(1, 7):
-                value = tl.load(pointers + i * in_width * ROWS, mask=ok, other=lowest).to(tl.float32)
-                most = tl.maximum(most, value, propagate_nan=tl.PropagateNan.ALL)
-            if j < 7:
-                left = tl.maximum(left, most, propagate_nan=tl.PropagateNan.ALL)
-            if j >= 3 and j < 10:
-                middle = tl.maximum(middle, most, propagate_nan=tl.PropagateNan.ALL)
-            if j >= 6:
-                right = tl.maximum(right, most, propagate_nan=tl.PropagateNan.ALL)
+        start = x + (py * 3) * in_width * ROWS + f
+        if LOOP:
+            for j in tl.range(0, 13, num_stages=1):
+                left, middle, right = _add_column(left, middle, right, start, ox, j, row_ok, in_width, ROWS)
+        else:
+            for j in tl.static_range(0, 13):
+                left, middle, right = _add_column(left, middle, right, start, ox, j, row_ok, in_width, ROWS)
         left = tl.where(row_ok & (ox >= 1), left, 0.0).to(w.dtype.element_ty)
         middle = tl.where(row_ok, middle, 0.0).to(w.dtype.element_ty)
         right = tl.where(row_ok & (ox + 1 < width), right, 0.0).to(w.dtype.element_ty)
@@ -459,6 +473,7 @@ def _reduce_kernel(
         "TILE_W": config.tile[1],
         "BIAS": bias is not None,
         "RELU": relu,
+        "LOOP": config.pipeline > 1,
         "PRECISION": exact,
     }
     return Kernel(reduce_kernel, constants, config.warps)

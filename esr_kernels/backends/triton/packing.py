@@ -7,7 +7,7 @@ missed, not even one through `.data`. A plan packs them once.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -70,63 +70,43 @@ def geometry(channels: int, taps: int) -> tuple[bool, int]:
 def pack_kernel(
     w,
     packed,
+    channels,
+    out_channels,
+    taps,
+    taps_x,
+    rows,
+    columns,
+    size,
+    start,
     stride_k,
     stride_n,
     stride_y,
     stride_x,
-    CHANNELS: tl.constexpr,
-    OUT_CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-    TAPS_X: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    FLAT: tl.constexpr,
-    FLIP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """packed[row, n] = w[k, n, tap] for the row of (tap, k), TAPS in all and TAPS_X to a row of the kernel."""
+    """packed[row, n] = w[start, k, n, tap] for row = tap * rows + k; `taps` in all, `taps_x` to a row of the kernel.
+
+    Nothing but the types is compiled in, so that one binary packs every weight.
+    """
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = e // COLUMNS
-    n = e % COLUMNS
-    if FLAT:
-        tap = row // CHANNELS
-        k = row % CHANNELS
-        total = ROWS
-    else:
-        tap = row // ROWS
-        k = row % ROWS
-        total = TAPS * ROWS
-    ok = (tap < TAPS) & (k < CHANNELS) & (n < OUT_CHANNELS)
-    if FLIP:
-        tap = TAPS - 1 - tap
-    offsets = k * stride_k + n * stride_n + tap // TAPS_X * stride_y + tap % TAPS_X * stride_x
+    n = e % columns
+    row = e // columns
+    tap = row // rows
+    k = row % rows
+    ok = (tap < taps) & (k < channels) & (n < out_channels)
+    offsets = start + k * stride_k + n * stride_n + tap // taps_x * stride_y + tap % taps_x * stride_x
     value = tl.load(w + offsets, mask=ok, other=0.0)
-    tl.store(packed + e, value.to(packed.dtype.element_ty), mask=row < total)
+    tl.store(packed + e, value.to(packed.dtype.element_ty), mask=e < size)
 
 
-@lru_cache(maxsize=1024)
-def _kernel(
-    channels: int,
-    out_channels: int,
-    taps: tuple[int, int],
-    rows: int,
-    columns: int,
-    flat: bool,
-    flip: bool,
-    dtypes: Any,
-) -> Kernel:
-    constants = {
-        "CHANNELS": channels,
-        "OUT_CHANNELS": out_channels,
-        "TAPS": taps[0],
-        "TAPS_X": taps[1],
-        "ROWS": rows,
-        "COLUMNS": columns,
-        "FLAT": flat,
-        "FLIP": flip,
-        "BLOCK": _BLOCK,
-    }
-    return Kernel(pack_kernel, constants, num_warps=4)
+@lru_cache(maxsize=16)
+def _kernel(dtypes: tuple[torch.dtype, torch.dtype]) -> Kernel:
+    return Kernel(pack_kernel, {"BLOCK": _BLOCK}, num_warps=4)
+
+
+def _launch(weight: Tensor, packed: Tensor, *args: int) -> None:
+    size = packed.numel()
+    _kernel((weight.dtype, packed.dtype))((ceil_div(size, _BLOCK), 1), weight, packed, *args[:6], size, *args[6:])
 
 
 def pack(
@@ -149,9 +129,17 @@ def pack(
     flat, rows = geometry(channels, taps) if rows is None else (False, rows)
     block_0, block_1, columns = blocks(out_channels) if columns is None else (columns, 0, columns)
     packed = weight.new_empty((rows if flat else taps * taps * rows, columns), dtype=dtype)
-    dtypes = (weight.dtype, dtype)
-    kernel = _kernel(channels, out_channels, (taps * taps, taps), rows, columns, flat, transpose, dtypes)
-    kernel((ceil_div(packed.numel(), _BLOCK), 1), weight, packed, stride_k, stride_n, stride_y, stride_x)
+    start = 0
+    if transpose:
+        # From the last tap backwards.
+        start = (taps - 1) * (stride_y + stride_x)
+        stride_y, stride_x = -stride_y, -stride_x
+    # Rows of a flat weight follow each other from tap to tap.
+    per_tap = channels if flat else rows
+    _launch(
+        weight, packed, channels, out_channels, taps * taps, taps, per_tap, columns,
+        start, stride_k, stride_n, stride_y, stride_x,
+    )  # fmt: skip
     return Packed(packed, channels, out_channels, taps, rows, block_0, block_1, columns, flat)
 
 
@@ -181,15 +169,16 @@ def pack_parts(
         channels, out_channels, stride_k, stride_n = (out_channels,), weight.shape[1], stride_n, stride_k
     block_0, block_1, columns = blocks(out_channels) if columns is None else (columns, 0, columns)
     packed = weight.new_empty((sum(map(padded, channels)), columns), dtype=dtype)
-    dtypes = (weight.dtype, dtype)
     # Equal parts are packed in one launch, as if they were taps.
     equal = len(set(channels)) == 1
     groups = [(channels[0], len(channels))] if equal else [(c, 1) for c in channels]
     column = row = 0
     for c, count in groups:
-        part = packed[row : row + count * padded(c)]
-        kernel = _kernel(c, out_channels, (count, count), padded(c), columns, False, False, dtypes)
-        source = weight.narrow(0 if transpose else 1, column, c * count)
-        kernel((ceil_div(part.numel(), _BLOCK), 1), source, part, stride_k, stride_n, 0, c * stride_k)
-        column, row = column + c * count, row + part.shape[0]
+        rows = padded(c)
+        part = packed[row : row + count * rows]
+        _launch(
+            weight, part, c, out_channels, count, count, rows, columns,
+            column * stride_k, stride_k, stride_n, 0, c * stride_k,
+        )  # fmt: skip
+        column, row = column + c * count, row + count * rows
     return PackedParts(packed, channels, out_channels, block_0, block_1, columns)

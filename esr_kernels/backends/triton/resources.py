@@ -1,0 +1,408 @@
+"""What the kernels need of a GPU, without one: every launch of an operator compiled ahead of time.
+
+    python -m esr_kernels.backends.triton.resources --arch 90 --json resources.json
+
+`collect` runs operators without launching anything and keeps what they would have launched; `inspect` compiles one such
+launch and reads registers, spills, shared memory and instructions out of the binary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from ... import dispatch
+from ...cases import CASES, OperatorCase, model_pair
+from ...optimize import optimize
+from . import call, configs, launch
+
+ARCHITECTURES = (80, 86, 89, 90)
+# Shared memory that one program can have, in bytes.
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+SHARED_TOTAL = {80: 164 * 1024, 86: 100 * 1024, 89: 100 * 1024, 90: 228 * 1024}  # of a multiprocessor
+MAXIMUM_WARPS = {80: 64, 86: 48, 89: 48, 90: 64}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
+Choice = Callable[[str], configs.Config | None]
+_TENSOR_CORE = ("HMMA", "HGMMA")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel that an operator would launch.
+
+    Attributes:
+        operator: what asked for it.
+        kernel: the kernel with its compile-time arguments.
+        args: its runtime arguments; tensors on the meta device.
+        config: key of its configuration, None where it has no choice.
+    """
+
+    operator: str
+    kernel: launch.Kernel
+    args: tuple[Any, ...]
+    config: str | None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for launches that compile to the same binary."""
+        types = tuple(a.dtype if isinstance(a, Tensor) else type(a) for a in self.args)
+        return self.kernel.function.__name__, self.kernel.constants, self.kernel.num_warps, types
+
+
+@dataclass(frozen=True)
+class Resources:
+    """A compiled kernel.
+
+    Attributes:
+        operator, kernel, config: what was compiled.
+        warps: of one program.
+        arch: such as 90.
+        registers: per thread.
+        spilled: bytes of local memory per thread.
+        shared: bytes per program.
+        tensor_core: matrix instructions in the binary.
+        async_copies: asynchronous copies to shared memory in the binary.
+        dots: whether the kernel has matrix products.
+    """
+
+    operator: str
+    kernel: str
+    config: str
+    warps: int
+    arch: int
+    registers: int
+    spilled: int
+    shared: int
+    tensor_core: int
+    async_copies: int
+    dots: bool
+
+    @property
+    def resident_warps(self) -> int:
+        """Warps that one multiprocessor holds at once, as far as registers and shared memory decide."""
+        programs = min(
+            65536 // (-(-self.registers // 8) * 8 * 32 * self.warps),
+            SHARED_TOTAL[self.arch] // (self.shared + 1024),
+            MAXIMUM_WARPS[self.arch] // self.warps,
+        )
+        return programs * self.warps
+
+    @property
+    def problem(self) -> str | None:
+        if self.spilled:
+            return f"spills {self.spilled} bytes"
+        if self.shared > SHARED_LIMIT[self.arch]:
+            return f"needs {self.shared} bytes of shared memory, the limit is {SHARED_LIMIT[self.arch]}"
+        if self.dots and not self.tensor_core:
+            return "has no tensor-core instruction"
+        return None
+
+
+@contextmanager
+def collect(operator: str, arch: int, config: Choice | None = None) -> Iterator[list[Launch]]:
+    """Inside, operators run on this backend on CPU tensors, and their launches are listed instead of being executed.
+
+    Args:
+        operator: their name in the list.
+        arch: of the GPU whose configurations they take.
+        config: maps a configuration's key to the one to take, None to the usual choice.
+    """
+    found: list[Launch] = []
+    last: str | None = None
+
+    def choose(key: str) -> configs.Config | None:
+        nonlocal last
+        last = key
+        return None if config is None else config(key)
+
+    def keep(self: launch.Kernel, grid: tuple[int, int], *args: Any) -> None:
+        nonlocal last
+        meta = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in args)
+        found.append(Launch(operator, self, meta, last))
+        last = None
+
+    with (
+        _replaced(launch.Kernel, "__call__", keep),
+        _replaced(configs, "_device", lambda: (f"sm_{arch}", divmod(arch, 10))),
+        _replaced(dispatch, "run", lambda name, args: call(name)(*args)),
+        configs.chosen_by(choose),
+    ):
+        yield found
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def inspect(item: Launch, arch: int) -> Resources:
+    """Compile a launch for an architecture and read the binary."""
+    compiled = item.kernel.compile(GPUTarget("cuda", arch, 32), item.args)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+
+        def dump(option: str) -> str:
+            return subprocess.run(
+                [_tool("cuobjdump"), option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+
+        usage, sass = dump("--dump-resource-usage"), dump("-sass")
+    counts = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert counts is not None, usage
+    names = item.kernel.function.arg_names[len(item.kernel.runtime) :]
+    constants = dict(zip(names, item.kernel.constants, strict=True))
+    shape = f"{constants['TILE_H']}x{constants['TILE_W']}" if "TILE_H" in constants else ""
+    shape = shape or str(constants.get("PIXELS", constants.get("BLOCK", "")))
+    stages = constants.get("PIPELINE", 1)
+    config = f"{shape}, {item.kernel.num_warps} warps" + (f", {stages} stages" if stages > 1 else "")
+    return Resources(
+        item.operator,
+        item.kernel.function.__name__,
+        config,
+        item.kernel.num_warps,
+        arch,
+        int(counts[1]),
+        int(counts[2]) + int(counts[3]),
+        compiled.metadata.shared,
+        sum(len(re.findall(rf"\b{name}\b", sass)) for name in _TENSOR_CORE),
+        len(re.findall(r"\bLDGSTS\b", sass)),
+        "tt.dot" in compiled.asm["ttir"],
+    )
+
+
+# --- what is compiled -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def case_launches(
+    case: OperatorCase, arch: int, name: str, *, backward: bool, config: Choice | None = None
+) -> list[Launch]:
+    """The launches of an operator case in one dtype of `DTYPES`, channels_last; with `backward` those of its gradients
+    too."""
+    arguments = case.arguments(1, 16, 16, dtype=DTYPES[name], memory_format=torch.channels_last)
+    with tf32(name == "tf32"), collect(f"{case.name} {name}", arch, config) as launches:
+        if backward:
+            out = case.fused({k: _leaf(v) for k, v in arguments.items()})
+            out.backward(torch.empty_like(out))
+        else:
+            case.fused(arguments)
+    return launches
+
+
+def operator_launches(arch: int, name: str, *, config: Choice | None = None) -> list[Launch]:
+    """The launches of every operator case (`esr_kernels.cases`) and its gradients, each once."""
+    return unique([item for case in CASES for item in case_launches(case, arch, name, backward=True, config=config)])
+
+
+def _leaf(value: Tensor | list[Tensor]) -> Any:
+    return value.requires_grad_() if isinstance(value, Tensor) else [t.requires_grad_() for t in value]
+
+
+def unique(launches: list[Launch]) -> list[Launch]:
+    """One launch for each binary."""
+    return list({item.key: item for item in reversed(launches)}.values())[::-1]
+
+
+def model_launches(
+    arch: int, name: str, models: Sequence[str] = ("span", "rlfn"), *, config: Choice | None = None
+) -> list[Launch]:
+    """The launches of whole networks as plans, in one dtype of `DTYPES`, each once."""
+    dtype = DTYPES[name]
+    found: list[Launch] = []
+    with tf32(name == "tf32"), torch.no_grad():
+        for model in models:
+            fused = optimize(model_pair(model)[0], dtype=dtype)
+            with collect(f"{model} {name}", arch, config) as launches:
+                fused(torch.zeros(1, 3, 32, 32, dtype=dtype))
+            found += launches
+    return unique(found)
+
+
+def shipped(arch: int, *, quick: bool = False) -> list[Launch]:
+    """Networks in every dtype, operators and their gradients in float16 and float32, with their shipped configurations.
+
+    With `quick` each configuration once per mode of its kernel, which is enough where the instructions are those of
+    another architecture.
+    """
+    found: list[Launch] = []
+    for name in DTYPES:
+        found += model_launches(arch, name)
+    for name in ("float16", "float32"):
+        found += operator_launches(arch, name)
+    found = unique(found)
+    if not quick:
+        return found
+    groups: dict[Any, list[Launch]] = {}
+    for item in found:
+        groups.setdefault((item.config, item.kernel.function.__name__), []).append(item)
+    return [item for group in groups.values() for item in _demanding(group)]
+
+
+# --- configurations from resources ------------------------------------------------------------------------------------
+
+# In the order of preference; the first with enough resident warps to hide latency wins.
+_CANDIDATES: dict[str, tuple[configs.Config, ...]] = {
+    "convolution": tuple(
+        configs.Config(tile, 4, pipeline) for pipeline in (2, 1) for tile in ((8, 16), (4, 16), (2, 16))
+    ),
+    "weight_gradient": tuple(
+        configs.Config(tile, 4, pipeline) for pipeline in (2, 1) for tile in ((4, 16), (2, 16), (1, 16))
+    ),
+    "conv1x1": tuple(configs.Config((1, pixels), 4, 1) for pixels in (128, 64, 32)),
+    "esa_reduce": (configs.Config((4, 8), 4, 1), configs.Config((4, 4), 4, 1), configs.Config((4, 4), 4, 2)),
+    "esa_gate": tuple(configs.Config((1, pixels), 4, 1) for pixels in (64, 32, 16)),
+}
+_ENOUGH_WARPS = 12
+
+
+def _demanding(launches: Sequence[Launch]) -> list[Launch]:
+    """Those that stand for the others: one of each mode, with a residual and a second result where there is one."""
+
+    def constants(item: Launch) -> dict[str, Any]:
+        names = item.kernel.function.arg_names[len(item.kernel.runtime) :]
+        return dict(zip(names, item.kernel.constants, strict=True))
+
+    found: dict[Any, Launch] = {}
+    for item in sorted(launches, key=lambda i: (constants(i).get("RESIDUAL") != "none", constants(i).get("SECOND"))):
+        found[item.kernel.function.__name__, constants(item).get("MODE")] = item
+    return list(found.values())
+
+
+def select(arch: int, name: str, log: Callable[[str], None] = print) -> dict[str, configs.Config]:
+    """For every configuration key of a dtype the most preferred candidate without a problem."""
+    found: dict[str, configs.Config] = {}
+    by_candidate: list[dict[str, list[Launch]]] = []
+    for i in range(max(map(len, _CANDIDATES.values()))):
+
+        def candidate(key: str, i: int = i) -> configs.Config:
+            options = _CANDIDATES[key.partition("/")[0]]
+            return options[min(i, len(options) - 1)]
+
+        launches: dict[str, list[Launch]] = {}
+        for item in unique(
+            model_launches(arch, name, config=candidate) + operator_launches(arch, name, config=candidate)
+        ):
+            if item.config is not None:
+                launches.setdefault(item.config, []).append(item)
+        by_candidate.append(launches)
+    for key in sorted(set().union(*by_candidate)):
+        options = _CANDIDATES[key.partition("/")[0]]
+        best: tuple[int, configs.Config] | None = None
+        for option, launches in zip(options, by_candidate, strict=False):
+            results = [inspect(item, arch) for item in _demanding(launches[key])]
+            if any(r.problem for r in results):
+                continue
+            warps = min(r.resident_warps for r in results)
+            if best is None or min(warps, _ENOUGH_WARPS) > best[0]:
+                best = min(warps, _ENOUGH_WARPS), option
+            if best[0] == _ENOUGH_WARPS:
+                break
+        if best is None:
+            raise RuntimeError(f"{key}: every candidate has a problem on sm_{arch}")
+        found[key] = best[1]
+        log(f"sm_{arch} {key}: {best[1]}, {best[0]} resident warps at least")
+    return found
+
+
+def write(arch: int, folder: Path, log: Callable[[str], None] = print) -> Path:
+    """Write `sm_<arch>.json`, the configurations of a GPU that nobody has measured yet."""
+    from ...timing import write_json
+
+    table: dict[str, Any] = {}
+    for name in ("float16", "tf32", "float32"):
+        for key, config in select(arch, name, log).items():
+            entry = {"tile": list(config.tile), "warps": config.warps, "pipeline": config.pipeline}
+            table[key] = entry
+            if name == "float16":
+                table[key.replace("float16", "bfloat16")] = entry
+    data = {
+        "device": f"sm_{arch}",
+        "capability": list(divmod(arch, 10)),
+        "measured": False,
+        "triton": triton.__version__,
+        "configurations": dict(sorted(table.items())),
+    }
+    return write_json(folder / f"sm_{arch}.json", data)
+
+
+def markdown(results: Sequence[Resources]) -> str:
+    """The resource table of `docs/gpu.md`: the largest of every operator, kernel and configuration."""
+    lines = [
+        "| operator | kernel | tile, warps | sm | registers | shared, KiB | warps/SM |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        lines.append(
+            f"| {r.operator} | {r.kernel.removesuffix('_kernel')} | {r.config} | {r.arch} | {r.registers} | "
+            f"{r.shared / 1024:.0f} | {r.resident_warps} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m esr_kernels.backends.triton.resources", description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--select", type=Path, metavar="FOLDER", help="choose configurations and write them there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there")
+    parser.add_argument("--markdown", action="store_true", help="print the table of docs/gpu.md")
+    parser.add_argument("--quick", action="store_true", help="each configuration once per mode of its kernel")
+    options = parser.parse_args(argv)
+    if options.select is not None:
+        for arch in options.arch:
+            write(arch, options.select)
+        return 0
+    results = []
+    for arch in options.arch:
+        items = shipped(arch, quick=options.quick)
+        for item in items:
+            results.append(inspect(item, arch))
+            if not options.markdown:
+                r = results[-1]
+                print(
+                    f"sm_{arch} {r.operator}: {r.kernel} {r.config}: {r.registers} registers, {r.shared} bytes shared"
+                    f"{', ' + r.problem if r.problem else ''}",
+                    flush=True,
+                )
+    if options.markdown:
+        print(markdown(results))
+    if options.json is not None:
+        from ...timing import write_json
+
+        write_json(options.json, [asdict(r) | {"problem": r.problem} for r in results])
+    return 1 if any(r.problem for r in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,546 @@
+"""What is particular to the Triton backend: every configuration, gradients, layouts, packing, launching, choosing.
+
+The operators' own tests run on it as on every backend. Without a GPU all of it happens in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from helpers import HALF, LAYOUTS, check_close, check_gradients, kernel, largest_error, lay_out, rand, to
+from torch.nn import functional as F
+
+import esr_kernels
+from esr_kernels import functional, library
+from esr_kernels.backends import reference
+from esr_kernels.dispatch import list_backends
+from esr_kernels.plan import ESA_WEIGHTS
+
+_STATUS = next(b for b in list_backends() if b.name == "triton")
+pytestmark = pytest.mark.skipif(not _STATUS.available, reason=f"triton: {_STATUS.reason}")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+if _STATUS.available:
+    from esr_kernels.backends.triton import _convolution, configs, esa, launch, maps, packing
+    from esr_kernels.backends.triton.configs import SPACE, Config
+
+
+@pytest.fixture(autouse=True)
+def chosen():
+    """On this backend, float32 computed exactly."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    with torch.device(DEVICE), esr_kernels.use_backend("triton"):
+        yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def check(got, exact, plain=None):
+    got = got if isinstance(got, (tuple, list)) else [got]
+    exact = exact if isinstance(exact, (tuple, list)) else [exact]
+    for g, e in zip(got, exact, strict=True):
+        check_close(g, e, lambda: plain, "triton")
+
+
+def configurations(name):
+    if not _STATUS.available:
+        return []
+    return [pytest.param(c, id=f"{c.tile[0]}x{c.tile[1]}-{c.warps}warps-{c.pipeline}") for c in SPACE[name]]
+
+
+def only(name, config):
+    """A chooser that gives kernels of this name the configuration and all others their default."""
+    seen = []
+
+    def choose(key):
+        if key.startswith(name + "/"):
+            seen.append(key)
+            return config
+        return None
+
+    return choose, seen
+
+
+# --- every configuration that a kernel can have -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", configurations("convolution"))
+@pytest.mark.parametrize(("channels", "out", "layout"), [(20, 28, "channels_last"), (36, 46, "nchw"), (3, 20, "nchw")])
+def test_convolution_configurations(config, channels, out, layout):
+    torch.manual_seed(0)
+    choose, seen = only("convolution", config)
+    x, residual = (lay_out(rand(1, c, 17, 35), layout) for c in (channels, out))
+    arguments = (x, kernel(out, channels), rand(out), residual, "none", 0.05, "attention")
+    with configs.chosen_by(choose):
+        got = torch.ops.esr.conv3x3(*arguments)
+    assert seen
+    check(got, reference.conv3x3(*to(arguments, torch.float64)))
+
+
+@pytest.mark.parametrize("config", configurations("conv1x1"))
+def test_conv1x1_configurations(config):
+    torch.manual_seed(1)
+    choose, seen = only("conv1x1", config)
+    arguments = ([rand(2, 20, 9, 13), rand(2, 37, 9, 13)], kernel(46, 57, 1), rand(46), "silu", 0.1)
+    with configs.chosen_by(choose):
+        got = torch.ops.esr.conv1x1(*arguments)
+    assert seen
+    check(got, reference.conv1x1(*to(arguments, torch.float64)))
+
+
+@pytest.mark.parametrize("config", configurations("weight_gradient"))
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_weight_gradient_configurations(config, layout):
+    torch.manual_seed(2)
+    choose, seen = only("weight_gradient", config)
+    grad, x = lay_out(rand(3, 21, 11, 19), layout), lay_out(rand(3, 28, 11, 19), layout)
+    arguments = (grad, x, kernel(21, 28), rand(21), None, "none", 0.0, "post", [False, True, True, False])
+    with configs.chosen_by(choose):
+        _, gw, gb, _ = torch.ops.esr.conv3x3_backward(*arguments)
+    assert seen
+    check([gw, gb], reference.conv3x3_backward(*to(arguments, torch.float64))[1:3])
+
+
+def esa_weights(channels, hidden, rfdn=False, dtype=torch.float32):
+    shapes = {
+        "1": (hidden, channels, 1),
+        "2": (hidden, hidden, 3),
+        "3": (hidden, hidden, 3),
+        "4": (channels, hidden, 1),
+    }
+    shapes |= {"f": (hidden, hidden, 1)} | ({"_max": (hidden, hidden, 3), "3_": (hidden, hidden, 3)} if rfdn else {})
+    named = {}
+    for name, (out, c, size) in shapes.items():
+        named["w" + name], named["b" + name] = kernel(out, c, size, dtype=dtype), rand(out, dtype=dtype)
+    return [named.get(name) for name in ESA_WEIGHTS]
+
+
+@pytest.mark.parametrize("name", ["esa_reduce", "esa_gate"])
+@pytest.mark.parametrize("config", configurations("esa_reduce") + configurations("esa_gate"))
+def test_esa_configurations(name, config):
+    if config not in SPACE[name]:
+        return
+    torch.manual_seed(3)
+    choose, seen = only(name, config)
+    arguments = (rand(2, 30, 34, 73), *esa_weights(30, 12))
+    with configs.chosen_by(choose):
+        got = torch.ops.esr.esa(*arguments)
+    assert seen
+    check(got, reference.esa(*to(arguments, torch.float64)))
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def gradient_cases(dtype, layout):
+    """Operator -> arguments of its backward in the order of the schema, all gradients wanted."""
+
+    def feature(*shape):
+        return lay_out(rand(*shape, dtype=dtype), layout)
+
+    def weight(*shape):
+        return kernel(*shape, dtype=dtype)
+
+    def bias(n):
+        return rand(n, dtype=dtype)
+
+    x = feature(2, 28, 9, 13)
+    three = [t for _ in range(3) for t in (weight(28, 28), bias(28))]
+    yes, no_residual, no_bias = [True] * 4, [True, True, True, False], [True, True, False, True]
+    return {
+        "conv3x3 silu": (feature(2, 21, 9, 13), x, weight(21, 28), bias(21), None, "silu", 0.0, "post", no_residual),
+        "conv3x3 pre": (x, x, weight(28, 28), bias(28), feature(2, 28, 9, 13), "leaky_relu", 0.1, "pre", yes),
+        "conv3x3 post": (x, x, weight(28, 28), None, feature(2, 28, 9, 13), "gelu", 0.1, "post", no_bias),
+        "conv3x3 attention": (x, x, weight(28, 28), bias(28), feature(2, 28, 9, 13), "none", 0.0, "attention", yes),
+        "spab": (feature(2, 28, 9, 13), feature(2, 28, 9, 13), x, *three, [True] * 7),
+        "conv3x3_pixel_shuffle": (feature(2, 3, 36, 52), x, weight(48, 28), bias(48), 4, yes),
+        "conv1x1": (feature(2, 20, 9, 13), [x, feature(2, 5, 9, 13)], weight(20, 33, 1), bias(20), "silu", 0.0, yes),
+        "esa": (feature(1, 20, 17, 23), feature(1, 20, 17, 23), *esa_weights(20, 8, dtype=dtype)),
+        "esa rfdn": (feature(1, 20, 22, 16), feature(1, 20, 22, 16), *esa_weights(20, 8, True, dtype)),
+        "bsconv zeros": (feature(2, 20, 9, 13), x, weight(20, 28, 1), weight(20, 1), bias(20),
+                         "zeros", "gelu", 0.0, yes),
+        "bsconv reflect": (feature(2, 20, 2, 3), feature(2, 28, 2, 3), weight(20, 28, 1), weight(20, 1), bias(20),
+                           "reflect", "none", 0.0, yes),
+    }  # fmt: skip
+
+
+CASE_NAMES = ["conv3x3 silu", "conv3x3 pre", "conv3x3 post", "conv3x3 attention", "spab", "conv3x3_pixel_shuffle",
+              "conv1x1", "esa", "esa rfdn", "bsconv zeros", "bsconv reflect"]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("case", CASE_NAMES)
+def test_backward(case, layout, dtype):
+    """Every gradient against float64; half types at most as far off as the reference that rounds its result only,
+    times what storing intermediate gradients in that type costs."""
+    torch.manual_seed(4)
+    arguments = gradient_cases(dtype, layout)[case]
+    name = case.split()[0] + "_backward"
+    got = getattr(torch.ops.esr, name)(*arguments)
+    exact = reference.OPERATORS[name](*to(arguments, torch.float64))
+    for g, e in zip(got, exact, strict=True):
+        assert g.shape == e.shape and g.dtype == dtype
+        if e.numel():
+            bound = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+            assert largest_error(g, e) <= bound * float(e.abs().max())
+
+
+@pytest.mark.parametrize("name", ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "bsconv"])
+def test_unwanted_gradients_are_empty(name):
+    torch.manual_seed(5)
+    case = {"conv3x3": "conv3x3 pre", "bsconv": "bsconv zeros"}.get(name, name)
+    *arguments, mask = gradient_cases(torch.float32, "channels_last")[case]
+    for i in range(len(mask)):
+        single = [k == i for k in range(len(mask))]
+        got = getattr(torch.ops.esr, name + "_backward")(*arguments, single)
+        exact = reference.OPERATORS[name + "_backward"](*to((*arguments,), torch.float64), single)
+        assert [g.numel() for g in got] == [e.numel() for e in exact]
+        check(got[i], exact[i])
+
+
+@pytest.mark.parametrize("name", ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv"])
+def test_backward_of_an_empty_batch(name):
+    case = {"conv3x3": "conv3x3 pre", "bsconv": "bsconv zeros"}.get(name, name)
+    arguments = gradient_cases(torch.float32, "nchw")[case]
+
+    def empty(value, position):
+        if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+            return [v[:0] for v in value]
+        is_map = isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[0] in (1, 2) and position < 6
+        return value[:0] if is_map and value.shape[2] > 3 else value
+
+    for g in getattr(torch.ops.esr, name + "_backward")(*(empty(a, i) for i, a in enumerate(arguments))):
+        assert torch.equal(g, torch.zeros_like(g))
+
+
+def test_through_autograd():
+    torch.manual_seed(6)
+    x, w, b = rand(2, 20, 8, 9), kernel(30, 20), rand(30)
+    plain = lambda x, w, b: F.silu(F.conv2d(x, w, b, padding=1))  # noqa: E731
+    check_gradients(lambda *a: functional.conv3x3(*a, activation="silu"), plain, [x, w, b])
+
+
+@pytest.mark.parametrize("case", CASE_NAMES)
+def test_weight_gradients_repeat_bit_for_bit(case):
+    torch.manual_seed(7)
+    arguments = gradient_cases(torch.float32, "channels_last")[case]
+    operator = getattr(torch.ops.esr, case.split()[0] + "_backward")
+    for a, b in zip(operator(*arguments), operator(*arguments), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", [n for n in library.SCHEMAS if n.endswith("_backward")])
+def test_opcheck_backward(name):
+    case = {"conv3x3": "conv3x3 attention", "bsconv": "bsconv reflect"}.get(name.removesuffix("_backward"))
+    arguments = gradient_cases(torch.float32, "channels_last")[case or name.removesuffix("_backward")]
+    torch.library.opcheck(getattr(torch.ops.esr, name).default, arguments)
+
+
+# --- layouts and sizes ------------------------------------------------------------------------------------------------
+
+
+def test_a_slice_of_channels_is_read_in_place():
+    whole = rand(2, 40, 7, 9).contiguous(memory_format=torch.channels_last)
+    part = whole[:, 8:28]
+    m = maps.as_map(part)
+    assert (m.pitch, m.batch, m.tensor.data_ptr()) == (40, 63, part.data_ptr())
+    planes = rand(2, 40, 7, 9)[:, 8:28]
+    assert (maps.as_map(planes).pitch, maps.as_map(planes).batch) == (0, 40 * 63)
+    w = kernel(12, 20)
+    for x in (part, planes):
+        check(functional.conv3x3(x, w), F.conv2d(x.double(), w.double(), padding=1))
+
+
+def test_other_layouts_are_copied():
+    for x in (rand(2, 5, 7, 9)[:, :, ::2], rand(2, 5, 9, 7).transpose(2, 3), rand(2, 5, 7, 18)[..., ::2]):
+        m = maps.as_map(x)
+        assert torch.equal(m.tensor, x) and m.tensor.data_ptr() != x.data_ptr()
+
+
+def test_an_expanded_image_has_no_batch_stride():
+    x = rand(1, 8, 5, 6).expand(3, 8, 5, 6)
+    w = kernel(8, 8)
+    assert maps.as_map(x).batch == 0
+    check(functional.conv3x3(x, w), F.conv2d(x.double(), w.double(), padding=1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_64_bit_offsets(monkeypatch, layout):
+    """The predicate, and the code it chooses, forced on small images."""
+    assert not maps.wide(maps.Map(torch.empty(0), 32, 1, 28, 8192, 8191))
+    assert maps.wide(None, maps.Map(torch.empty(0), 32, 1, 28, 8192, 8192))
+    assert maps.wide(maps.Map(torch.empty(0), 0, 1, 32, 8192, 8192))
+    assert not maps.wide(maps.Map(torch.empty(0), 0, 1, 31, 8192, 8192))
+    monkeypatch.setattr(maps, "LARGEST_OFFSET", 0)
+    torch.manual_seed(8)
+    for case, arguments in gradient_cases(torch.float32, layout).items():
+        name = case.split()[0] + "_backward"
+        check(getattr(torch.ops.esr, name)(*arguments), reference.OPERATORS[name](*to(arguments, torch.float64)))
+    x = lay_out(rand(1, 20, 17, 19), layout)
+    for name, arguments in (
+        ("conv3x3_pixel_shuffle", (x, kernel(12, 20), rand(12), None, 2)),
+        ("conv1x1", ([x], kernel(12, 20, 1), rand(12), "relu", 0.0)),
+        ("esa", (x, *esa_weights(20, 8))),
+    ):
+        check(getattr(torch.ops.esr, name)(*arguments), reference.OPERATORS[name](*to(arguments, torch.float64)))
+
+
+def test_longer_lists_than_one_launch_reads():
+    torch.manual_seed(9)
+    for channels in ((5,) * 9, (3, 4, 5, 6, 7, 8, 9, 10, 11, 12)):
+        xs = [rand(1, c, 5, 6) for c in channels]
+        w, b = kernel(20, sum(channels), 1), rand(20)
+        got = functional.conv1x1(xs, w, b, activation="gelu")
+        check(got, F.gelu(F.conv2d(torch.cat(xs, 1).double(), w.double(), b.double())))
+
+
+@pytest.mark.parametrize("out", [97, 130])
+def test_more_output_channels_than_one_program_computes(out):
+    torch.manual_seed(10)
+    x, w, b = rand(1, 70, 5, 6), kernel(out, 70), rand(out)
+    check(
+        functional.conv3x3(x, w, b, activation="silu"), F.silu(F.conv2d(x.double(), w.double(), b.double(), padding=1))
+    )
+    w = kernel(out, 70, 1)
+    check(functional.conv1x1(x, w, b), F.conv2d(x.double(), w.double(), b.double()))
+    arguments = (rand(1, out, 5, 6), x, kernel(out, 70), b, None, "none", 0.0, "post", [True, True, True, False])
+    got = torch.ops.esr.conv3x3_backward(*arguments)
+    check(got, reference.conv3x3_backward(*to(arguments, torch.float64)))
+
+
+def test_not_a_number_passes_the_pooling():
+    x = rand(1, 6, 21, 27)
+    x[0, 2, 11, 13] = float("nan")
+    weights = esa_weights(6, 4)
+    assert torch.equal(torch.ops.esr.esa(x, *weights).isnan(), reference.esa(x, *weights).isnan())
+
+
+# --- packing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out", [1, 16, 17, 28, 46, 60, 84, 96, 97, 200])
+def test_blocks_hold_all_channels_with_little_waste(out):
+    first, second, columns = packing.blocks(out)
+    assert first & (first - 1) == 0 and second & (second - 1) == 0
+    assert columns % (first + second) == 0 and columns >= out
+    assert columns - out < (16 if out <= 96 else 64)
+
+
+@pytest.mark.parametrize(("out", "channels", "taps"), [(28, 28, 3), (46, 3, 3), (9, 20, 1), (130, 37, 3)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_packed_weights(out, channels, taps, channels_last):
+    w = kernel(out, channels, taps)
+    if channels_last:
+        w = w.contiguous(memory_format=torch.channels_last)
+    for transpose in (False, True):
+        packed = packing.pack(w, torch.float32, transpose)
+        plain = w.transpose(0, 1).flip(2, 3) if transpose else w
+        rows = plain.permute(2, 3, 1, 0).reshape(taps * taps, plain.shape[1], plain.shape[0])
+        count = plain.shape[1] if packed.flat else packed.rows
+        expected = torch.zeros(taps * taps, count, packed.columns)
+        expected[:, : plain.shape[1], : plain.shape[0]] = rows
+        expected = expected.reshape(-1, packed.columns)
+        assert torch.equal(packed.weight[: expected.shape[0]], expected)
+        assert not packed.weight[expected.shape[0] :].any()
+
+
+def test_folded_attention_has_the_products_of_the_weights():
+    weights = esa_weights(10, 5)
+    folded = esa.fold(*weights)
+    w1, b1, w2, b2 = to(weights[:4], torch.float64)
+    skip = torch.einsum("of,fc->oc", weights[8][:, :, 0, 0].double(), w1[:, :, 0, 0])
+    assert largest_error(folded.skip[0][:10, :5], skip.t()) < 1e-6
+    bias = b2 + torch.einsum("ofyx,f->o", w2, b1)
+    assert largest_error(folded.reduce[1], bias) < 1e-6
+
+
+# --- configurations ---------------------------------------------------------------------------------------------------
+
+
+def table(device, capability, measured, **entries):
+    entry = {"tile": [8, 16], "warps": 4, "pipeline": 2}
+    names = {k.replace("_", "/", 1).replace("_", "/"): entry | v for k, v in entries.items()}
+    return {"device": device, "capability": capability, "measured": measured, "configurations": names}
+
+
+def test_every_shipped_file_is_in_the_space_of_the_tuner_or_smaller():
+    files = sorted(configs.FOLDER.glob("*.json"))
+    assert {f.stem for f in files} >= {"sm_80", "sm_86", "sm_89", "sm_90"}
+    for file in files:
+        data = configs.read(file)
+        for key, config in configs.parse(data).items():
+            kind, dtype, shape = key.split("/")
+            assert kind in SPACE and dtype in ("float16", "bfloat16", "tf32", "float32")
+            assert all(int(n) % 16 == 0 for n in shape.split("x"))
+            assert (
+                config.warps in (1, 2, 4, 8)
+                and config.pipeline in (1, 2, 3)
+                and config.pixels in (16, 32, 64, 128, 256)
+            )
+
+
+def test_the_nearest_file_is_found():
+    files = [
+        table("NVIDIA A100", [8, 0], True),
+        table("sm_86", [8, 6], False),
+        table("NVIDIA RTX A6000", [8, 6], True),
+        table("sm_90", [9, 0], False),
+    ]
+    found = lambda name, capability: configs.find(name, capability, files)["device"]  # noqa: E731
+    assert found("NVIDIA RTX A6000", (8, 6)) == "NVIDIA RTX A6000"
+    assert found("sm_86", (8, 6)) == "sm_86"
+    assert found("NVIDIA GeForce RTX 3090", (8, 6)) == "NVIDIA RTX A6000"
+    assert found("NVIDIA H200", (9, 0)) == "sm_90"
+    assert found("NVIDIA B200", (10, 0)) == "sm_90"
+
+
+def test_the_nearest_channels_are_found_and_others_warned_of_once(monkeypatch, tmp_path):
+    entries = {
+        "convolution/float16/32x32": {"tile": [4, 16], "warps": 4, "pipeline": 1},
+        "convolution/float16/96x96": {"tile": [4, 32], "warps": 8, "pipeline": 1},
+    }
+    data = table("NVIDIA X", [9, 0], True) | {"configurations": entries}
+    (tmp_path / "x.json").write_text(json.dumps(data))
+    monkeypatch.setattr(configs, "FOLDER", tmp_path)
+    monkeypatch.setattr(configs, "_device", lambda: ("NVIDIA Y", (9, 0)))
+    configs._table.cache_clear()
+    choose = lambda r, c: configs.choose("convolution", torch.float16, "tf32", r, c)  # noqa: E731
+    with pytest.warns(UserWarning, match="no Triton configurations were measured on NVIDIA Y, using those of NVIDIA X"):
+        assert choose(32, 32) == Config((4, 16), 4, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(48, 32) == Config((4, 16), 4, 1)
+        assert choose(32, 48) == Config((4, 32), 8, 1)  # more columns than 32 may not fit
+        assert configs.choose("conv1x1", torch.float16, "tf32", 32, 32) == configs.default("conv1x1", torch.float16, 32)
+    configs._table.cache_clear()
+
+
+def test_a_file_of_ones_own_goes_first(monkeypatch, tmp_path):
+    file = tmp_path / "own.json"
+    entries = {"conv1x1/tf32/32x32": {"tile": [1, 32], "warps": 8, "pipeline": 1}}
+    file.write_text(json.dumps(table("Z", [9, 0], True) | {"configurations": entries}))
+    monkeypatch.setenv(configs.VARIABLE, str(file))
+    configs._table.cache_clear()
+    assert configs.choose("conv1x1", torch.float32, "tf32", 32, 32) == Config((1, 32), 8, 1)
+    for text in ("[]", "{}", '{"configurations": {"conv1x1/tf32/32x32": {"tile": 4}}}'):
+        file.write_text(text)
+        configs._table.cache_clear()
+        with pytest.raises(ValueError, match="not a file of Triton configurations"):
+            configs.choose("conv1x1", torch.float32, "tf32", 32, 32)
+    configs._table.cache_clear()
+
+
+def test_precision_follows_pytorch():
+    assert maps.precision(torch.float32) == "tf32x3"
+    torch.backends.cudnn.allow_tf32 = True
+    assert maps.precision(torch.float32) == "tf32"
+
+
+# --- launching --------------------------------------------------------------------------------------------------------
+
+
+def test_another_size_compiles_nothing():
+    w, b = kernel(20, 12), rand(20)
+    functional.conv3x3(rand(1, 12, 8, 16), w, b)
+    before = _convolution._kernel.cache_info().misses
+    for size in ((1, 1), (9, 31), (16, 32)):
+        functional.conv3x3(rand(2, 12, *size), w, b)
+    assert _convolution._kernel.cache_info().misses == before
+
+
+def test_a_launch_passes_pointers_then_constants(monkeypatch):
+    """The way to the GPU, with a stand-in for the compiled kernel."""
+    calls = []
+    loads = []
+
+    def load(self, device, args, aligned):
+        loads.append(aligned)
+        return lambda *a: calls.append(a), "function", "metadata"
+
+    monkeypatch.setattr(launch.Kernel, "_load", load)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
+    one = launch.Kernel(packing.pack_kernel, {"BLOCK": 1024}, 4)
+    one.interpreted = False
+    x = torch.empty(64)
+    ints = tuple(range(12))
+    one((5, 2), x, x, *ints)
+    one((5, 2), x, x, *ints)
+    one((1, 1), x[1:], x, *ints)
+    assert loads == [True, False]
+    grid, rest = calls[0][:3], calls[0][3:]
+    assert grid == (5, 2, 1)
+    assert rest == (77, "function", "metadata", None, None, None, x.data_ptr(), x.data_ptr(), *ints, 1024)
+    assert calls[2][9] == x.data_ptr() + 4
+
+
+def test_signatures():
+    one = launch.Kernel(_convolution.convolution_kernel, _constants(), 4)
+    x = torch.empty(4, dtype=torch.float16)
+    args = (x, x, None, None, None, None, x, None, *range(6), 0.5, *range(4))
+    source = one.source(args)
+    types = dict(source.signature)
+    assert types["x"] == "*fp16" and types["bias"] == "constexpr" and types["height"] == "i32"
+    assert types["x_batch"] == "i64" and types["slope"] == "fp32" and types["MODE"] == "constexpr"
+    assert set(source.attrs) == {(0,), (1,), (6,)}
+    assert not one.source(args, aligned=False).attrs
+
+
+def _constants():
+    names = _convolution.convolution_kernel.arg_names
+    return {name: 0 for name in names[names.index("CHANNELS") :]}
+
+
+# --- tuning -----------------------------------------------------------------------------------------------------------
+
+
+def test_tuning_takes_the_fastest_right_configuration(monkeypatch):
+    """With a clock that knows what it wants to hear, and one configuration that computes nonsense."""
+    from esr_kernels.backends.triton import tuning
+
+    if DEVICE != "cpu":
+        pytest.skip("the interpreter's part; the real clock is in test_gpu.py")
+    wanted, wrong = Config((1, 64), 4, 1), Config((1, 32), 4, 1)
+    key = "conv1x1/float32/48x48"
+    todo = [
+        tuning.Task("float32", "conv1x1 rlfn 46>46", False, key, c) for c in (Config((1, 128), 4, 1), wanted, wrong)
+    ]
+    monkeypatch.setattr(tuning, "tasks", lambda labels, arch: todo)
+    monkeypatch.setattr(tuning, "problem", lambda task, arch: None)
+    current = []
+    choose = configs.choose
+
+    def spied(*args):
+        current.append(choose(*args))
+        return current[-1]
+
+    monkeypatch.setattr("esr_kernels.backends.triton._conv1x1.choose", spied)
+    original = tuning._error
+    monkeypatch.setattr(tuning, "_error", lambda *a: 1.0 if current[-1] == wrong else original(*a))
+    lines = []
+    result = tuning.tune(
+        60.0,
+        ("float32",),
+        lines.append,
+        device=DEVICE,
+        size=(5, 7),
+        measure=lambda run: {wanted: 1e-6, wrong: 1e-9}.get(current[-1], 2e-6),
+        processes=1,
+    )
+    assert configs.parse(result) == {key: wanted}
+    assert result["times"][key][str(tuple(wrong))] == "wrong by 1.0e+00"
+    assert result["not_reached"] == [] and key in lines[0]
+
+
+def test_tuning_stops_in_time(monkeypatch):
+    from esr_kernels.backends.triton import tuning
+
+    todo = [tuning.Task("float32", "conv1x1 rlfn 46>46", False, "conv1x1/float32/48x48", Config((1, 64), 4, 1))]
+    monkeypatch.setattr(tuning, "tasks", lambda labels, arch: todo)
+    monkeypatch.setattr(tuning, "problem", lambda task, arch: None)
+    result = tuning.tune(0.0, ("float32",), lambda line: None, device=DEVICE, size=(5, 7), processes=1)
+    assert result["configurations"] == {} and result["not_reached"] == ["conv1x1/float32/48x48"]
