@@ -15,8 +15,10 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
-from . import autograd
+from . import autograd, dispatch
 from .backends import reference
 from .library import ACTIVATIONS, PADDING_MODES, RESIDUAL_MODES
 
@@ -368,7 +370,33 @@ def _call(operator: str, function: Any, args: tuple[Any, ...]) -> Any:
         return reference.OPERATORS[operator](*args)
     if function is not None and _needs_gradient(args):
         return function.apply(*args)
+    if _unobserved(args):
+        return dispatch.run(operator, args)
     return _OPERATORS[operator](*args)
+
+
+def _unobserved(args: tuple[Any, ...]) -> bool:
+    """Whether the registered operator would do nothing but call `dispatch.run`, at several times its cost.
+
+    It does more for whoever traces, compiles, transforms, profiles or counts operators, and for tensor subclasses.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or _functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    for a in args:
+        for t in a if type(a) is list else (a,):
+            if isinstance(t, Tensor) and (type(t) not in _PLAIN or t.device.type not in _REAL):
+                return False
+    return True
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_REAL = ("cpu", "cuda")
 
 
 def _autocast(*tensors: Any, device: Any = None) -> tuple[Any, ...]:

@@ -123,16 +123,14 @@ def test_the_choice_nests_and_belongs_to_its_thread():
 
 
 def test_import_is_light_and_needs_nothing_optional():
-    """No Triton, no Pillow, no scikit-image behind the import."""
-    code = (
-        "import sys; import esr_kernels; "
-        "print([m for m in ('triton', 'PIL', 'skimage', 'fvcore', 'tqdm') if m in sys.modules])"
-    )
+    """No Pillow, no scikit-image behind the import, and no Triton but where PyTorch's FLOP counter imports it."""
+    report = "print([m for m in ('triton', 'PIL', 'skimage', 'fvcore', 'tqdm') if m in sys.modules])"
+    code = "import sys; import esr_kernels; " + report
     clean = subprocess.run(
         [
             sys.executable,
             "-c",
-            "import sys, torch; print([m for m in ('triton', 'PIL', 'skimage', 'fvcore', 'tqdm') if m in sys.modules])",
+            "import sys, torch.utils.flop_counter; " + report,
         ],
         capture_output=True,
         text=True,

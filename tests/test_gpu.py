@@ -94,10 +94,10 @@ FURTHER = [
     ),
     OperatorCase(
         "bsconv",
-        "40>52 leaky_relu",
+        "40>52 gelu_tanh",
         {"x": 40},
         {"pointwise": (52, 40, 1, 1), "depthwise": (52, 1, 3, 3)},
-        {"activation": "leaky_relu"},
+        {"activation": "gelu_tanh"},
     ),
 ]
 
@@ -222,6 +222,13 @@ def differentiate(
     return [out.detach(), *torch.autograd.grad(out, tensors(arguments), seed)]
 
 
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference relative to the norm; infinite when a value is not finite."""
+    assert actual.shape == expected.shape
+    error = float((cases.double(actual) - expected).norm() / expected.norm())
+    return error if error == error else float("inf")
+
+
 def assert_same(actual: list[Tensor], expected: list[Tensor], backend: str) -> None:
     """Bit for bit, except that PyTorch itself promises no such thing."""
     for a, e in zip(actual, expected, strict=True):
@@ -334,14 +341,17 @@ def test_gradients(case: OperatorCase, precision: str, layout: str, backend: str
     out = case.plain(arguments)
     seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = differentiate(case.plain, cases.double(arguments), seed)
-    eager = max(map(cases.relative_error, differentiate(case.plain, arguments, seed, layout), expected))
-    floor = cases.NETWORK_TOLERANCE if precision == "float32" else cases.PEER_TOLERANCE
     got = differentiate(case.fused, arguments, seed, layout)
+    eager = differentiate(case.plain, arguments, seed, layout)
+    assert all(g.dtype == dtype for g in got)
+    # For half types the norm counts: a tie in a max pool may fall the other way, in PyTorch and here, and that changes
+    # few values by much.
+    measure, floor = (cases.relative_error, cases.NETWORK_TOLERANCE) if precision == "float32" else (distance, 1e-2)
+    allowed = max(floor, 2 * max(map(measure, eager, expected)))
+    errors = [measure(g, e) for g, e in zip(got, expected, strict=True)]
     names = ["result", *(f"{k} {list(t.shape)}" for k, v in arguments.items() for t in tensors({k: v}))]
-    # Gradients are sums over all pixels, and a tie in a max pool may fall the other way.
-    checks = [cases.compare(g, e, max(floor, 2 * eager), dtype) for g, e in zip(got, expected, strict=True)]
-    wrong = [f"{name}: {c}" for name, c in zip(names, checks, strict=True) if not c.ok]
-    assert not wrong, "\n".join(wrong)
+    wrong = [f"{name}: error {e:.2e}, allowed {allowed:.2e}" for name, e in zip(names, errors, strict=True)]
+    assert not any(e > allowed for e in errors), "\n".join(wrong)
 
 
 @pytest.mark.parametrize("case", ONE_EACH, ids=identify)

@@ -105,3 +105,100 @@ def test_tuning_refuses_a_machine_without_a_gpu(tmp_path: Path) -> None:
     done = run("-m", "esr_kernels.backends.triton.tuning", str(tmp_path / "x.json"))
     assert done.returncode == 2 and done.stderr.strip() == "tuning: no CUDA device; this command measures a GPU"
     assert not (tmp_path / "x.json").exists()
+
+
+_STAND_IN = """
+import json, sys, torch
+import esr_kernels
+from esr_kernels import cases
+from esr_kernels.backends.triton import configs, launch
+from esr_kernels.backends.triton.run_plan import PreparedPlan
+from esr_kernels.library import run_plan_outputs
+
+calls = []
+def load(self, device, args, aligned):
+    name = self.function.__name__
+    return (lambda *a: calls.append((name, a))), "function", "metadata"
+launch.Kernel._load = load
+configs._device = lambda: ("sm_90", (9, 0))
+torch.cuda.current_device = lambda: 0
+torch._C._cuda_getCurrentRawStream = lambda device: 5
+"""
+
+
+def test_a_repeated_plan_launches_what_its_first_run_did() -> None:
+    """The recorded launches, repeated on other tensors, against the way through the kernels' Python functions."""
+    code = (
+        _STAND_IN
+        + """
+for name, size in (("span", (9, 13)), ("rlfn", (20, 17))):
+    fast = esr_kernels.optimize(cases.model_pair(name)[0], dtype=torch.float16)
+    weights, text = [getattr(fast, n) for n in fast._weight_names], fast.plan.to_json()
+    plan = PreparedPlan(fast.plan, weights, torch.float16, torch.device("cpu"))
+
+    def run(execute):
+        inputs = [torch.rand(2, 3, *size).half()]
+        outputs = run_plan_outputs(inputs, weights, text)
+        calls.clear()
+        execute(inputs, outputs)
+        known = {t.data_ptr(): f"tensor {i}" for i, t in enumerate([*inputs, *outputs])}
+        # Scratch memory lies elsewhere every time; all else is the same number.
+        fixed = {t.data_ptr() for t in plan._constants}
+        def plain(v):
+            if isinstance(v, int) and v > 2**32:
+                return known.get(v, v if v in fixed else "scratch")
+            return v
+        return [(kernel, [plain(v) for v in args]) for kernel, args in calls], inputs, outputs
+
+    first, *keep = run(plan.execute)
+    assert len(plan._programs) == 1
+    direct, *_ = run(plan._run)
+    again, *_ = run(plan.execute)
+    assert first == direct == again, name
+    assert sum(v == "scratch" for _, args in first for v in args) > len(first)
+    assert any("tensor 0" in args for _, args in first) and any("tensor 1" in args for _, args in first)
+    assert len(plan._programs) == 1
+    before = len(first)
+    inputs = [torch.rand(2, 3, *size).half()[..., ::2]]  # a copy is made of it
+    plan.execute(inputs, run_plan_outputs(inputs, weights, text))
+    assert len(plan._programs) == 1
+print("same")
+"""
+    )
+    done = run("-c", code)
+    assert done.stdout.strip() == "same", done.stderr[-3000:]
+
+
+def test_programs_refuse_what_may_move() -> None:
+    code = (
+        _STAND_IN
+        + """
+from esr_kernels.backends.triton.packing import pack_kernel
+kernel = launch.Kernel(pack_kernel, {"BLOCK": 1024}, 4)
+x, y, other = torch.empty(64), torch.empty(64), torch.empty(64)
+ints = tuple(range(12))
+with launch.record() as recording:
+    scratch = launch.empty(x, (100,), torch.float16)
+    kernel((1, 1), x[4:], scratch, *ints)
+    kernel((2, 1), scratch, y, *ints)
+program = launch.Program(recording, [x, y], [])
+assert program.size == 256
+new_x, new_y = torch.empty(64), torch.empty(64)
+calls.clear()
+program.run([new_x, new_y])
+(_, a), (_, b) = calls
+assert a[:3] == (1, 1, 1) and b[:3] == (2, 1, 1) and a[3:9] == (5, "function", "metadata", None, None, None)
+assert a[9] == new_x.data_ptr() + 16 and b[10] == new_y.data_ptr() and a[10] == b[9]
+for tensors, constants in (([x], []), ([y], []), ([x, y, x], [])):
+    try:
+        launch.Program(recording, tensors, constants)
+    except ValueError as error:
+        assert "may lie elsewhere" in str(error)
+    else:
+        raise AssertionError("accepted")
+launch.Program(recording, [x], [y])
+print("refused")
+"""
+    )
+    done = run("-c", code)
+    assert done.stdout.strip() == "refused", done.stderr[-3000:]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._epilogue import channel_offsets, finish, image_start
 from .configs import Config, choose
-from .launch import Kernel, ceil_div
+from .launch import Kernel, ceil_div, empty
 from .maps import NOTHING, Map, padded, precision, wide
 from .packing import PackedParts
 
@@ -22,47 +22,54 @@ PARTS = 8
 
 
 @triton.jit
+def _add_rows(
+    acc0, acc1, pointers, w, k, inside, pixels, row0, first, MASKED: tl.constexpr, CHANNELS: tl.constexpr,
+    PITCH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_0: tl.constexpr, BLOCK_1: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the product of BLOCK_K channels from channel `k` on."""
+    channel = k + tl.arange(0, BLOCK_K)[None, :]
+    at = pointers + channel_offsets(channel, pixels, pixels, PITCH, 1, WIDE)
+    if MASKED:
+        a = tl.load(at, mask=inside & (channel < CHANNELS), other=0.0)
+    else:
+        a = tl.load(at, mask=inside, other=0.0)
+    a = a.to(w.dtype.element_ty)
+    row = (row0 + k + tl.arange(0, BLOCK_K))[:, None] * COLUMNS + first
+    acc0 = tl.dot(a, tl.load(w + row + tl.arange(0, BLOCK_0)[None, :]), acc0, input_precision=PRECISION)
+    if BLOCK_1 > 0:
+        b1 = tl.load(w + row + BLOCK_0 + tl.arange(0, BLOCK_1)[None, :])
+        acc1 = tl.dot(a, b1, acc1, input_precision=PRECISION)
+    return acc0, acc1
+
+
+@triton.jit
 def _add_part(
-    acc0,
-    acc1,
-    x,
-    w,
-    n,
-    batch,
-    pixel,  # [P, 1]
-    inside,
-    pixels,
-    row0,
-    first,
-    CHANNELS: tl.constexpr,
-    PITCH: tl.constexpr,
-    BLOCK_0: tl.constexpr,
-    BLOCK_1: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr,
+    acc0, acc1, x, w, n, batch, pixel, inside, pixels, row0, first, CHANNELS: tl.constexpr, PITCH: tl.constexpr,
+    BLOCK_0: tl.constexpr, BLOCK_1: tl.constexpr, COLUMNS: tl.constexpr, PIPELINE: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Add one map's product to the sums; `row0` is its first row of the packed weight."""
     ROWS: tl.constexpr = (CHANNELS + 15) // 16 * 16
     BLOCK_K: tl.constexpr = 64 if ROWS % 64 == 0 else 32 if ROWS % 32 == 0 else 16
     x += image_start(n, batch, PITCH)
     if PITCH > 0:
-        offsets = pixel * PITCH
+        pointers = x + pixel * PITCH
     else:
-        offsets = pixel
-    for k in tl.static_range(0, ROWS, BLOCK_K):
-        channel = k + tl.arange(0, BLOCK_K)[None, :]
-        pointers = x + (offsets + channel_offsets(channel, pixels, pixels, PITCH, 1, WIDE))
-        if ROWS <= PITCH or k + BLOCK_K <= CHANNELS:
-            a = tl.load(pointers, mask=inside, other=0.0)
-        else:
-            a = tl.load(pointers, mask=inside & (channel < CHANNELS), other=0.0)
-        a = a.to(w.dtype.element_ty)
-        row = (row0 + k + tl.arange(0, BLOCK_K))[:, None] * COLUMNS + first
-        acc0 = tl.dot(a, tl.load(w + row + tl.arange(0, BLOCK_0)[None, :]), acc0, input_precision=PRECISION)
-        if BLOCK_1 > 0:
-            b1 = tl.load(w + row + BLOCK_0 + tl.arange(0, BLOCK_1)[None, :])
-            acc1 = tl.dot(a, b1, acc1, input_precision=PRECISION)
+        pointers = x + pixel
+    if PIPELINE > 1:
+        # Unrolled, the loads of a long list in float32 are all moved to the front, and spill.
+        for k in tl.range(0, ROWS, BLOCK_K, num_stages=PIPELINE):
+            acc0, acc1 = _add_rows(
+                acc0, acc1, pointers, w, k, inside, pixels, row0, first, ROWS > PITCH and ROWS > CHANNELS, CHANNELS,
+                PITCH, BLOCK_K, BLOCK_0, BLOCK_1, COLUMNS, WIDE, PRECISION,
+            )  # fmt: skip
+    else:
+        for k in tl.static_range(0, ROWS, BLOCK_K):
+            acc0, acc1 = _add_rows(
+                acc0, acc1, pointers, w, k, inside, pixels, row0, first, ROWS > PITCH and k + BLOCK_K > CHANNELS,
+                CHANNELS, PITCH, BLOCK_K, BLOCK_0, BLOCK_1, COLUMNS, WIDE, PRECISION,
+            )  # fmt: skip
     return acc0, acc1
 
 
@@ -75,7 +82,8 @@ def conv1x1_kernel(
     P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
     P4: tl.constexpr, P5: tl.constexpr, P6: tl.constexpr, P7: tl.constexpr,
     OUT_CHANNELS: tl.constexpr, PIXELS: tl.constexpr, BLOCK_0: tl.constexpr, BLOCK_1: tl.constexpr,
-    COLUMNS: tl.constexpr, MODE: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr,
+    COLUMNS: tl.constexpr, PIPELINE: tl.constexpr, MODE: tl.constexpr, ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr, BIAS: tl.constexpr,
     R_PITCH: tl.constexpr, G_PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, PADDED_OUT: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -100,21 +108,21 @@ def conv1x1_kernel(
     R5: tl.constexpr = R4 + (C4 + 15) // 16 * 16
     R6: tl.constexpr = R5 + (C5 + 15) // 16 * 16
     R7: tl.constexpr = R6 + (C6 + 15) // 16 * 16
-    acc0, acc1 = _add_part(acc0, acc1, x0, w, n, x0_batch, at, inside, pixels, 0, first, C0, P0, BLOCK_0, BLOCK_1, COLUMNS, WIDE, PRECISION)  # fmt: skip  # noqa: E501
+    acc0, acc1 = _add_part(acc0, acc1, x0, w, n, x0_batch, at, inside, pixels, 0, first, C0, P0, BLOCK_0, BLOCK_1, COLUMNS, PIPELINE, WIDE, PRECISION)  # fmt: skip  # noqa: E501
     if C1 > 0:
-        acc0, acc1 = _add_part(acc0, acc1, x1, w, n, x1_batch, at, inside, pixels, R1, first, C1, P1, BLOCK_0, BLOCK_1, COLUMNS, WIDE, PRECISION)  # fmt: skip  # noqa: E501
+        acc0, acc1 = _add_part(acc0, acc1, x1, w, n, x1_batch, at, inside, pixels, R1, first, C1, P1, BLOCK_0, BLOCK_1, COLUMNS, PIPELINE, WIDE, PRECISION)  # fmt: skip  # noqa: E501
     if C2 > 0:
-        acc0, acc1 = _add_part(acc0, acc1, x2, w, n, x2_batch, at, inside, pixels, R2, first, C2, P2, BLOCK_0, BLOCK_1, COLUMNS, WIDE, PRECISION)  # fmt: skip  # noqa: E501
+        acc0, acc1 = _add_part(acc0, acc1, x2, w, n, x2_batch, at, inside, pixels, R2, first, C2, P2, BLOCK_0, BLOCK_1, COLUMNS, PIPELINE, WIDE, PRECISION)  # fmt: skip  # noqa: E501
     if C3 > 0:
-        acc0, acc1 = _add_part(acc0, acc1, x3, w, n, x3_batch, at, inside, pixels, R3, first, C3, P3, BLOCK_0, BLOCK_1, COLUMNS, WIDE, PRECISION)  # fmt: skip  # noqa: E501
+        acc0, acc1 = _add_part(acc0, acc1, x3, w, n, x3_batch, at, inside, pixels, R3, first, C3, P3, BLOCK_0, BLOCK_1, COLUMNS, PIPELINE, WIDE, PRECISION)  # fmt: skip  # noqa: E501
     if C4 > 0:
-        acc0, acc1 = _add_part(acc0, acc1, x4, w, n, x4_batch, at, inside, pixels, R4, first, C4, P4, BLOCK_0, BLOCK_1, COLUMNS, WIDE, PRECISION)  # fmt: skip  # noqa: E501
+        acc0, acc1 = _add_part(acc0, acc1, x4, w, n, x4_batch, at, inside, pixels, R4, first, C4, P4, BLOCK_0, BLOCK_1, COLUMNS, PIPELINE, WIDE, PRECISION)  # fmt: skip  # noqa: E501
     if C5 > 0:
-        acc0, acc1 = _add_part(acc0, acc1, x5, w, n, x5_batch, at, inside, pixels, R5, first, C5, P5, BLOCK_0, BLOCK_1, COLUMNS, WIDE, PRECISION)  # fmt: skip  # noqa: E501
+        acc0, acc1 = _add_part(acc0, acc1, x5, w, n, x5_batch, at, inside, pixels, R5, first, C5, P5, BLOCK_0, BLOCK_1, COLUMNS, PIPELINE, WIDE, PRECISION)  # fmt: skip  # noqa: E501
     if C6 > 0:
-        acc0, acc1 = _add_part(acc0, acc1, x6, w, n, x6_batch, at, inside, pixels, R6, first, C6, P6, BLOCK_0, BLOCK_1, COLUMNS, WIDE, PRECISION)  # fmt: skip  # noqa: E501
+        acc0, acc1 = _add_part(acc0, acc1, x6, w, n, x6_batch, at, inside, pixels, R6, first, C6, P6, BLOCK_0, BLOCK_1, COLUMNS, PIPELINE, WIDE, PRECISION)  # fmt: skip  # noqa: E501
     if C7 > 0:
-        acc0, acc1 = _add_part(acc0, acc1, x7, w, n, x7_batch, at, inside, pixels, R7, first, C7, P7, BLOCK_0, BLOCK_1, COLUMNS, WIDE, PRECISION)  # fmt: skip  # noqa: E501
+        acc0, acc1 = _add_part(acc0, acc1, x7, w, n, x7_batch, at, inside, pixels, R7, first, C7, P7, BLOCK_0, BLOCK_1, COLUMNS, PIPELINE, WIDE, PRECISION)  # fmt: skip  # noqa: E501
 
     if RESIDUAL != "none":
         r += image_start(n, r_batch, R_PITCH)
@@ -158,6 +166,7 @@ def _kernel(
         "BLOCK_0": block_0,
         "BLOCK_1": block_1,
         "COLUMNS": columns,
+        "PIPELINE": config.pipeline,
         "MODE": mode,
         "ACTIVATION": activation,
         "RESIDUAL": residual,
@@ -184,7 +193,6 @@ def multiply(
     residual: Map | None = None,
     residual_mode: str = "post",
     g: Map | None = None,
-    config: Config | None = None,
 ) -> None:
     """1x1 convolution of the list of maps into `out`; see `_epilogue.finish` for the modes."""
     dtype = packed.weight.dtype
@@ -196,21 +204,20 @@ def multiply(
         assert residual is None, "a list of more maps than one launch reads has no residual"
         pitch = packed.columns
         sums = Map(
-            out.tensor.new_empty((n, out.height, out.width, pitch), dtype=torch.float32),
+            empty(out.tensor, (n, out.height, out.width, pitch), torch.float32),
             pitch,
             out.height * out.width,
             out.channels,
             out.height,
             out.width,
         )
-        multiply(xs[:PARTS], packed._replace(weight=packed.weight[:rows], channels=head), None, sums, config=config)
+        multiply(xs[:PARTS], packed._replace(weight=packed.weight[:rows], channels=head), None, sums)
         rest_packed = packed._replace(weight=packed.weight[rows:], channels=rest)
-        more = {"mode": mode, "activation": activation, "slope": slope, "g": g, "config": config}
+        more = {"mode": mode, "activation": activation, "slope": slope, "g": g}
         multiply(xs[PARTS:], rest_packed, bias, out, residual=sums, residual_mode="pre", **more)  # type: ignore[arg-type]
         return
     exact = precision(dtype)
-    if config is None:
-        config = choose("conv1x1", dtype, exact, packed.weight.shape[0], packed.block_0 + packed.block_1)
+    config = choose("conv1x1", dtype, exact, packed.weight.shape[0], packed.block_0 + packed.block_1)
     r = residual if residual is not None else NOTHING
     given = g if g is not None else NOTHING
     missing = PARTS - len(xs)

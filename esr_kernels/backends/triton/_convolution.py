@@ -438,7 +438,6 @@ def convolve(
     residual_mode: str = "none",
     g: Map | None = None,
     second: Tensor | None = None,
-    config: Config | None = None,
 ) -> None:
     """Convolve `x` into `out`; see `_epilogue.finish` for the modes.
 
@@ -449,13 +448,11 @@ def convolve(
         residual, residual_mode: the map r and what happens to it.
         g: the gradient (mode "gradient") or the stored pre-activation (mode "chain").
         second: memory laid out like `out` for the second result.
-        config: None: the one of this device.
     """
     n = x.tensor.shape[0]
     dtype = packed.weight.dtype
     exact = precision(dtype)
-    if config is None:
-        config = choose("convolution", dtype, exact, packed.rows, packed.block_0 + packed.block_1)
+    config = choose("convolution", dtype, exact, packed.rows, packed.block_0 + packed.block_1)
     r = residual if residual is not None else NOTHING
     given = g if g is not None else NOTHING
     kernel = _kernel(

@@ -228,7 +228,6 @@ def weight_gradient(
     stride: int = 1,
     pad: int = 1,
     border: str = "zeros",
-    config: Config | None = None,
 ) -> None:
     """Write the gradients of a convolution of `x` whose result has the gradient `g`.
 
@@ -240,8 +239,7 @@ def weight_gradient(
         return
     channels, out_channels = x.channels, g.channels
     dtype, exact = x.tensor.dtype, precision(x.tensor.dtype)
-    if config is None:
-        config = choose("weight_gradient", dtype, exact, _block(channels), _block(out_channels))
+    config = choose("weight_gradient", dtype, exact, _block(channels), _block(out_channels))
     sums = _kernel(
         channels,
         out_channels,

@@ -20,7 +20,7 @@ from ._convolution import convolve
 from ._epilogue import channel_offsets, image_start, pixel_offsets
 from ._weight_gradient import weight_gradient
 from .conv3x3 import wanted
-from .launch import Kernel, ceil_div
+from .launch import Kernel, ceil_div, empty, repeated
 from .maps import Map, as_map, padded, wide
 from .packing import Packed, pack
 
@@ -139,7 +139,7 @@ def _unpad_kernel(channels: int, g_pitch: int, out_pitch: int, is_wide: bool, dt
 def fold(pointwise: Tensor, depthwise: Tensor) -> Tensor:
     """The weight [O, C, 3, 3] of the one convolution."""
     out_channels, channels = pointwise.shape[:2]
-    dense = pointwise.new_empty((out_channels, channels, 3, 3))
+    dense = empty(pointwise, (out_channels, channels, 3, 3))
     kernel = _fold_kernel(channels, pointwise.dtype)
     size = dense.numel()
     kernel((ceil_div(size, _BLOCK), 1), pointwise.contiguous(), depthwise.contiguous(), dense, size)
@@ -154,6 +154,7 @@ def separable(
     convolve(x, packed, bias, out, border=border, activation=activation, slope=slope)
 
 
+@repeated
 def bsconv(
     x: Tensor,
     pointwise: Tensor,

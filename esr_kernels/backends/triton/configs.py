@@ -47,7 +47,9 @@ class Config(NamedTuple):
 TILES = ((4, 16), (8, 16), (4, 32), (16, 16))
 SPACE: dict[str, tuple[Config, ...]] = {
     "convolution": tuple(Config(tile, warps, pipeline) for tile in TILES for warps in (4, 8) for pipeline in (1, 2, 3)),
-    "conv1x1": tuple(Config((1, pixels), warps, 1) for pixels in (32, 64, 128, 256) for warps in (4, 8)),
+    "conv1x1": tuple(
+        Config((1, pixels), warps, pipeline) for pixels in (32, 64, 128, 256) for warps in (4, 8) for pipeline in (1, 2)
+    ),
     "weight_gradient": tuple(
         Config(tile, warps, pipeline) for tile in ((2, 16), (4, 16)) for warps in (4, 8) for pipeline in (1, 2)
     ),
@@ -77,6 +79,11 @@ def chosen_by(chooser: Callable[[str], Config | None]) -> Iterator[None]:
         yield
     finally:
         _chooser.reset(token)
+
+
+def choice() -> object:
+    """What decides configurations besides the device: equal values, equal choices."""
+    return _chooser.get()
 
 
 def choose(kernel: str, dtype: torch.dtype, precision: str, rows: int, columns: int) -> Config:

@@ -10,10 +10,12 @@ from ...library import bias_gradient, feature_map, gradient
 from ._conv1x1 import multiply
 from ._weight_gradient import weight_gradient
 from .conv3x3 import wanted
+from .launch import repeated
 from .maps import Map, as_map
 from .packing import pack_parts
 
 
+@repeated
 def conv1x1(xs: list[Tensor], weight: Tensor, bias: Tensor | None, activation: str, negative_slope: float) -> Tensor:
     out = feature_map(xs[0], weight.shape[0])
     if out.numel() == 0:

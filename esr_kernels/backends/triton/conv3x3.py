@@ -7,10 +7,12 @@ from torch import Tensor
 from ...library import bias_gradient, feature_map, gradient
 from ._convolution import convolve
 from ._weight_gradient import weight_gradient
+from .launch import repeated
 from .maps import Map, as_map
 from .packing import pack
 
 
+@repeated
 def conv3x3(
     x: Tensor,
     weight: Tensor,

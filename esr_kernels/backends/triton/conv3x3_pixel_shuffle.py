@@ -7,10 +7,12 @@ from torch import Tensor
 from ...library import bias_gradient, gradient, image
 from ._convolution import convolve
 from .conv3x3 import convolution_gradients, wanted
+from .launch import repeated
 from .maps import as_map, shuffled
 from .packing import pack
 
 
+@repeated
 def conv3x3_pixel_shuffle(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, upscale_factor: int
 ) -> Tensor:

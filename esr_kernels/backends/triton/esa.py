@@ -25,7 +25,7 @@ from ._epilogue import channel_offsets, image_start, pixel_offsets, sigmoid
 from ._weight_gradient import weight_gradient
 from .configs import Config, choose
 from .conv3x3 import wanted
-from .launch import Kernel, ceil_div, next_power_of_two
+from .launch import Kernel, ceil_div, empty, next_power_of_two, repeated
 from .maps import Map, as_map, padded, precision, wide
 from .packing import Packed, pack, pack_parts
 
@@ -53,8 +53,14 @@ def fold_kernel(
     HAS_WF: tl.constexpr,
     HAS_BF: tl.constexpr,
 ):
-    """One program per hidden channel o: w21[o, c, tap] = sum over f of w2[o, f, tap] w1[f, c], and wf1, b21, bf1."""
+    """w21[o, c, tap] = sum over f of w2[o, f, tap] w1[f, c], and wf1, b21, bf1; one program per o.
+
+    Programs beyond the hidden channels fill the padding of bf1.
+    """
     o = tl.program_id(0)
+    if o >= HIDDEN:
+        tl.store(bf1 + o, 0.0)
+        return
     c = tl.arange(0, BLOCK_C)
     f = tl.arange(0, BLOCK_F)
     known = f < HIDDEN
@@ -430,13 +436,13 @@ def fold(
     """The operator's weights, folded and packed."""
     hidden, channels = w1.shape[:2]
     rows, dtype = rows_of(hidden), w1.dtype
-    w21 = w1.new_empty((hidden, channels, 3, 3))
-    wf1 = w1.new_empty((hidden, channels, 1, 1))
-    b21 = w1.new_empty(hidden, dtype=torch.float32)
-    bf1 = w1.new_zeros(rows, dtype=torch.float32)
+    w21 = empty(w1, (hidden, channels, 3, 3))
+    wf1 = empty(w1, (hidden, channels, 1, 1))
+    b21 = empty(w1, (hidden,), torch.float32)
+    bf1 = empty(w1, (rows,), torch.float32)
     kernel = _fold_kernel(channels, hidden, tuple(t is not None for t in (b1, b2, wf, bf)), dtype)
     kernel(
-        (hidden, 1), w1.contiguous(), b1, w2.contiguous(), b2, None if wf is None else wf.contiguous(), bf,
+        (rows, 1), w1.contiguous(), b1, w2.contiguous(), b2, None if wf is None else wf.contiguous(), bf,
         w21, b21, wf1, bf1,
     )  # fmt: skip
     low = [(pack(w3, dtype, rows=rows, columns=rows), b3)]
@@ -458,7 +464,7 @@ def low_sizes(height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]
 def low_map(like: Tensor, hidden: int, height: int, width: int) -> Map:
     """An uninitialised channels-last map of the hidden channels, padded to `rows_of` them."""
     rows = rows_of(hidden)
-    tensor = like.new_empty((like.shape[0], height, width, rows))
+    tensor = empty(like, (like.shape[0], height, width, rows))
     return Map(tensor, rows, height * width, hidden, height, width)
 
 
@@ -551,6 +557,7 @@ def attend(x: Map, folded: Folded, out: Map) -> None:
     )  # fmt: skip
 
 
+@repeated
 def esa(x: Tensor, *weights: Tensor | None) -> Tensor:
     out = feature_map(x, x.shape[1])
     if out.numel():

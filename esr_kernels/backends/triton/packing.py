@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Kernel, ceil_div, next_power_of_two
+from .launch import Kernel, ceil_div, empty, next_power_of_two
 from .maps import padded
 
 # The largest depth of a product over all taps at once.
@@ -128,7 +128,7 @@ def pack(
         channels, out_channels, stride_k, stride_n = out_channels, channels, stride_n, stride_k
     flat, rows = geometry(channels, taps) if rows is None else (False, rows)
     block_0, block_1, columns = blocks(out_channels) if columns is None else (columns, 0, columns)
-    packed = weight.new_empty((rows if flat else taps * taps * rows, columns), dtype=dtype)
+    packed = empty(weight, (rows if flat else taps * taps * rows, columns), dtype)
     start = 0
     if transpose:
         # From the last tap backwards.
@@ -168,7 +168,7 @@ def pack_parts(
     if transpose:
         channels, out_channels, stride_k, stride_n = (out_channels,), weight.shape[1], stride_n, stride_k
     block_0, block_1, columns = blocks(out_channels) if columns is None else (columns, 0, columns)
-    packed = weight.new_empty((sum(map(padded, channels)), columns), dtype=dtype)
+    packed = empty(weight, (sum(map(padded, channels)), columns), dtype)
     # Equal parts are packed in one launch, as if they were taps.
     equal = len(set(channels)) == 1
     groups = [(channels[0], len(channels))] if equal else [(c, 1) for c in channels]

@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from ... import dispatch
 from ...cases import CASES, OperatorCase, model_pair
 from ...optimize import optimize
+from ...timing import write_json
 from . import call, configs, launch
 
 ARCHITECTURES = (80, 86, 89, 90)
@@ -136,6 +137,7 @@ def collect(operator: str, arch: int, config: Choice | None = None) -> Iterator[
 
     with (
         _replaced(launch.Kernel, "__call__", keep),
+        _replaced(launch, "interpreted", lambda: True),  # no recording of launches that do not happen
         _replaced(configs, "_device", lambda: (f"sm_{arch}", divmod(arch, 10))),
         _replaced(dispatch, "run", lambda name, args: call(name)(*args)),
         configs.chosen_by(choose),
@@ -280,7 +282,7 @@ _CANDIDATES: dict[str, tuple[configs.Config, ...]] = {
     "weight_gradient": tuple(
         configs.Config(tile, 4, pipeline) for pipeline in (2, 1) for tile in ((4, 16), (2, 16), (1, 16))
     ),
-    "conv1x1": tuple(configs.Config((1, pixels), 4, 1) for pixels in (128, 64, 32)),
+    "conv1x1": tuple(configs.Config((1, pixels), 4, pipeline) for pipeline in (1, 2) for pixels in (128, 64, 32)),
     "esa_reduce": (configs.Config((4, 8), 4, 1), configs.Config((4, 4), 4, 1), configs.Config((4, 4), 4, 2)),
     "esa_gate": tuple(configs.Config((1, pixels), 4, 1) for pixels in (64, 32, 16)),
 }
@@ -330,16 +332,19 @@ def select(arch: int, name: str, log: Callable[[str], None] = print) -> dict[str
             if best[0] == _ENOUGH_WARPS:
                 break
         if best is None:
-            raise RuntimeError(f"{key}: every candidate has a problem on sm_{arch}")
+            log(f"sm_{arch} {key}: every candidate has a problem")
+            continue
         found[key] = best[1]
         log(f"sm_{arch} {key}: {best[1]}, {best[0]} resident warps at least")
     return found
 
 
-def write(arch: int, folder: Path, log: Callable[[str], None] = print) -> Path:
-    """Write `sm_<arch>.json`, the configurations of a GPU that nobody has measured yet."""
-    from ...timing import write_json
+# Architectures with the instructions of another and at least its shared memory.
+_LIKE = {80: 86, 89: 86}
 
+
+def write(arch: int, folder: Path, log: Callable[[str], None] = print) -> None:
+    """Write `sm_<arch>.json`, the configurations of GPUs that nobody has measured yet, and those of its like."""
     table: dict[str, Any] = {}
     for name in ("float16", "tf32", "float32"):
         for key, config in select(arch, name, log).items():
@@ -347,14 +352,15 @@ def write(arch: int, folder: Path, log: Callable[[str], None] = print) -> Path:
             table[key] = entry
             if name == "float16":
                 table[key.replace("float16", "bfloat16")] = entry
-    data = {
-        "device": f"sm_{arch}",
-        "capability": list(divmod(arch, 10)),
-        "measured": False,
-        "triton": triton.__version__,
-        "configurations": dict(sorted(table.items())),
-    }
-    return write_json(folder / f"sm_{arch}.json", data)
+    for same in (arch, *(a for a, like in _LIKE.items() if like == arch)):
+        data = {
+            "device": f"sm_{same}",
+            "capability": list(divmod(same, 10)),
+            "measured": False,
+            "triton": triton.__version__,
+            "configurations": dict(sorted(table.items())),
+        }
+        write_json(folder / f"sm_{same}.json", data)
 
 
 def markdown(results: Sequence[Resources]) -> str:
@@ -380,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="each configuration once per mode of its kernel")
     options = parser.parse_args(argv)
     if options.select is not None:
-        for arch in options.arch:
+        for arch in set(options.arch) - set(_LIKE):
             write(arch, options.select)
         return 0
     results = []
@@ -398,8 +404,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.markdown:
         print(markdown(results))
     if options.json is not None:
-        from ...timing import write_json
-
         write_json(options.json, [asdict(r) | {"problem": r.problem} for r in results])
     return 1 if any(r.problem for r in results) else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,10 +13,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...library import run_plan_outputs
 from ...plan import ESA_WEIGHTS, Layer, Plan
-from . import _pointwise, bsconv, esa
+from . import _pointwise, bsconv, configs, esa, interpreted
 from ._conv1x1 import multiply
 from ._convolution import convolve
-from .maps import Map, as_map, padded, shuffled
+from .launch import Program, empty, record
+from .maps import Map, as_map, padded, precision, shuffled
 from .packing import pack, pack_parts
 
 # Writes one layer's result; gets the maps the layer reads, and the map to write.
@@ -23,7 +25,14 @@ Step = Callable[[list[Map], Map], None]
 
 
 class PreparedPlan:
-    """A plan whose weights are folded and packed for one dtype and device."""
+    """A plan whose weights are folded and packed for one dtype and device.
+
+    Its first run on tensors of some size, layout and alignment goes through the kernels' Python functions and is
+    recorded; later ones repeat the launches with other pointers.
+    """
+
+    # Sizes whose launches are kept: a few hundred bytes for each layer.
+    PROGRAMS = 64
 
     def __init__(self, plan: Plan, weights: list[Tensor], dtype: torch.dtype, device: torch.device) -> None:
         self.plan = plan
@@ -31,12 +40,38 @@ class PreparedPlan:
         self.device = device
         self.weights = weights
         self._absorbed: dict[int, Tensor] = {}
-        self.steps = [self._step(k, layer) for k, layer in enumerate(plan.layers)]
+        self._tables: list[Tensor] = []  # made for the plan besides packed weights
+        self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
+        with record() as recording:
+            self.steps = [self._step(k, layer) for k, layer in enumerate(plan.layers)]
+        self._constants = [*weights, *recording.memory, *self._tables]
 
     def execute(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        if interpreted():
+            self._run(inputs, outputs)
+            return
+        tensors = [*inputs, *outputs]
+        # Everything that the launches depend on besides the plan.
+        key = (
+            *((t.shape, t.stride(), t.data_ptr() % 16) for t in tensors), precision(self.dtype), configs.choice()
+        )  # fmt: skip
+        program = self._programs.get(key)
+        if program is not None:
+            program.run(tensors)
+            return
+        with record() as recording:
+            self._run(inputs, outputs)
+        try:
+            self._programs[key] = Program(recording, tensors, self._constants)
+        except ValueError:
+            return  # a copy was made of something: every run makes it again
+        while len(self._programs) > self.PROGRAMS:
+            self._programs.popitem(last=False)
+
+    def _run(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         plan = self.plan
-        n, _, height, width = inputs[0].shape
-        buffers = self._allocate(n, height, width)
+        _, _, height, width = inputs[0].shape
+        buffers = self._allocate(inputs[0], height, width)
         values = [as_map(x) for x in inputs]
         for k, (layer, step) in enumerate(zip(plan.layers, self.steps, strict=True)):
             value = len(inputs) + k
@@ -58,7 +93,7 @@ class PreparedPlan:
         """Pitch and batch of a buffer's map: images are planes, as their pixel shuffle writes them."""
         return (padded(channels), pixels) if scale == 1 else (0, channels * pixels)
 
-    def _allocate(self, n: int, height: int, width: int) -> dict[int, Tensor]:
+    def _allocate(self, like: Tensor, height: int, width: int) -> dict[int, Tensor]:
         """The plan's buffers, which values share in turns; [n, elements], so that `shape[0]` is the batch."""
         plan = self.plan
         sizes: dict[int, int] = {}
@@ -69,7 +104,7 @@ class PreparedPlan:
                 continue
             channels = padded(layer.channels) if scale == 1 else layer.channels
             sizes[slot] = max(sizes.get(slot, 0), height * width * scale * scale * channels)
-        return {slot: torch.empty((n, size), dtype=self.dtype, device=self.device) for slot, size in sizes.items()}
+        return {slot: empty(like, (like.shape[0], size)) for slot, size in sizes.items()}
 
     def _step(self, k: int, layer: Layer) -> Step | None:
         """What runs the layer; None where the layers after it do its work."""
@@ -78,6 +113,7 @@ class PreparedPlan:
         bias = w.get("bias")
         if layer.op == "normalize":
             table = torch.tensor([a["shift"], a["scale"]], dtype=torch.float32, device=self.device)
+            self._tables.append(table)
             if self._absorbable(k):
                 self._absorbed[len(self.plan.inputs) + k] = table
                 return None
@@ -90,7 +126,9 @@ class PreparedPlan:
             run = partial(multiply, packed=parts, bias=bias, activation=a["activation"], slope=a["negative_slope"])
             return lambda x, out: run(x, out=out)
         if layer.op == "esa":
-            folded = esa.fold(*(None if (t := w.get(name)) is None else t.to(self.dtype) for name in ESA_WEIGHTS))  # type: ignore[arg-type]
+            weights = [None if (t := w.get(name)) is None else t.to(self.dtype) for name in ESA_WEIGHTS]
+            self._tables += [t for t in weights if t is not None]
+            folded = esa.fold(*weights)  # type: ignore[arg-type]
             return lambda x, out: esa.attend(x[0], folded, out)
         if layer.op == "bsconv":
             packed = pack(bsconv.fold(w["pointwise"], w["depthwise"]), self.dtype)

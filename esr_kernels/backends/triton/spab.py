@@ -8,10 +8,12 @@ from ...library import bias_gradient, feature_map, gradient
 from ._convolution import convolve
 from ._weight_gradient import weight_gradient
 from .conv3x3 import wanted
+from .launch import repeated
 from .maps import as_map
 from .packing import pack
 
 
+@repeated
 def spab(
     x: Tensor,
     w1: Tensor,
