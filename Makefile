@@ -2,6 +2,7 @@
 PYTHON ?= python3
 ARGS ?=
 BENCH_JSON ?= bench/results/latest.json
+TRITON_VERSIONS ?= 3.6.0 3.9.0
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -13,12 +14,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_USER := 0
 unexport PYTHONHOME
 
-.PHONY: help run test lint format bench build clean distclean
+.PHONY: help run test test-triton lint format bench build clean distclean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make run        super-resolve a photograph, verified and timed   ARGS="--weights FILE ..."'
 	@echo 'make test       lint, then all tests                             ARGS="-k NAME ..."'
+	@echo 'make test-triton  the Triton tests with TRITON_VERSIONS="$(TRITON_VERSIONS)"'
 	@echo 'make lint       ruff, mypy, clang-format'
 	@echo 'make format     rewrite the sources the way lint wants them'
 	@echo 'make bench      the microbenchmarks; results in $(BENCH_JSON)    ARGS="-k NAME ..."'
@@ -59,6 +61,15 @@ format: $(VENV)/.esr-requirements
 
 test: lint build
 	$(PY) -m pytest -q --durations=15 $(ARGS)
+
+# The Triton tests with other versions than the pinned one, each kept in a folder of its own.
+test-triton: build
+	@for v in $(TRITON_VERSIONS); do \
+		test -d build/triton-$$v || $(PY) -m pip install --quiet --no-deps --target build/triton-$$v triton==$$v || exit 1; \
+		echo "Triton $$v"; \
+		PYTHONPATH=build/triton-$$v $(PY) -m pytest -q tests/test_triton_interpreter.py tests/test_triton.py \
+			tests/test_triton_compile.py $(ARGS) || exit 1; \
+	done
 
 bench: build
 	@mkdir -p $(dir $(BENCH_JSON))

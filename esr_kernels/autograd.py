@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import library
+from . import dispatch, library
 
 ops = torch.ops.esr
 
@@ -38,8 +38,20 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(_no_second_derivative(ctx.operator))
 
 
-def _once(operator: str, call: Callable[..., Any], *args: Any) -> Sequence[Tensor]:
+def _remember_backend(ctx: Any, x: Tensor) -> None:
+    """A CUDA gradient runs on a thread of its own, which does not see the forward's `use_backend`."""
+    ctx.backend = dispatch.chosen_backend() if x.is_cuda and not torch.compiler.is_compiling() else None
+
+
+def _once(ctx: Any, operator: str, call: Callable[..., Any], *args: Any) -> Sequence[Tensor]:
     """The gradients `call(*args)`; with create_graph or torch.func the graph through them is cut with an error."""
+    if ctx.backend is not None:
+        with dispatch.use_backend(ctx.backend):
+            return _gradients(operator, call, *args)
+    return _gradients(operator, call, *args)
+
+
+def _gradients(operator: str, call: Callable[..., Any], *args: Any) -> Sequence[Tensor]:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _Once.apply(operator, call, *args)
     return call(*args)
@@ -69,13 +81,14 @@ class Conv3x3(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _remember_backend(ctx, inputs[0])
         ctx.save_for_backward(*inputs[:4])
         ctx.settings = inputs[4:]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         mask = list(ctx.needs_input_grad[:4])
-        gradients = _once("conv3x3", ops.conv3x3_backward, grad, *ctx.saved_tensors, *ctx.settings, mask)
+        gradients = _once(ctx, "conv3x3", ops.conv3x3_backward, grad, *ctx.saved_tensors, *ctx.settings, mask)
         return (*map(_keep, gradients, mask), None, None, None)
 
 
@@ -97,6 +110,7 @@ class SPAB(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _remember_backend(ctx, inputs[0])
         ctx.save_for_backward(*inputs[:7])
         ctx.return_mid = inputs[7]
         ctx.set_materialize_grads(False)
@@ -111,7 +125,7 @@ class SPAB(torch.autograd.Function):
                 return (None,) * 8
             grad = grad_mid.new_zeros((x.shape[0], w3.shape[0], x.shape[2], x.shape[3]))
         mask = list(ctx.needs_input_grad[:7])
-        gradients = _once("spab", ops.spab_backward, grad, grad_mid, *ctx.saved_tensors, mask)
+        gradients = _once(ctx, "spab", ops.spab_backward, grad, grad_mid, *ctx.saved_tensors, mask)
         return (*map(_keep, gradients, mask), None)
 
 
@@ -124,6 +138,7 @@ class Conv3x3PixelShuffle(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _remember_backend(ctx, inputs[0])
         ctx.save_for_backward(*inputs[:3])
         ctx.upscale_factor = inputs[4]
 
@@ -131,7 +146,7 @@ class Conv3x3PixelShuffle(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         mask = list(ctx.needs_input_grad[:4])
         call = ops.conv3x3_pixel_shuffle_backward
-        gradients = _once("conv3x3_pixel_shuffle", call, grad, *ctx.saved_tensors, ctx.upscale_factor, mask)
+        gradients = _once(ctx, "conv3x3_pixel_shuffle", call, grad, *ctx.saved_tensors, ctx.upscale_factor, mask)
         return (*map(_keep, gradients, mask), None)
 
 
@@ -145,6 +160,7 @@ class Conv1x1(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         weight, bias, *ctx.settings = inputs[:4]
+        _remember_backend(ctx, weight)
         ctx.save_for_backward(weight, bias, *inputs[4:])
 
     @staticmethod
@@ -157,7 +173,7 @@ class Conv1x1(torch.autograd.Function):
         def call(grad: Tensor, weight: Tensor, bias: Tensor | None, *xs: Tensor) -> list[Tensor]:
             return ops.conv1x1_backward(grad, list(xs), weight, bias, *settings, mask)
 
-        *gxs, gw, gb = map(_keep, _once("conv1x1", call, grad, weight, bias, *xs), mask)
+        *gxs, gw, gb = map(_keep, _once(ctx, "conv1x1", call, grad, weight, bias, *xs), mask)
         return (gw, gb, None, None, *gxs)
 
 
@@ -170,11 +186,12 @@ class ESA(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _remember_backend(ctx, inputs[0])
         ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        gradients = _once("esa", ops.esa_backward, grad, *ctx.saved_tensors)
+        gradients = _once(ctx, "esa", ops.esa_backward, grad, *ctx.saved_tensors)
         return tuple(map(_keep, gradients, ctx.needs_input_grad))
 
 
@@ -195,13 +212,14 @@ class BSConv(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _remember_backend(ctx, inputs[0])
         ctx.save_for_backward(*inputs[:4])
         ctx.settings = inputs[4:]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         mask = list(ctx.needs_input_grad[:4])
-        gradients = _once("bsconv", ops.bsconv_backward, grad, *ctx.saved_tensors, *ctx.settings, mask)
+        gradients = _once(ctx, "bsconv", ops.bsconv_backward, grad, *ctx.saved_tensors, *ctx.settings, mask)
         return (*map(_keep, gradients, mask), None, None, None)
 
 

@@ -232,7 +232,7 @@ def conv1x1(
     _check_name("activation", activation, ACTIVATIONS)
     slope = float(negative_slope)
     if not torch.jit.is_tracing() and _needs_gradient((weight, bias, *tensors)):
-        return autograd.Conv1x1.apply(weight, bias, activation, slope, *tensors)
+        return autograd.Conv1x1.apply(*_distinct([weight, bias, activation, slope, *tensors]))
     return _call("conv1x1", None, (tensors, weight, bias, activation, slope))
 
 
@@ -369,10 +369,21 @@ def _call(operator: str, function: Any, args: tuple[Any, ...]) -> Any:
     if torch.jit.is_tracing():
         return reference.OPERATORS[operator](*args)
     if function is not None and _needs_gradient(args):
-        return function.apply(*args)
+        return function.apply(*_distinct(args))
     if _unobserved(args):
         return dispatch.run(operator, args)
     return _OPERATORS[operator](*args)
+
+
+def _distinct(args: Sequence[Any]) -> list[Any]:
+    """The arguments, for torch.compile without one tensor twice, which it refuses for an autograd.Function."""
+    if not torch.compiler.is_compiling():
+        return list(args)
+    distinct: list[Any] = []
+    for a in args:
+        seen = isinstance(a, Tensor) and any(a is other for other in distinct)
+        distinct.append(a.view_as(a) if seen else a)
+    return distinct
 
 
 def _unobserved(args: tuple[Any, ...]) -> bool:

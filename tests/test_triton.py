@@ -10,7 +10,18 @@ import warnings
 
 import pytest
 import torch
-from helpers import HALF, LAYOUTS, check_close, check_gradients, kernel, largest_error, lay_out, rand, to
+from helpers import (
+    HALF,
+    LAYOUTS,
+    check_close,
+    check_compiled,
+    check_gradients,
+    kernel,
+    largest_error,
+    lay_out,
+    rand,
+    to,
+)
 from torch.nn import functional as F
 
 import esr_kernels
@@ -224,6 +235,23 @@ def test_through_autograd():
     check_gradients(lambda *a: functional.conv3x3(*a, activation="silu"), plain, [x, w, b])
 
 
+@pytest.mark.parametrize("name", ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv"])
+def test_compiled_whole_for_every_size(name):
+    """fullgraph, dynamic height and width, forward and backward."""
+    torch.manual_seed(11)
+    w = [kernel(8, 8) for _ in range(3)]
+    named = [t for t in esa_weights(8, 4)[:10]]
+    function, weights = {
+        "conv3x3": (lambda x, w: functional.conv3x3(x, w, activation="silu", residual=x, residual_mode="pre"), w[:1]),
+        "spab": (lambda x, a, b, c: functional.spab(x, a, None, b, None, c, None), w),
+        "conv3x3_pixel_shuffle": (lambda x, w: functional.conv3x3_pixel_shuffle(x, w, upscale_factor=2), w[:1]),
+        "conv1x1": (lambda x, w: functional.conv1x1([x, x * 2], w, activation="relu"), [kernel(8, 16, 1)]),
+        "esa": (functional.esa, named),
+        "bsconv": (functional.bsconv, [kernel(8, 8, 1), kernel(8, 1)]),
+    }[name]
+    check_compiled(function, [(rand(1, 8, *size), *weights) for size in ((16, 19), (18, 17))])
+
+
 @pytest.mark.parametrize("case", CASE_NAMES)
 def test_weight_gradients_repeat_bit_for_bit(case):
     torch.manual_seed(7)
@@ -259,6 +287,29 @@ def test_other_layouts_are_copied():
     for x in (rand(2, 5, 7, 9)[:, :, ::2], rand(2, 5, 9, 7).transpose(2, 3), rand(2, 5, 7, 18)[..., ::2]):
         m = maps.as_map(x)
         assert torch.equal(m.tensor, x) and m.tensor.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.parametrize("strides", ["every other element", "expanded", "channels_last"])
+@pytest.mark.parametrize("case", ["conv3x3 pre", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv zeros"])
+def test_parameters_of_any_strides(case, strides):
+    """Weights and biases are views as often as maps are."""
+
+    def change(t):
+        if not isinstance(t, torch.Tensor) or (t.dim() == 4 and t.shape[2] > 3):
+            return t
+        if strides == "channels_last":
+            return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+        if strides == "expanded" and t.dim() == 1:
+            return t[:1].expand(t.shape)
+        return torch.stack([t, t + 1], -1)[..., 0]
+
+    torch.manual_seed(12)
+    name = case.split()[0] + "_backward"
+    arguments = [change(a) for a in gradient_cases(torch.float32, "channels_last")[case]]
+    got = getattr(torch.ops.esr, name)(*arguments)
+    for g, e in zip(got, reference.OPERATORS[name](*to(arguments, torch.float64)), strict=True):
+        if e.numel():
+            assert largest_error(g, e) <= 1e-5 * float(e.abs().max())
 
 
 def test_an_expanded_image_has_no_batch_stride():

@@ -174,11 +174,12 @@ def test_programs_refuse_what_may_move() -> None:
         _STAND_IN
         + """
 from esr_kernels.backends.triton.packing import pack_kernel
+from esr_kernels.backends.triton.recording import dense, empty, record
 kernel = launch.Kernel(pack_kernel, {"BLOCK": 1024}, 4)
 x, y, other = torch.empty(64), torch.empty(64), torch.empty(64)
 ints = tuple(range(12))
-with launch.record() as recording:
-    scratch = launch.empty(x, (100,), torch.float16)
+with record() as recording:
+    scratch = empty(x, (100,), torch.float16)
     kernel((1, 1), x[4:], scratch, *ints)
     kernel((2, 1), scratch, y, *ints)
 program = launch.Program(recording, [x, y], [])
@@ -197,7 +198,15 @@ for tensors, constants in (([x], []), ([y], []), ([x, y, x], [])):
     else:
         raise AssertionError("accepted")
 launch.Program(recording, [x], [y])
-print("refused")
+with record() as recording:
+    kernel((1, 1), dense(other[::2]), y, *ints)  # a copy, whose address nothing allocated later may take
+    scratch = empty(x, (32,))
+    kernel((1, 1), scratch, y, *ints)
+assert scratch.data_ptr() != recording.copies[0].data_ptr()
+try:
+    launch.Program(recording, [x, y], [])
+except ValueError:
+    print("refused")
 """
     )
     done = run("-c", code)

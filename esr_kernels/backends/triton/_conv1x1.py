@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ._epilogue import channel_offsets, finish, image_start
 from .configs import Config, choose
-from .launch import Kernel, ceil_div, empty
+from .launch import Kernel, ceil_div
 from .maps import NOTHING, Map, padded, precision, wide
 from .packing import PackedParts
+from .recording import dense, empty
 
 # Maps that one launch reads; a longer list is summed up in float32 from launch to launch.
 PARTS = 8
@@ -218,6 +219,7 @@ def multiply(
         return
     exact = precision(dtype)
     config = choose("conv1x1", dtype, exact, packed.weight.shape[0], packed.block_0 + packed.block_1)
+    bias = None if bias is None else dense(bias)
     r = residual if residual is not None else NOTHING
     given = g if g is not None else NOTHING
     missing = PARTS - len(xs)

@@ -15,6 +15,7 @@ from .configs import Config, choose
 from .launch import Kernel, ceil_div
 from .maps import NOTHING, Map, precision, wide
 from .packing import Packed
+from .recording import dense
 
 
 @triton.jit
@@ -453,6 +454,7 @@ def convolve(
     dtype = packed.weight.dtype
     exact = precision(dtype)
     config = choose("convolution", dtype, exact, packed.rows, packed.block_0 + packed.block_1)
+    bias = None if bias is None else dense(bias)
     r = residual if residual is not None else NOTHING
     given = g if g is not None else NOTHING
     kernel = _kernel(

@@ -20,9 +20,10 @@ from ._convolution import convolve
 from ._epilogue import channel_offsets, image_start, pixel_offsets
 from ._weight_gradient import weight_gradient
 from .conv3x3 import wanted
-from .launch import Kernel, ceil_div, empty, repeated
+from .launch import Kernel, ceil_div, repeated
 from .maps import Map, as_map, padded, wide
 from .packing import Packed, pack
+from .recording import dense, empty
 
 
 @triton.jit
@@ -139,11 +140,11 @@ def _unpad_kernel(channels: int, g_pitch: int, out_pitch: int, is_wide: bool, dt
 def fold(pointwise: Tensor, depthwise: Tensor) -> Tensor:
     """The weight [O, C, 3, 3] of the one convolution."""
     out_channels, channels = pointwise.shape[:2]
-    dense = empty(pointwise, (out_channels, channels, 3, 3))
+    product = empty(pointwise, (out_channels, channels, 3, 3))
     kernel = _fold_kernel(channels, pointwise.dtype)
-    size = dense.numel()
-    kernel((ceil_div(size, _BLOCK), 1), pointwise.contiguous(), depthwise.contiguous(), dense, size)
-    return dense
+    size = product.numel()
+    kernel((ceil_div(size, _BLOCK), 1), dense(pointwise), dense(depthwise), product, size)
+    return product
 
 
 def separable(
@@ -190,30 +191,30 @@ def bsconv_backward(
         return gx, gp.zero_(), gd.zero_(), gb.zero_()
     border = "reflect" if padding_mode == "reflect" else "zeros"
     block, g = as_map(x), as_map(grad)
-    dense = fold(pointwise, depthwise)
+    product = fold(pointwise, depthwise)
     if activation != "none":
         to_h = as_map(feature_map(x, depthwise.shape[0]))
         convolve(
-            block, pack(dense, x.dtype), bias, to_h, border=border, mode="gradient", activation=activation,
+            block, pack(product, x.dtype), bias, to_h, border=border, mode="gradient", activation=activation,
             slope=negative_slope, g=g,
         )  # fmt: skip
         g = to_h
     if output_mask[0]:
-        packed = pack(dense, x.dtype, transpose=True)
+        packed = pack(product, x.dtype, transpose=True)
         if border == "zeros":
             convolve(g, packed, None, as_map(gx))
         else:
             _reflected_gradient(g, packed, as_map(gx))
     gw = None
     if output_mask[1] or output_mask[2]:
-        gw = torch.empty_like(dense, dtype=torch.float32, memory_format=torch.contiguous_format)
+        gw = torch.empty_like(product, dtype=torch.float32, memory_format=torch.contiguous_format)
     weight_gradient(block, g, gw, wanted(gb), border=border)
     if gw is not None:
         out_channels, channels = pointwise.shape[:2]
         # Contiguous results of the kernel, then in the parameters' own layout.
         to_p, to_d = pointwise.new_empty((out_channels, channels)), depthwise.new_empty((out_channels, 9))
         kernel = _unfold_kernel(channels, pointwise.dtype)
-        kernel((out_channels, 1), gw, pointwise.contiguous(), depthwise.contiguous(), to_p, to_d)
+        kernel((out_channels, 1), gw, dense(pointwise), dense(depthwise), to_p, to_d)
         if output_mask[1]:
             gp.copy_(to_p.view(gp.shape))
         if output_mask[2]:

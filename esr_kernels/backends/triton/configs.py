@@ -44,19 +44,19 @@ class Config(NamedTuple):
 
 
 # Everything the tuner tries. Tests run every entry in the interpreter.
-TILES = ((4, 16), (8, 16), (4, 32), (16, 16))
+TILES = ((2, 16), (4, 16), (8, 16), (4, 32), (16, 16))
 SPACE: dict[str, tuple[Config, ...]] = {
     "convolution": tuple(Config(tile, warps, pipeline) for tile in TILES for warps in (4, 8) for pipeline in (1, 2, 3)),
     "conv1x1": tuple(
         Config((1, pixels), warps, pipeline) for pixels in (32, 64, 128, 256) for warps in (4, 8) for pipeline in (1, 2)
     ),
     "weight_gradient": tuple(
-        Config(tile, warps, pipeline) for tile in ((2, 16), (4, 16)) for warps in (4, 8) for pipeline in (1, 2)
+        Config(tile, warps, pipeline) for tile in ((1, 16), (2, 16), (4, 16)) for warps in (4, 8) for pipeline in (1, 2)
     ),
     "esa_reduce": tuple(
         Config(tile, warps, pipeline) for tile in ((4, 4), (4, 8)) for warps in (2, 4, 8) for pipeline in (1, 2)
     ),
-    "esa_gate": tuple(Config((1, pixels), warps, 1) for pixels in (32, 64, 128) for warps in (4, 8)),
+    "esa_gate": tuple(Config((1, pixels), warps, 1) for pixels in (16, 32, 64, 128) for warps in (4, 8)),
 }
 
 

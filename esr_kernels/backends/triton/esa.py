@@ -25,9 +25,10 @@ from ._epilogue import channel_offsets, image_start, pixel_offsets, sigmoid
 from ._weight_gradient import weight_gradient
 from .configs import Config, choose
 from .conv3x3 import wanted
-from .launch import Kernel, ceil_div, empty, next_power_of_two, repeated
+from .launch import Kernel, ceil_div, next_power_of_two, repeated
 from .maps import Map, as_map, padded, precision, wide
 from .packing import Packed, pack, pack_parts
+from .recording import dense, empty
 
 POOL, POOL_STRIDE = 7, 3
 
@@ -155,7 +156,7 @@ def reduce_kernel(
         left = tl.full([TILE_H * TILE_W, ROWS], lowest, tl.float32)
         middle = left
         right = left
-        start = x + (py * 3) * in_width * ROWS + f
+        start = x + (py * 3).to(tl.int64) * in_width * ROWS + f
         if LOOP:
             for j in tl.range(0, 13, num_stages=1):
                 left, middle, right = _add_column(left, middle, right, start, ox, j, row_ok, in_width, ROWS)
@@ -173,7 +174,7 @@ def reduce_kernel(
         acc += tl.load(bias + f, mask=f < HIDDEN, other=0.0).to(tl.float32)
     if RELU:
         acc = tl.where(acc < 0, 0.0, acc)
-    tl.store(out + (oy * width + ox) * ROWS + f, acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + (oy.to(tl.int64) * width + ox) * ROWS + f, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -196,6 +197,9 @@ def _gate_sums(
     y0, y1, wy = _coordinates((pixel // width).to(tl.int32), scale_y, low_height)
     x0, x1, wx = _coordinates((pixel % width).to(tl.int32), scale_x, low_width)
     low += n * low_height * low_width * ROWS
+    if WIDE:
+        y0 = y0.to(tl.int64)
+        y1 = y1.to(tl.int64)
     top = tl.load(low + (y0 * low_width + x0) * ROWS + f, mask=inside, other=0.0).to(tl.float32) * (1.0 - wx)
     top += tl.load(low + (y0 * low_width + x1) * ROWS + f, mask=inside, other=0.0).to(tl.float32) * wx
     bottom = tl.load(low + (y1 * low_width + x0) * ROWS + f, mask=inside, other=0.0).to(tl.float32) * (1.0 - wx)
@@ -441,10 +445,8 @@ def fold(
     b21 = empty(w1, (hidden,), torch.float32)
     bf1 = empty(w1, (rows,), torch.float32)
     kernel = _fold_kernel(channels, hidden, tuple(t is not None for t in (b1, b2, wf, bf)), dtype)
-    kernel(
-        (rows, 1), w1.contiguous(), b1, w2.contiguous(), b2, None if wf is None else wf.contiguous(), bf,
-        w21, b21, wf1, bf1,
-    )  # fmt: skip
+    kernel((rows, 1), *(None if t is None else dense(t) for t in (w1, b1, w2, b2, wf, bf)), w21, b21, wf1, bf1)
+    b3, b4, b_max, b3_ = (None if t is None else dense(t) for t in (b3, b4, b_max, b3_))
     low = [(pack(w3, dtype, rows=rows, columns=rows), b3)]
     if w_max is not None and w3_ is not None:
         low.insert(0, (pack(w_max, dtype, rows=rows, columns=rows), b_max))
@@ -667,7 +669,7 @@ def esa_backward(
     config = choose("esa_gate", dtype, exact, columns, rows)
     tiles = ceil_div(height * width, config.pixels)
     kernel = _gate_backward_kernel(
-        channels, hidden, _dtype_of(b4), (block.pitch, g.pitch), dtype, config, wide(to_x, block, g), exact
+        channels, hidden, _dtype_of(folded.gate[1]), (block.pitch, g.pitch), dtype, config, wide(to_x, block, g), exact
     )
     kernel(
         (n * tiles, 1), block.tensor, *folded.skip, low.tensor, *folded.gate,

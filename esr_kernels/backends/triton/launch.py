@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from . import configs, interpreted
 from .maps import precision
+from .recording import Recording, current, record
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -38,7 +37,7 @@ class Kernel:
 
     Args:
         function: a `triton.jit` function whose compile-time arguments come last. Integers become 32-bit arguments,
-            those whose name ends in `batch` 64-bit ones, tensors pointers and None a compile-time None.
+            those whose name ends in `batch` or `size` 64-bit ones, tensors pointers and None a compile-time None.
         constants: the compile-time arguments by name, in the function's order.
         num_warps: of the launch.
     """
@@ -73,7 +72,7 @@ class Kernel:
         if variant is None:
             variant = self._variants[key] = self._load(device, args, key[1])
         values += self.constants
-        recording = _recording.get()
+        recording = current()
         if recording is not None:
             pointers = tuple(i for i, a in enumerate(args) if isinstance(a, Tensor))
             recording.launches.append((variant, grid, values, pointers))
@@ -96,7 +95,7 @@ class Kernel:
             elif isinstance(a, float):
                 signature[name] = "fp32"
             else:
-                signature[name] = "i64" if name.endswith("batch") else "i32"
+                signature[name] = "i64" if name.endswith(("batch", "size")) else "i32"
         for name, value in zip(self.function.arg_names[len(self.runtime) :], self.constants, strict=True):
             signature[name], constants[name] = "constexpr", value
         return ASTSource(fn=self.function, signature=signature, constexprs=constants, attrs=attributes)
@@ -110,38 +109,6 @@ class Kernel:
         compiled = self.compile(GPUTarget("cuda", 10 * major + minor, 32), args, aligned)
         run = compiled.run  # loads the binary into the current device
         return run, compiled.function, compiled.packed_metadata
-
-
-class Recording:
-    """The launches of a run, and the memory it allocated with `empty`."""
-
-    def __init__(self) -> None:
-        self.launches: list[tuple[Any, tuple[int, int], list[Any], tuple[int, ...]]] = []
-        self.memory: list[Tensor] = []
-
-
-_recording: ContextVar[Recording | None] = ContextVar("esr_kernels_triton_recording", default=None)
-
-
-@contextmanager
-def record() -> Iterator[Recording]:
-    """Inside, launches and allocations are noted."""
-    token = _recording.set(Recording())
-    try:
-        recording = _recording.get()
-        assert recording is not None
-        yield recording
-    finally:
-        _recording.reset(token)
-
-
-def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised memory that no caller sees, on the device of `like` and of its dtype unless another is given."""
-    memory = like.new_empty(shape, dtype=dtype)
-    recording = _recording.get()
-    if recording is not None:
-        recording.memory.append(memory)
-    return memory
 
 
 class Program:

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Offsets inside one image are 32-bit up to here.
-LARGEST_OFFSET = 2**31 - 1
+from .recording import dense
+
+# Offsets inside one image are 32-bit up to here; a block of offsets may go beyond by its size.
+LARGEST_OFFSET = 2**31 - 2**16
 
 
 class Map(NamedTuple):
@@ -57,13 +59,13 @@ def as_map(x: Tensor) -> Map:
     pitch = sw if w > 1 else sh if h > 1 else c
     if (c == 1 or sc == 1) and pitch >= c and (h == 1 or w == 1 or sh == w * pitch) and (n == 1 or sn % pitch == 0):
         return Map(x, pitch, sn // pitch, c, h, w)
-    return as_map(x.contiguous())
+    return as_map(dense(x))
 
 
 def shuffled(image: Tensor, r: int) -> Map:
     """The image [N, C, H r, W r] as the map [N, C r r, H, W] that pixel_shuffle would turn into it."""
     _, c, h, w = image.shape
-    image = image.contiguous()
+    image = dense(image)
     if r == 1:
         return as_map(image)
     return Map(image, 0, c * h * w, c * r * r, h // r, w // r, r)

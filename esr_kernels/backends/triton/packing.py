@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Kernel, ceil_div, empty, next_power_of_two
+from .launch import Kernel, ceil_div, next_power_of_two
 from .maps import padded
+from .recording import empty
 
 # The largest depth of a product over all taps at once.
 FLAT_DEPTH = 64

@@ -277,7 +277,8 @@ def shipped(arch: int, *, quick: bool = False) -> list[Launch]:
 # In the order of preference; the first with enough resident warps to hide latency wins.
 _CANDIDATES: dict[str, tuple[configs.Config, ...]] = {
     "convolution": tuple(
-        configs.Config(tile, 4, pipeline) for pipeline in (2, 1) for tile in ((8, 16), (4, 16), (2, 16))
+        configs.Config(tile, 4, pipeline)
+        for tile, pipeline in (((8, 16), 2), ((4, 16), 2), ((8, 16), 1), ((4, 16), 1), ((2, 16), 2), ((2, 16), 1))
     ),
     "weight_gradient": tuple(
         configs.Config(tile, 4, pipeline) for pipeline in (2, 1) for tile in ((4, 16), (2, 16), (1, 16))

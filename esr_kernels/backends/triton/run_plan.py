@@ -16,9 +16,10 @@ from ...plan import ESA_WEIGHTS, Layer, Plan
 from . import _pointwise, bsconv, configs, esa, interpreted
 from ._conv1x1 import multiply
 from ._convolution import convolve
-from .launch import Program, empty, record
+from .launch import Program
 from .maps import Map, as_map, padded, precision, shuffled
 from .packing import pack, pack_parts
+from .recording import empty, record
 
 # Writes one layer's result; gets the maps the layer reads, and the map to write.
 Step = Callable[[list[Map], Map], None]
