@@ -112,7 +112,7 @@ def default(kernel: str, dtype: torch.dtype, columns: int) -> Config:
     """A configuration that compiles without spills everywhere."""
     if kernel == "convolution":
         small = columns > 64 or (dtype == torch.float32 and columns > 32)
-        return Config((4, 16) if small else (8, 16), 4, 1 if dtype == torch.float32 else 2)
+        return Config((4, 16) if small else (8, 16), 4, 2)
     if kernel == "conv1x1":
         return Config((1, 64), 4, 1)
     if kernel == "weight_gradient":
