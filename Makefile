@@ -59,8 +59,9 @@ format: $(VENV)/.esr-requirements
 	$(VENV)/bin/ruff format .
 	$(STYLED) | xargs -0 -r $(VENV)/bin/clang-format -i
 
+# A file stays in one process: fixtures of a module are made once.
 test: lint build
-	$(PY) -m pytest -q --durations=15 $(ARGS)
+	$(PY) -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --durations 15 $(ARGS)
 
 # The Triton tests with other versions than the pinned one, each kept in a folder of its own.
 test-triton: build

@@ -231,6 +231,15 @@ def _accumulate(
             acc0, acc1, x, w, normalization, iy, ix, inside, pixels, height, width, first, CHANNELS, TAPS, PADDED_IN,
             BLOCK_0, BLOCK_1, WEIGHT_COLUMNS, MASKED, BORDER, NORMALIZE, PITCH, SHUFFLE, WIDE, PRECISION,
         )  # fmt: skip
+    elif PIPELINE > 1 and w.dtype.element_ty == tl.float32:
+        # One tap at a time: three products for each of float32, unrolled, are too many for registers and compiler.
+        for ky in tl.range(0, TAPS, num_stages=1):
+            for kx in tl.range(0, TAPS, num_stages=PIPELINE):
+                acc0, acc1 = _at_tap(
+                    acc0, acc1, x, w, normalization, iy, ix, inside, ky, kx, pixels, height, width, first, CHANNELS,
+                    PADDED_IN, TAPS, BLOCK_K, BLOCK_0, BLOCK_1, WEIGHT_COLUMNS, MASKED, BORDER, NORMALIZE, PITCH,
+                    SHUFFLE, WIDE, PRECISION,
+                )  # fmt: skip
     elif PIPELINE > 1:
         # Rows of taps in a loop, which the compiler pipelines through asynchronous copies; all nine taps in one loop
         # are miscompiled at 8 warps (pytorch/pytorch#173068).
@@ -395,7 +404,7 @@ def _kernel(
         "PAD": pad,
         "TILE_H": config.tile[0],
         "TILE_W": config.tile[1],
-        "BLOCK_K": next(b for b in (64, 32, 16) if rows % b == 0),
+        "BLOCK_K": next(b for b in ((32, 16) if dtype == torch.float32 else (64, 32, 16)) if rows % b == 0),
         "BLOCK_0": block_0,
         "BLOCK_1": block_1,
         "WEIGHT_COLUMNS": columns,
