@@ -60,6 +60,16 @@ SPACE: dict[str, tuple[Config, ...]] = {
 }
 
 
+# The interpreter takes a program's time for its number of operations, hardly for their size.
+_INTERPRETED = {
+    "convolution": Config((16, 32), 4, 2),
+    "conv1x1": Config((1, 512), 4, 1),
+    "weight_gradient": Config((16, 32), 4, 1),
+    "esa_reduce": Config((8, 8), 4, 2),
+    "esa_gate": Config((1, 512), 4, 1),
+}
+
+
 def key(kernel: str, dtype: torch.dtype, precision: str, rows: int, columns: int) -> str:
     """The name of a configuration, such as "convolution/float16/32x48"."""
     name = str(dtype).removeprefix("torch.")
@@ -92,7 +102,10 @@ def choose(kernel: str, dtype: torch.dtype, precision: str, rows: int, columns: 
     chooser = _chooser.get()
     if chooser is not None and (chosen := chooser(wanted)) is not None:
         return chosen
-    table = _table(_device())
+    device = _device()
+    if device == _INTERPRETER and not os.environ.get(VARIABLE):
+        return _INTERPRETED[kernel]
+    table = _table(device)
     if wanted in table:
         return table[wanted]
     prefix = wanted.rpartition("/")[0] + "/"
@@ -124,7 +137,10 @@ def default(kernel: str, dtype: torch.dtype, columns: int) -> Config:
 
 def _device() -> tuple[str, tuple[int, int]]:
     """Name and compute capability of the current device; of the interpreter without one."""
-    return _properties(torch.cuda.current_device()) if torch.cuda.is_available() else ("interpreter", (0, 0))
+    return _properties(torch.cuda.current_device()) if torch.cuda.is_available() else _INTERPRETER
+
+
+_INTERPRETER = ("interpreter", (0, 0))
 
 
 @lru_cache(maxsize=64)
@@ -171,8 +187,6 @@ def _table(device: tuple[str, tuple[int, int]]) -> dict[str, Config]:
     own = os.environ.get(VARIABLE)
     if own:
         return parse(read(Path(own)))
-    if name == "interpreter":
-        return {}
     files = [read(path) for path in sorted(FOLDER.glob("*.json"))]
     if not files:
         return {}
