@@ -122,7 +122,7 @@ def choose(kernel: str, dtype: torch.dtype, precision: str, rows: int, columns: 
 
 
 def default(kernel: str, dtype: torch.dtype, columns: int) -> Config:
-    """A configuration that compiles without spills everywhere."""
+    """A small configuration, for kernels that no file knows."""
     if kernel == "convolution":
         small = columns > 64 or (dtype == torch.float32 and columns > 32)
         return Config((4, 16) if small else (8, 16), 4, 2)

@@ -131,7 +131,6 @@ def tune(
     size: tuple[int, int] = SIZE,
     measure: Callable[[Callable[[], object]], float] = graph_time,
     processes: int | None = None,
-    chosen: Callable[[Task], bool] = lambda task: True,
 ) -> dict[str, Any]:
     """Find the fastest configuration for every key.
 
@@ -141,7 +140,6 @@ def tune(
         log: gets a line per key.
         device, size, measure: where, on what images and with what clock.
         processes: that compile at once; None: one per core.
-        chosen: which tasks to run.
 
     Returns:
         The content of a configuration file (`configs.read`), with every time measured under "times".
@@ -151,7 +149,7 @@ def tune(
     arch = 10 * capability[0] + capability[1] if capability > (0, 0) else 90
     # Kernels are compiled for one of the architectures that are known here.
     target = max((a for a in resources.ARCHITECTURES if a <= arch), default=resources.ARCHITECTURES[0])
-    todo = [task for task in tasks(labels, target) if chosen(task)]
+    todo = tasks(labels, target)
     best: dict[str, Config] = {}
     times: dict[str, dict[str, float | str]] = {}
     groups: dict[str, list[tuple[Task, str | None]]] = {}
