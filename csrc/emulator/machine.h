@@ -1,0 +1,798 @@
+// What runs a block: its threads as fibers, its shared memory with a record of who touched what, and the checks.
+//
+// A thread runs until it waits at a barrier or a warp's collective instruction; whoever arrives last does the work for
+// all and makes them ready again. Errors are written down where they are found and thrown by launch(); the fibers of
+// the block are abandoned as they stand, so a kernel must not own anything.
+//
+// Time is counted in ticks, one for every barrier that completes. An access is stamped with the tick it happens at. Two
+// accesses of different threads are ordered when a barrier of the block, or of the warp they share, lies between: when
+// the stamp of the first is older than the last such barrier.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <source_location>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "fiber.h"
+
+namespace esr::device::emulator {
+
+using Site = std::source_location;
+
+constexpr int kLanes = 32;
+constexpr int kMostWarps = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// The order in which threads that could run do so, and blocks.
+struct Order {
+  enum Kind { kForward, kReverse, kRandom } kind = kForward;
+  uint64_t seed = 0;
+
+  // "forward", "reverse" or "random:SEED".
+  static Order parse(std::string_view text) {
+    constexpr std::string_view kRandomPrefix = "random:";
+    if (text == "forward") return {kForward, 0};
+    if (text == "reverse") return {kReverse, 0};
+    if (text.starts_with(kRandomPrefix) && text.size() > kRandomPrefix.size()) {
+      const std::string digits(text.substr(kRandomPrefix.size()));
+      if (digits.find_first_not_of("0123456789") == std::string::npos) {
+        return {kRandom, std::strtoull(digits.c_str(), nullptr, 10)};
+      }
+    }
+    throw std::runtime_error("emulator: the order of threads is forward, reverse or random:SEED, not " +
+                             std::string(text));
+  }
+};
+
+class Random {
+ public:
+  explicit Random(uint64_t seed = 0) : state_((seed + 1) * 0x9e3779b97f4a7c15u) {}
+
+  uint32_t below(uint32_t count) {
+    state_ += 0x9e3779b97f4a7c15u;
+    uint64_t z = state_;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return static_cast<uint32_t>(((z >> 32) * count) >> 32);
+  }
+
+ private:
+  uint64_t state_;
+};
+
+// A range of global memory that kernels may touch.
+struct Range {
+  uintptr_t begin = 0, end = 0;
+  bool written = false;
+  std::string what;
+  const void* owner = nullptr;
+
+  bool holds(uintptr_t address, size_t bytes) const { return address >= begin && address + bytes <= end; }
+  bool overlaps(uintptr_t address, size_t bytes) const { return address < end && address + bytes > begin; }
+};
+
+// What a thread waits for.
+enum class Wait : uint8_t {
+  kNothing,
+  kBlock,
+  kWarp,
+  kMatrices,
+  kMatricesTransposed,
+  kMultiplyFloat16,
+  kMultiplyBfloat16,
+  kMultiplyTf32,
+  kShuffle,
+  kEnd,
+};
+
+inline const char* name_of(Wait wait) {
+  constexpr const char* kNames[] = {"nothing",
+                                    "sync_block",
+                                    "sync_warp",
+                                    "load_matrices",
+                                    "load_matrices_transposed",
+                                    "multiply_add<float16>",
+                                    "multiply_add<bfloat16>",
+                                    "multiply_add<tf32>",
+                                    "shuffle_xor",
+                                    "the end"};
+  return kNames[static_cast<int>(wait)];
+}
+
+// The asynchronous copies of one thread. Their bytes move when they are waited for, no earlier.
+struct Copies {
+  struct Copy {
+    uint32_t offset;
+    uint32_t bytes;
+    const void* source;  // null: zeros
+    Site site;
+  };
+
+  std::vector<Copy> copies;
+  std::vector<size_t> groups;  // where each ends
+  size_t first_copy = 0, first_group = 0;
+
+  bool empty() const { return first_copy == copies.size(); }
+
+  void clear() {
+    copies.clear();
+    groups.clear();
+    first_copy = first_group = 0;
+  }
+};
+
+struct Thread {
+  Context context;
+  Copies copies;
+  Site site;  // of what it waits for
+  Wait wait = Wait::kNothing;
+  bool waited_for_grid = false;
+};
+
+struct Warp {
+  uint32_t ready = 0;    // lanes that could run
+  uint32_t arrived = 0;  // lanes at the collective
+  uint32_t arrived_at_barrier = 0;
+  uint32_t start = 0;  // the tick of the last barrier
+  Wait wait = Wait::kNothing;
+
+  // Operands and results of a collective, by lane.
+  alignas(64) uint32_t a[kLanes][4];
+  alignas(64) float d[kLanes][4];
+  alignas(64) uint32_t b[kLanes][2];
+  const unsigned char* rows[kLanes];
+  float values[kLanes];
+  int masks[kLanes];
+};
+
+// Who touched a byte of shared memory last. Stamps of earlier blocks are older than the block's first tick.
+struct alignas(16) Cell {
+  static constexpr uint32_t kInFlight = 0xffffffffu;  // as `written`: the target of a copy that `writer` issued
+  static constexpr uint16_t kThread = 0x03ff;
+  static constexpr uint16_t kSeveralLanes = 0x4000;  // of the reader's warp, since its last barrier
+  static constexpr uint16_t kSeveralWarps = 0x8000;  // since the block's last barrier
+
+  uint32_t written, read;
+  uint16_t writer, reader;
+  uint16_t write_site, read_site;
+
+  int writing_thread() const { return writer; }
+  int reading_thread() const { return reader & kThread; }
+};
+static_assert(sizeof(Cell) == 16);
+
+class Machine {
+ public:
+  // ---- for kernels ----------------------------------------------------------------------------------------------
+
+  int thread = 0;  // the one that runs
+  int threads = 0;
+  int64_t block = 0, blocks = 0;
+  int row = 0;
+  unsigned char* shared = nullptr;
+
+  void sync_block(Site site) {
+    Warp& warp = this->warp();
+    if (warp.arrived_at_barrier != 0) {
+      // Lanes of one warp come to a barrier by the same instruction.
+      const int other = first_thread(warp.arrived_at_barrier);
+      if (!same(threads_[other].site, site)) diverged(Wait::kBlock, site, other);
+    }
+    warp.arrived_at_barrier |= lane_bit();
+    threads_[thread].wait = Wait::kBlock;
+    threads_[thread].site = site;
+    if (++at_barrier_ == threads) {
+      at_barrier_ = 0;
+      block_start_ = ++tick_;
+      for (int w = 0; w < threads / kLanes; w++) {
+        warps_[w].start = tick_;
+        warps_[w].arrived_at_barrier = 0;
+        warps_[w].ready = kAllLanes;
+      }
+      ready_warps_ = all_warps();
+      if (waited_for_grid_) {
+        for (int t = 0; t < threads; t++) threads_[t].waited_for_grid = true;
+      }
+    }
+    leave();
+    threads_[thread].wait = Wait::kNothing;
+  }
+
+  // All lanes of the warp meet; the last calls work(warp).
+  template <typename Work>
+  void meet(Wait wait, bool same_instruction, Site site, Work work) {
+    Warp& warp = this->warp();
+    if (warp.arrived == 0) {
+      warp.wait = wait;
+    } else {
+      const int other = first_thread(warp.arrived);
+      if (warp.wait != wait || (same_instruction && !same(threads_[other].site, site))) diverged(wait, site, other);
+    }
+    warp.arrived |= lane_bit();
+    threads_[thread].wait = wait;
+    threads_[thread].site = site;
+    if (warp.arrived == kAllLanes) {
+      warp.arrived = 0;
+      work(warp);
+      warp.ready = kAllLanes;
+      ready_warps_ |= uint32_t{1} << (thread / kLanes);
+    }
+    leave();
+    threads_[thread].wait = Wait::kNothing;
+  }
+
+  void sync_warp(Site site) {
+    meet(Wait::kWarp, false, site, [this](Warp& warp) { warp.start = ++tick_; });
+  }
+
+  Warp& warp() { return warps_[thread / kLanes]; }
+  int lane() const { return thread % kLanes; }
+
+  void wait_for_previous_grid() { threads_[thread].waited_for_grid = waited_for_grid_ = true; }
+
+  // WholeWarp: the warp reads, not the thread; then even the thread's own writes need a barrier before and after.
+  template <uint32_t Bytes, bool WholeWarp>
+  [[gnu::noinline]] const unsigned char* read_shared(const void* p, Site site) {
+    const uint32_t offset = shared_offset(p, Bytes, "reads", site);
+    const uint16_t id = site_id(site);
+    Cell* cells = &cells_[offset];
+    Cell before = {}, after = {};
+    for (uint32_t i = 0; i < Bytes; i++) {
+      if (i > 0 && equal(cells[i], before)) {
+        cells[i] = after;
+        continue;
+      }
+      before = cells[i];
+      read_cell<WholeWarp>(cells[i], offset + i, id, site);
+      after = cells[i];
+    }
+    return shared + offset;
+  }
+
+  template <uint32_t Bytes>
+  [[gnu::noinline]] unsigned char* write_shared(void* p, Site site) {
+    const uint32_t offset = shared_offset(p, Bytes, "writes", site);
+    write_cells(offset, Bytes, tick_, site);
+    return shared + offset;
+  }
+
+  template <uint32_t Bytes>
+  [[gnu::noinline]] void issue_copy(void* target, const void* source, bool valid, Site site) {
+    const uint32_t offset = shared_offset(target, Bytes, "copies to", site);
+    if (valid) {
+      check_global<Bytes, false>(source, site);
+    } else if (reinterpret_cast<uintptr_t>(source) % Bytes != 0) {
+      misaligned("copies from", source, Bytes, site);
+    }
+    // From here on until the wait, nobody may touch the target.
+    write_cells(offset, Bytes, Cell::kInFlight, site);
+    threads_[thread].copies.copies.push_back({offset, Bytes, valid ? source : nullptr, site});
+  }
+
+  void commit_copies() {
+    Copies& mine = threads_[thread].copies;
+    mine.groups.push_back(mine.copies.size());
+  }
+
+  void wait_for_copies(size_t groups) {
+    Copies& mine = threads_[thread].copies;
+    while (mine.groups.size() - mine.first_group > groups) {
+      const size_t end = mine.groups[mine.first_group++];
+      for (; mine.first_copy < end; mine.first_copy++) deliver(mine.copies[mine.first_copy]);
+    }
+    if (mine.first_group == mine.groups.size() && mine.empty()) {
+      mine.clear();
+    } else if (mine.first_copy > 4096) {
+      mine.copies.erase(mine.copies.begin(), mine.copies.begin() + static_cast<ptrdiff_t>(mine.first_copy));
+      mine.groups.erase(mine.groups.begin(), mine.groups.begin() + static_cast<ptrdiff_t>(mine.first_group));
+      for (size_t& end : mine.groups) end -= mine.first_copy;
+      mine.first_copy = mine.first_group = 0;
+    }
+  }
+
+  template <uint32_t Bytes, bool Write>
+  void check_global(const void* p, Site site) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(p);
+    if (address % Bytes != 0) misaligned(Write ? "writes" : "reads", p, Bytes, site);
+    if (!(Write ? last_write_ : last_read_)->holds(address, Bytes)) find_range(address, Bytes, Write, site);
+    if (overlap_ && !threads_[thread].waited_for_grid) check_overlap(address, Bytes, Write, site);
+  }
+
+  [[noreturn]] [[gnu::cold]] [[gnu::format(printf, 3, 4)]] void fail(Site site, const char* format, ...) {
+    char text[1536];
+    va_list list;
+    va_start(list, format);
+    std::vsnprintf(text, sizeof text, format, list);
+    va_end(list);
+    std::snprintf(message_, sizeof message_, "kernel %s, block (%lld, %d), thread %d at %s:%u: %s", name_,
+                  static_cast<long long>(block), row, thread, file_of(site), static_cast<unsigned>(site.line()), text);
+    stop();
+  }
+
+  // ---- for the host ---------------------------------------------------------------------------------------------
+
+  // The calling thread's.
+  static Machine& mine() {
+    static thread_local Machine machine;
+    return machine;
+  }
+
+  std::vector<Range> ranges;
+
+  void allow(const void* owner, const void* p, int64_t bytes, bool written, const char* what) {
+    if (bytes < 0) throw std::runtime_error("emulator: a range of negative length was allowed");
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(p);
+    ranges.push_back({begin, begin + static_cast<uintptr_t>(bytes), written, what, owner});
+  }
+
+  void disallow(const void* owner) {
+    std::erase_if(ranges, [&](const Range& range) { return range.owner == owner; });
+    if (ranges.empty()) unfinished_.clear();
+  }
+
+  using Invoke = void (*)(void (*kernel)(), const void* args);
+
+  void run(const char* name, Invoke invoke, void (*kernel)(), const void* args, int64_t block_count, int row_count,
+           int thread_count, int shared_bytes, bool overlap, const Order& order) {
+    name_ = name;
+    invoke_ = invoke;
+    kernel_ = kernel;
+    args_ = args;
+    blocks = block_count;
+    threads = thread_count;
+    overlap_ = overlap;
+    order_ = order;
+    prepare(shared_bytes);
+    // A grid that is not launched to overlap starts when all before it are done.
+    if (!overlap) unfinished_.clear();
+    const int64_t total = block_count * row_count;
+    std::vector<int64_t> shuffled;
+    if (order.kind == Order::kRandom) {
+      Random random(order.seed);
+      for (int64_t i = 0; i < total; i++) shuffled.push_back(i);
+      for (int64_t i = total - 1; i > 0; i--) {
+        std::swap(shuffled[static_cast<size_t>(i)], shuffled[random.below(static_cast<uint32_t>(i + 1))]);
+      }
+    }
+    for (int64_t i = 0; i < total; i++) {
+      const int64_t number = order.kind == Order::kForward   ? i
+                             : order.kind == Order::kReverse ? total - 1 - i
+                                                             : shuffled[static_cast<size_t>(i)];
+      block = number % block_count;
+      row = static_cast<int>(number / block_count);
+      run_block(number);
+    }
+    for (const Range& range : ranges) {
+      if (range.written && unfinished_.size() < 1024) unfinished_.push_back(range);
+    }
+  }
+
+  static Machine*& current() {
+    // Set while a kernel runs.
+    static thread_local Machine* machine __attribute__((tls_model("initial-exec"))) = nullptr;
+    return machine;
+  }
+
+ private:
+  static bool equal(const Cell& x, const Cell& y) { return __builtin_memcmp(&x, &y, sizeof x) == 0; }
+
+  static bool same(const Site& x, const Site& y) {
+    return x.line() == y.line() && std::strcmp(x.file_name(), y.file_name()) == 0;
+  }
+
+  static const char* file_of(const Site& site) {
+    const char* slash = std::strrchr(site.file_name(), '/');
+    return slash != nullptr ? slash + 1 : site.file_name();
+  }
+
+  static std::string text_of(const Site& site) {
+    return std::string(file_of(site)) + ":" + std::to_string(site.line());
+  }
+
+  // ---- scheduling -----------------------------------------------------------------------------------------------
+
+  uint32_t lane_bit() const { return uint32_t{1} << (thread % kLanes); }
+  uint32_t all_warps() const {
+    const int count = threads / kLanes;
+    return count == kMostWarps ? ~uint32_t{0} : (uint32_t{1} << count) - 1;
+  }
+  // A thread of the running thread's warp.
+  int first_thread(uint32_t lanes) const { return thread / kLanes * kLanes + std::countr_zero(lanes); }
+
+  static int choose(uint32_t set, const Order& order, Random& random) {
+    if (order.kind == Order::kForward) return std::countr_zero(set);
+    if (order.kind == Order::kReverse) return 31 - std::countl_zero(set);
+    for (uint32_t skip = random.below(static_cast<uint32_t>(std::popcount(set))); skip > 0; skip--) set &= set - 1;
+    return std::countr_zero(set);
+  }
+
+  // Takes the next thread that could run; there is one.
+  int take() {
+    const int w = choose(ready_warps_, order_, random_);
+    Warp& warp = warps_[w];
+    const int lane = choose(warp.ready, order_, random_);
+    warp.ready &= ~(uint32_t{1} << lane);
+    if (warp.ready == 0) ready_warps_ &= ~(uint32_t{1} << w);
+    return w * kLanes + lane;
+  }
+
+  // Runs others until the thread is ready and its turn has come.
+  void leave() {
+    Context& from = threads_[thread].context;
+    if (ready_warps_ == 0) {
+      switch_context(from, main_);
+      return;
+    }
+    const int next = take();
+    if (next == thread) return;
+    thread = next;
+    switch_context(from, threads_[next].context);
+  }
+
+  [[noreturn]] void stop() {
+    failed_ = true;
+    switch_context(threads_[thread].context, main_);
+    std::abort();
+  }
+
+  static void enter() {
+    Machine& machine = *current();
+    try {
+      machine.invoke_(machine.kernel_, machine.args_);
+    } catch (const std::exception& error) {
+      std::snprintf(machine.message_, sizeof machine.message_, "kernel %s: %s", machine.name_, error.what());
+      machine.failed_ = true;
+    }
+    if (machine.failed_) machine.stop();
+    Thread& me = machine.threads_[machine.thread];
+    if (!me.copies.empty()) {
+      machine.fail(me.copies.copies[me.copies.first_copy].site,
+                   "the thread ends with copies in flight: %zu issued and not waited for, the first here",
+                   me.copies.copies.size() - me.copies.first_copy);
+    }
+    me.wait = Wait::kEnd;
+    machine.running_--;
+    machine.leave();
+    std::abort();
+  }
+
+  void prepare(int shared_bytes) {
+    stacks_.reserve(threads);
+    if (threads_.size() < static_cast<size_t>(threads)) threads_ = std::vector<Thread>(static_cast<size_t>(threads));
+    if (warps_.empty()) warps_ = std::vector<Warp>(kMostWarps);
+    shared_bytes_ = static_cast<size_t>(shared_bytes);
+    if (cells_.size() < shared_bytes_ || shared == nullptr) {
+      cells_.assign(shared_bytes_, Cell{});
+      memory_ = std::make_unique<unsigned char[]>(shared_bytes_ + 512);
+      // 128-byte aligned, and no better.
+      const uintptr_t start = (reinterpret_cast<uintptr_t>(memory_.get()) + 255) / 256 * 256 + 128;
+      shared = reinterpret_cast<unsigned char*>(start);
+    }
+    last_read_ = last_write_ = &nothing_;
+    if (sites_used_ > kSites / 2 || sites_.empty()) {
+      sites_.assign(kSites, nullptr);
+      sites_used_ = 0;
+    }
+  }
+
+  void run_block(int64_t number) {
+    if (tick_ > 0x80000000u) {
+      std::fill(cells_.begin(), cells_.end(), Cell{});
+      tick_ = 0;
+    }
+    std::memset(shared, 0xff, shared_bytes_);
+    block_begin_ = block_start_ = ++tick_;
+    at_barrier_ = 0;
+    running_ = threads;
+    failed_ = false;
+    waited_for_grid_ = false;
+    random_ = Random(order_.seed + static_cast<uint64_t>(number) * 0x2545f4914f6cdd1du);
+    for (int t = 0; t < threads; t++) {
+      Thread& it = threads_[static_cast<size_t>(t)];
+      it.wait = Wait::kNothing;
+      it.waited_for_grid = false;
+      it.copies.clear();
+      stacks_.start(t, it.context, &Machine::enter);
+    }
+    for (int w = 0; w < threads / kLanes; w++) {
+      Warp& it = warps_[static_cast<size_t>(w)];
+      it.arrived = it.arrived_at_barrier = 0;
+      it.start = tick_;
+      it.ready = kAllLanes;
+    }
+    ready_warps_ = all_warps();
+    current() = this;
+    thread = take();
+    switch_context(main_, threads_[static_cast<size_t>(thread)].context);
+    current() = nullptr;
+    if (!failed_ && running_ > 0) describe_deadlock();
+    if (failed_) {
+      std::fill(cells_.begin(), cells_.end(), Cell{});  // copies in flight never land
+      throw std::runtime_error(message_);
+    }
+  }
+
+  [[noreturn]] [[gnu::cold]] void diverged(Wait wait, Site site, int other) {
+    const Thread& it = threads_[static_cast<size_t>(other)];
+    fail(site, "divergent barrier: it waits at %s, thread %d of the same warp at %s (%s)", name_of(wait), other,
+         name_of(it.wait), text_of(it.site).c_str());
+  }
+
+  // Nobody can run and not all have ended.
+  [[gnu::cold]] void describe_deadlock() {
+    struct Group {
+      Wait wait;
+      Site site;
+      int first, count;
+    };
+    std::vector<Group> groups;
+    for (int t = 0; t < threads; t++) {
+      const Thread& it = threads_[static_cast<size_t>(t)];
+      const auto found = std::find_if(groups.begin(), groups.end(), [&](const Group& group) {
+        return group.wait == it.wait && (it.wait == Wait::kEnd || same(group.site, it.site));
+      });
+      if (found != groups.end()) {
+        found->count++;
+      } else {
+        groups.push_back({it.wait, it.site, t, 1});
+      }
+    }
+    std::string text;
+    for (const Group& group : groups) {
+      if (!text.empty()) text += ", ";
+      text += std::to_string(group.count) + (group.count == 1 ? " thread (" : " threads (the first: ") +
+              std::to_string(group.first) + ") ";
+      if (group.wait == Wait::kEnd) {
+        text += group.count == 1 ? "has ended" : "have ended";
+      } else {
+        text += std::string(group.count == 1 ? "waits at " : "wait at ") + name_of(group.wait) + " (" +
+                text_of(group.site) + ")";
+      }
+    }
+    std::snprintf(message_, sizeof message_, "kernel %s, block (%lld, %d): divergent barrier: %s", name_,
+                  static_cast<long long>(block), row, text.c_str());
+    failed_ = true;
+  }
+
+  // ---- shared memory --------------------------------------------------------------------------------------------
+
+  uint32_t shared_offset(const void* p, uint32_t bytes, const char* verb, Site site) {
+    const intptr_t offset = reinterpret_cast<intptr_t>(p) - reinterpret_cast<intptr_t>(shared);
+    const intptr_t size = static_cast<intptr_t>(shared_bytes_);
+    if (offset < 0 || offset + static_cast<intptr_t>(bytes) > size) out_of_shared(p, offset, bytes, verb, site);
+    if (offset % bytes != 0) {
+      fail(site, "misaligned: %s %u bytes of shared memory at offset %lld", verb, bytes,
+           static_cast<long long>(offset));
+    }
+    return static_cast<uint32_t>(offset);
+  }
+
+  [[noreturn]] [[gnu::cold]] void out_of_shared(const void* p, intptr_t offset, uint32_t bytes, const char* verb,
+                                                Site site) {
+    if (offset < -(1 << 24) || offset > (1 << 24)) {
+      fail(site, "out of range: %s %u bytes at %p, which is not in shared memory", verb, bytes, p);
+    }
+    fail(site, "out of range: %s %u bytes of shared memory at offset %lld of %zu", verb, bytes,
+         static_cast<long long>(offset), shared_bytes_);
+  }
+
+  // Another thread's access is ordered before what the running thread does now.
+  bool ordered(uint32_t stamp, int other) const {
+    if (stamp < block_start_) return true;
+    return other / kLanes == thread / kLanes && stamp < warps_[static_cast<size_t>(thread / kLanes)].start;
+  }
+
+  template <bool WholeWarp>
+  void read_cell(Cell& cell, uint32_t offset, uint16_t id, Site site) {
+    if (cell.written == Cell::kInFlight) in_flight(cell, offset, "reads", site);
+    if (cell.written < block_begin_) {
+      fail(site, "uninitialised: reads shared memory at offset %u, which nobody has written in this block", offset);
+    }
+    if ((WholeWarp || cell.writer != thread) && !ordered(cell.written, cell.writing_thread())) {
+      race(cell, offset, "reads", true, site);
+    }
+    const uint16_t me = static_cast<uint16_t>(thread | (WholeWarp ? Cell::kSeveralLanes : 0));
+    if (cell.read < block_start_) {
+      cell.reader = me;
+    } else if (cell.reading_thread() / kLanes != thread / kLanes) {
+      cell.reader |= Cell::kSeveralWarps;
+    } else if (cell.read < warps_[static_cast<size_t>(thread / kLanes)].start) {
+      cell.reader = static_cast<uint16_t>(me | (cell.reader & Cell::kSeveralWarps));
+    } else if (WholeWarp || cell.reading_thread() != thread) {
+      cell.reader |= Cell::kSeveralLanes;
+    }
+    cell.read = tick_;
+    cell.read_site = id;
+  }
+
+  void write_cells(uint32_t offset, uint32_t bytes, uint32_t stamp, Site site) {
+    const uint16_t id = site_id(site);
+    Cell* cells = &cells_[offset];
+    Cell before = {}, after = {};
+    for (uint32_t i = 0; i < bytes; i++) {
+      if (i > 0 && equal(cells[i], before)) {
+        cells[i] = after;
+        continue;
+      }
+      before = cells[i];
+      write_cell(cells[i], offset + i, stamp, id, site);
+      after = cells[i];
+    }
+  }
+
+  void write_cell(Cell& cell, uint32_t offset, uint32_t stamp, uint16_t id, Site site) {
+    const char* verb = stamp == Cell::kInFlight ? "copies to" : "writes";
+    if (cell.written == Cell::kInFlight) in_flight(cell, offset, verb, site);
+    if (cell.writer != thread && !ordered(cell.written, cell.writing_thread())) race(cell, offset, verb, true, site);
+    if (cell.read >= block_start_) {
+      const int other = cell.reading_thread();
+      const bool alone = other == thread && (cell.reader & Cell::kSeveralLanes) == 0;
+      if ((cell.reader & Cell::kSeveralWarps) != 0 || (!alone && !ordered(cell.read, other))) {
+        race(cell, offset, verb, false, site);
+      }
+    }
+    cell.written = stamp;
+    cell.writer = static_cast<uint16_t>(thread);
+    cell.write_site = id;
+  }
+
+  void deliver(const Copies::Copy& copy) {
+    if (copy.source != nullptr) {
+      std::memcpy(shared + copy.offset, copy.source, copy.bytes);
+    } else {
+      std::memset(shared + copy.offset, 0, copy.bytes);
+    }
+    for (uint32_t i = 0; i < copy.bytes; i++) cells_[copy.offset + i].written = tick_;
+  }
+
+  [[noreturn]] [[gnu::cold]] void in_flight(const Cell& cell, uint32_t offset, const char* verb, Site site) {
+    fail(site,
+         "copy in flight: %s shared memory at offset %u, the target of a copy of thread %d (%s) not yet waited for",
+         verb, offset, cell.writing_thread(), site_text(cell.write_site).c_str());
+  }
+
+  [[noreturn]] [[gnu::cold]] void race(const Cell& cell, uint32_t offset, const char* verb, bool with_write,
+                                       Site site) {
+    const int other = with_write ? cell.writing_thread() : cell.reading_thread();
+    const char* also = with_write                                 ? ""
+                       : (cell.reader & Cell::kSeveralWarps) != 0 ? " among others of several warps"
+                       : (cell.reader & Cell::kSeveralLanes) != 0 ? " among others of its warp"
+                                                                  : "";
+    const char* missing = other / kLanes == thread / kLanes && also[0] == '\0' ? "sync_warp or sync_block" : "barrier";
+    fail(site, "race: %s shared memory at offset %u, which thread %d%s %s (%s), with no %s between", verb, offset,
+         other, also, with_write ? "wrote" : "read", site_text(with_write ? cell.write_site : cell.read_site).c_str(),
+         missing);
+  }
+
+  // ---- sites by number: a cell has no room for a pointer --------------------------------------------------------
+
+  static constexpr size_t kSites = 1 << 12;
+
+  uint16_t site_id(const Site& site) {
+    static_assert(sizeof(Site) == sizeof(const void*));
+    const void* key = std::bit_cast<const void*>(site);
+    size_t slot = (reinterpret_cast<uintptr_t>(key) >> 3) * 0x9e3779b97f4a7c15u >> 52;
+    while (sites_[slot] != key) {
+      if (sites_[slot] == nullptr) {
+        if (sites_used_ + 1 == kSites) break;
+        sites_[slot] = key;
+        sites_used_++;
+        break;
+      }
+      slot = (slot + 1) % kSites;
+    }
+    return static_cast<uint16_t>(slot);
+  }
+
+  std::string site_text(uint16_t id) const {
+    const void* key = sites_[id];
+    return text_of(std::bit_cast<Site>(key));
+  }
+
+  // ---- global memory --------------------------------------------------------------------------------------------
+
+  [[noreturn]] [[gnu::cold]] void misaligned(const char* verb, const void* p, uint32_t bytes, Site site) {
+    fail(site, "misaligned: %s %u bytes of global memory at %p", verb, bytes, p);
+  }
+
+  [[gnu::noinline]] void find_range(uintptr_t address, uint32_t bytes, bool write, Site site) {
+    for (const Range& range : ranges) {
+      if (range.holds(address, bytes) && (range.written || !write)) {
+        (write ? last_write_ : last_read_) = &range;
+        return;
+      }
+    }
+    out_of_global(address, bytes, write, site);
+  }
+
+  [[noreturn]] [[gnu::cold]] void out_of_global(uintptr_t address, uint32_t bytes, bool write, Site site) {
+    const char* verb = write ? "writes" : "reads";
+    const Range* nearest = nullptr;
+    uintptr_t distance = ~uintptr_t{0};
+    for (const Range& range : ranges) {
+      if (range.holds(address, bytes)) {
+        fail(site, "read-only: writes %u bytes of global memory at %p, byte %llu of \"%s\", which may only be read",
+             bytes, reinterpret_cast<void*>(address), static_cast<unsigned long long>(address - range.begin),
+             range.what.c_str());
+      }
+      const uintptr_t away = address < range.begin ? range.begin - address
+                             : address > range.end ? address - range.end
+                                                   : 0;
+      if (away < distance) {
+        distance = away;
+        nearest = &range;
+      }
+    }
+    if (nearest == nullptr) {
+      fail(site, "out of range: %s %u bytes of global memory at %p; no memory is allowed", verb, bytes,
+           reinterpret_cast<void*>(address));
+    }
+    fail(site, "out of range: %s %u bytes of global memory at %p, which is byte %lld of \"%s\" of %llu bytes", verb,
+         bytes, reinterpret_cast<void*>(address), static_cast<long long>(address - nearest->begin),
+         nearest->what.c_str(), static_cast<unsigned long long>(nearest->end - nearest->begin));
+  }
+
+  // Before wait_for_previous_grid(): no writes, and no reads of what grids in flight may write.
+  [[gnu::noinline]] void check_overlap(uintptr_t address, uint32_t bytes, bool write, Site site) {
+    if (write) {
+      fail(site, "overlapping grids: writes global memory at %p before wait_for_previous_grid()",
+           reinterpret_cast<void*>(address));
+    }
+    for (const std::vector<Range>* list : {&ranges, &unfinished_}) {
+      for (const Range& range : *list) {
+        if (range.written && range.overlaps(address, bytes)) {
+          fail(site, "overlapping grids: reads \"%s\" at byte %lld before wait_for_previous_grid()", range.what.c_str(),
+               static_cast<long long>(address - range.begin));
+        }
+      }
+    }
+  }
+
+  // ---- state ----------------------------------------------------------------------------------------------------
+
+  std::vector<Thread> threads_;
+  std::vector<Warp> warps_;
+  uint32_t ready_warps_ = 0;
+  int at_barrier_ = 0;
+  int running_ = 0;
+  Context main_;
+  Order order_;
+  Random random_;
+  Stacks stacks_;
+
+  std::unique_ptr<unsigned char[]> memory_;
+  size_t shared_bytes_ = 0;
+  std::vector<Cell> cells_;
+  uint32_t tick_ = 0;
+  uint32_t block_begin_ = 0;  // the block's first tick
+  uint32_t block_start_ = 0;  // the tick of its last barrier
+
+  const Range nothing_;
+  const Range* last_read_ = nullptr;
+  const Range* last_write_ = nullptr;
+  bool overlap_ = false;
+  bool waited_for_grid_ = false;   // some thread of the block did
+  std::vector<Range> unfinished_;  // written by grids that may be under way
+
+  std::vector<const void*> sites_;
+  size_t sites_used_ = 0;
+
+  const char* name_ = "";
+  Invoke invoke_ = nullptr;
+  void (*kernel_)() = nullptr;
+  const void* args_ = nullptr;
+  bool failed_ = false;
+  char message_[2048] = {};
+};
+
+}  // namespace esr::device::emulator
