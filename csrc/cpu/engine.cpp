@@ -1,12 +1,11 @@
 #include "engine.h"
 
-#include <map>
 #include <mutex>
-#include <tuple>
-#include <unordered_map>
 #include <utility>
 
+#include "../common/arena.h"
 #include "../common/half.h"
+#include "../common/registry.h"
 #include "capability.h"
 #include "operator.h"
 
@@ -104,59 +103,8 @@ struct Geometry {
   int64_t floats = 0;
 };
 
-// Hands out parts of the workspace in the order of execution; what is given back is used again.
-class Arena {
- public:
-  int64_t take(int64_t floats) {
-    floats = round_up(floats, kAlignment);
-    auto best = free_.end();
-    for (auto f = free_.begin(); f != free_.end(); ++f) {
-      if (f->second >= floats && (best == free_.end() || f->second < best->second)) best = f;
-    }
-    int64_t offset, size = floats;
-    if (best != free_.end()) {
-      std::tie(offset, size) = *best;
-      free_.erase(best);
-      if (size > floats) free_.emplace(offset + floats, size - floats);
-    } else if (!free_.empty() && free_.rbegin()->first + free_.rbegin()->second == end_) {
-      // The last part is free but too small: it grows.
-      offset = free_.rbegin()->first;
-      free_.erase(offset);
-      end_ = offset + floats;
-    } else {
-      offset = end_;
-      end_ += floats;
-    }
-    sizes_[offset] = floats;
-    most_ = std::max(most_, end_);
-    return offset;
-  }
-
-  void give(int64_t offset) {
-    auto added = free_.emplace(offset, sizes_.at(offset)).first;
-    const auto next = std::next(added);
-    if (next != free_.end() && added->first + added->second == next->first) {
-      added->second += next->second;
-      free_.erase(next);
-    }
-    if (added != free_.begin()) {
-      const auto before = std::prev(added);
-      if (before->first + before->second == added->first) {
-        before->second += added->second;
-        free_.erase(added);
-      }
-    }
-  }
-
-  int64_t floats() const { return most_; }
-
- private:
-  // Not a power of two pages: maps that are read together should not fall on the same cache sets.
-  static constexpr int64_t kAlignment = 16;
-  std::map<int64_t, int64_t> free_;  // offset -> floats
-  std::unordered_map<int64_t, int64_t> sizes_;
-  int64_t end_ = 0, most_ = 0;
-};
+// Floats, a cache line. Not a power of two pages: maps that are read together should not fall on the same cache sets.
+constexpr int64_t kAlignment = 16;
 
 class CompiledPlan {
  public:
@@ -282,7 +230,7 @@ class CompiledPlan {
   }
 
   void place(Geometry& g) const {
-    Arena arena;
+    Arena arena(kAlignment);
     g.offsets.assign(uses_.size(), -1);
     for (size_t k = 0; k < operators_.size(); ++k) {
       for (size_t v = 0; v < uses_.size(); ++v) {
@@ -297,7 +245,7 @@ class CompiledPlan {
         if (uses_[v].needs_map && uses_[v].last == static_cast<int64_t>(k)) arena.give(g.offsets[v]);
       }
     }
-    g.floats = arena.floats();
+    g.floats = arena.size();
   }
 
   MapLayout layout_of(const Geometry& g, size_t v) const {
@@ -356,41 +304,7 @@ class CompiledPlan {
   mutable std::vector<std::pair<std::vector<int64_t>, std::shared_ptr<const Geometry>>> geometries_;
 };
 
-class Registry {
- public:
-  int64_t add(std::shared_ptr<const CompiledPlan> plan) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    plans_.emplace(++last_, std::move(plan));
-    return last_;
-  }
-
-  std::shared_ptr<const CompiledPlan> get(int64_t handle) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = plans_.find(handle);
-    STD_TORCH_CHECK(found != plans_.end(), "there is no plan with handle ", handle);
-    return found->second;
-  }
-
-  void remove(int64_t handle) {
-    std::shared_ptr<const CompiledPlan> last_owner;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = plans_.find(handle);
-    STD_TORCH_CHECK(found != plans_.end(), "there is no plan with handle ", handle);
-    last_owner = std::move(found->second);
-    plans_.erase(found);
-  }
-
- private:
-  std::mutex mutex_;
-  std::unordered_map<int64_t, std::shared_ptr<const CompiledPlan>> plans_;
-  int64_t last_ = 0;
-};
-
-// Never destroyed: a plan may be released while the process ends.
-Registry& registry() {
-  static Registry* const instance = new Registry;
-  return *instance;
-}
+using Plans = Registry<CompiledPlan>;
 
 }  // namespace
 
@@ -399,13 +313,13 @@ int64_t compile_plan(const std::vector<int64_t>& program, const std::vector<doub
   Program parsed = ProgramReader(program, constants, static_cast<int64_t>(weights.size())).read();
   Weights values;
   for (size_t i = 0; i < weights.size(); ++i) values.push_back(read_weight(weights[i], i));
-  return registry().add(std::make_shared<CompiledPlan>(std::move(parsed), values, active_kernels()));
+  return Plans::instance().add(std::make_shared<CompiledPlan>(std::move(parsed), values, active_kernels()));
 }
 
 void execute_plan(int64_t handle, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) {
-  registry().get(handle)->execute(inputs, outputs);
+  Plans::instance().get(handle)->execute(inputs, outputs);
 }
 
-void release_plan(int64_t handle) { registry().remove(handle); }
+void release_plan(int64_t handle) { Plans::instance().remove(handle); }
 
 }  // namespace esr

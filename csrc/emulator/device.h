@@ -102,7 +102,7 @@ inline void load_matrices(uint32_t (&r)[4], const void* row, emulator::Site site
   emulator::Warp& warp = machine.warp();
   const int lane = machine.lane();
   warp.rows[lane] = machine.read_shared<16, true>(row, site);
-  machine.meet(emulator::Wait::kMatrices, true, site, [](emulator::Warp& w) {
+  machine.meet(emulator::Wait::kMatrices, true, site, [](emulator::Machine&, emulator::Warp& w) {
     for (int l = 0; l < emulator::kLanes; l++) {
       for (int i = 0; i < 4; i++) std::memcpy(&w.a[l][i], w.rows[8 * i + l / 4] + 4 * (l % 4), 4);
     }
@@ -116,7 +116,7 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row,
   emulator::Warp& warp = machine.warp();
   const int lane = machine.lane();
   warp.rows[lane] = machine.read_shared<16, true>(row, site);
-  machine.meet(emulator::Wait::kMatricesTransposed, true, site, [](emulator::Warp& w) {
+  machine.meet(emulator::Wait::kMatricesTransposed, true, site, [](emulator::Machine&, emulator::Warp& w) {
     for (int l = 0; l < emulator::kLanes; l++) {
       for (int i = 0; i < 4; i++) {
         uint16_t low, high;
@@ -146,16 +146,23 @@ inline float operand(uint16_t bits) {
 // d += a b for [16, K] x [K, 8]; the products are exact in float32.
 template <int K>
 inline void multiply(Warp& warp, const float (&a)[16][K], const float (&b)[K][8]) {
-  for (int g = 0; g < 16; g++) {
-    float d[8];
-    float (*lanes)[4] = &warp.d[4 * (g % 8)];
-    const int first = g / 8 * 2;
-    for (int n = 0; n < 8; n++) d[n] = lanes[n / 2][first + n % 2];
+  using Four = float __attribute__((vector_size(16)));
+  for (int row = 0; row < 16; row++) {
+    float (*lanes)[4] = &warp.d[4 * (row % 8)];
+    const int i = row / 8 * 2;
+    Four low = {lanes[0][i], lanes[0][i + 1], lanes[1][i], lanes[1][i + 1]};
+    Four high = {lanes[2][i], lanes[2][i + 1], lanes[3][i], lanes[3][i + 1]};
     for (int k = 0; k < K; k++) {
-      const float factor = a[g][k];
-      for (int n = 0; n < 8; n++) d[n] += factor * b[k][n];
+      Four left, right;
+      std::memcpy(&left, &b[k][0], sizeof left);
+      std::memcpy(&right, &b[k][4], sizeof right);
+      low += a[row][k] * left;
+      high += a[row][k] * right;
     }
-    for (int n = 0; n < 8; n++) lanes[n / 2][first + n % 2] = d[n];
+    for (int n = 0; n < 4; n++) {
+      lanes[n / 2][i + n % 2] = low[n];
+      lanes[2 + n / 2][i + n % 2] = high[n];
+    }
   }
 }
 
@@ -206,7 +213,7 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
   std::memcpy(warp.d[lane], d, sizeof d);
   warp.b[lane][0] = b0;
   warp.b[lane][1] = b1;
-  machine.meet(kWait, true, site, [](emulator::Warp& w) {
+  machine.meet(kWait, true, site, [](emulator::Machine&, emulator::Warp& w) {
     if constexpr (kFloat16 || kBfloat16) {
       emulator::multiply_halves<T>(w);
     } else {
@@ -239,6 +246,13 @@ inline uint32_t pack_pair(float low, float high) {
   return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
 
+template <typename T>
+inline void unpack_pair(uint32_t bits, float& low, float& high) {
+  T pair[2];
+  std::memcpy(pair, &bits, sizeof bits);
+  low = to_float(pair[0]), high = to_float(pair[1]);
+}
+
 inline uint32_t float_bits(float v) { return esr::float_bits(v); }
 inline float bits_float(uint32_t v) { return esr::bits_float(v); }
 
@@ -263,7 +277,7 @@ inline float shuffle_xor(float v, int mask, emulator::Site site = emulator::Site
   if (mask < 0 || mask >= emulator::kLanes) machine.fail(site, "shuffle_xor with a mask of %d", mask);
   warp.values[lane] = v;
   warp.masks[lane] = mask;
-  machine.meet(emulator::Wait::kShuffle, false, site, [](emulator::Warp& w) {
+  machine.meet(emulator::Wait::kShuffle, false, site, [](emulator::Machine&, emulator::Warp& w) {
     float moved[emulator::kLanes];
     for (int l = 0; l < emulator::kLanes; l++) moved[l] = w.values[l ^ w.masks[l]];
     std::memcpy(w.values, moved, sizeof moved);

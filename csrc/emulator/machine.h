@@ -181,7 +181,7 @@ class Machine {
   int row = 0;
   unsigned char* shared = nullptr;
 
-  void sync_block(Site site) {
+  [[gnu::noinline]] void sync_block(Site site) {
     Warp& warp = this->warp();
     if (warp.arrived_at_barrier != 0) {
       // Lanes of one warp come to a barrier by the same instruction.
@@ -208,9 +208,8 @@ class Machine {
     threads_[thread].wait = Wait::kNothing;
   }
 
-  // All lanes of the warp meet; the last calls work(warp).
-  template <typename Work>
-  void meet(Wait wait, bool same_instruction, Site site, Work work) {
+  // All lanes of the warp meet; the last does the work.
+  [[gnu::noinline]] void meet(Wait wait, bool same_instruction, Site site, void (*work)(Machine&, Warp&)) {
     Warp& warp = this->warp();
     if (warp.arrived == 0) {
       warp.wait = wait;
@@ -223,7 +222,7 @@ class Machine {
     threads_[thread].site = site;
     if (warp.arrived == kAllLanes) {
       warp.arrived = 0;
-      work(warp);
+      work(*this, warp);
       warp.ready = kAllLanes;
       ready_warps_ |= uint32_t{1} << (thread / kLanes);
     }
@@ -232,7 +231,7 @@ class Machine {
   }
 
   void sync_warp(Site site) {
-    meet(Wait::kWarp, false, site, [this](Warp& warp) { warp.start = ++tick_; });
+    meet(Wait::kWarp, false, site, [](Machine& machine, Warp& warp) { warp.start = ++machine.tick_; });
   }
 
   Warp& warp() { return warps_[thread / kLanes]; }
@@ -323,8 +322,10 @@ class Machine {
 
   // The calling thread's.
   static Machine& mine() {
-    static thread_local Machine machine;
-    return machine;
+    // Not the machine itself: a library that is loaded at run time gets little thread-local memory of the fast kind.
+    static thread_local std::unique_ptr<Machine> machine;
+    if (machine == nullptr) machine = std::make_unique<Machine>();
+    return *machine;
   }
 
   std::vector<Range> ranges;
@@ -373,7 +374,8 @@ class Machine {
       run_block(number);
     }
     for (const Range& range : ranges) {
-      if (range.written && unfinished_.size() < 1024) unfinished_.push_back(range);
+      const auto known = [&](const Range& r) { return r.begin == range.begin && r.end == range.end; };
+      if (range.written && std::none_of(unfinished_.begin(), unfinished_.end(), known)) unfinished_.push_back(range);
     }
   }
 
@@ -387,7 +389,12 @@ class Machine {
   static bool equal(const Cell& x, const Cell& y) { return __builtin_memcmp(&x, &y, sizeof x) == 0; }
 
   static bool same(const Site& x, const Site& y) {
-    return x.line() == y.line() && std::strcmp(x.file_name(), y.file_name()) == 0;
+    return key_of(x) == key_of(y) || (x.line() == y.line() && std::strcmp(x.file_name(), y.file_name()) == 0);
+  }
+
+  static const void* key_of(const Site& site) {
+    static_assert(sizeof(Site) == sizeof(const void*));
+    return std::bit_cast<const void*>(site);
   }
 
   static const char* file_of(const Site& site) {
@@ -679,8 +686,7 @@ class Machine {
   static constexpr size_t kSites = 1 << 12;
 
   uint16_t site_id(const Site& site) {
-    static_assert(sizeof(Site) == sizeof(const void*));
-    const void* key = std::bit_cast<const void*>(site);
+    const void* key = key_of(site);
     size_t slot = (reinterpret_cast<uintptr_t>(key) >> 3) * 0x9e3779b97f4a7c15u >> 52;
     while (sites_[slot] != key) {
       if (sites_[slot] == nullptr) {

@@ -1,0 +1,313 @@
+// The convolution kernel. One block computes tiles of output pixels, each of its warps kM x 16 pixels and kN x 8 channels.
+#pragma once
+
+#include "convolution_kernels.h"
+#include "epilogue.h"
+#include "pixel.h"
+
+namespace esr::cuda {
+
+// What a precision means: the type in memory, the type of products, registers of a lane's weights.
+struct Float16 {
+  using Value = device::float16;
+  using Product = device::float16;
+  static constexpr int kWeights = 2;
+};
+struct BFloat16 {
+  using Value = device::bfloat16;
+  using Product = device::bfloat16;
+  static constexpr int kWeights = 2;
+};
+struct Tf32 {
+  using Value = float;
+  using Product = device::tf32;
+  static constexpr int kWeights = 2;
+};
+struct Tf32x3 {
+  using Value = float;
+  using Product = device::tf32;
+  static constexpr int kWeights = 4;
+};
+
+// More channels need more accumulators: with up to 4 tiles of channels a warp takes 64 pixels, else 32.
+constexpr int row_tiles(int channel_tiles) { return channel_tiles <= 4 ? 4 : 2; }
+
+constexpr int kLastTap = -1;  // in the table of offsets: no unit, the odd half of the last step
+
+struct Tile {
+  int64_t image;
+  int y, x;  // of its first output pixel
+};
+
+ESR_DEVICE Tile locate(const ConvolutionArgs& a, int tile) {
+  const int per_image = a.tiles_across * a.tiles_down;
+  const int image = tile / per_image, rest = tile % per_image;
+  const int down = rest / a.tiles_across;
+  return {image, down * a.tile_height, (rest - down * a.tiles_across) << a.tile_width_log2};
+}
+
+// The position a padded coordinate stands for; outside of [0, size) it is a zero.
+ESR_DEVICE int mirrored(int i, int size, bool reflect) {
+  if (!reflect) return i;
+  i = i < 0 ? -i : i;
+  return i >= size ? 2 * size - 2 - i : i;
+}
+
+// i / d for 0 <= i < 65536 / d, with reciprocal = 65536 / d + 1.
+ESR_DEVICE int divided(int i, int reciprocal) { return (i * reciprocal) >> 16; }
+
+// One pixel's unit from a tensor of any strides.
+template <typename Value>
+ESR_DEVICE U32x4 gather_unit(const View& v, const unsigned char* pixel, int channel, const float* shift,
+                             const float* scale) {
+  constexpr int kChannels = kUnitBytes / sizeof(Value);
+  float values[kChannels];
+#pragma unroll
+  for (int i = 0; i < kChannels; ++i) {
+    const int c = channel + i;
+    values[i] = 0.0f;
+    if (c < v.channels) {
+      values[i] = device::to_float(device::load_global<Value>(pixel + c * v.channel));
+      if (scale != nullptr) {
+        values[i] = (values[i] - device::load_global<float>(shift + c)) * device::load_global<float>(scale + c);
+      }
+    }
+  }
+  if constexpr (sizeof(Value) == 4) {
+    return {device::float_bits(values[0]), device::float_bits(values[1]), device::float_bits(values[2]),
+            device::float_bits(values[3])};
+  } else {
+    return {device::pack_pair<Value>(values[0], values[1]), device::pack_pair<Value>(values[2], values[3]),
+            device::pack_pair<Value>(values[4], values[5]), device::pack_pair<Value>(values[6], values[7])};
+  }
+}
+
+// Brings units [first, first + units) of a tile's input pixels to shared memory.
+template <typename Value>
+ESR_DEVICE void load_input(const ConvolutionArgs& a, const View& v, const Tile& tile, int first, int units,
+                           unsigned char* stage) {
+  constexpr int kChannels = kUnitBytes / sizeof(Value);
+  const int lane = device::thread_index() & 31, warp = device::thread_index() >> 5;
+  const int warps = device::thread_count() >> 5;
+  const int y0 = tile.y * a.stride - a.padding, x0 = tile.x * a.stride - a.padding;
+  const unsigned char* image = v.data + tile.image * v.image;
+  const int count = a.in_tile_width * units;
+  // Neighbouring lanes take what lies side by side in memory.
+  const bool planar = !v.blocked && v.channel != static_cast<int64_t>(sizeof(Value));
+  const int divisor = planar ? a.in_tile_width : units;
+  const int reciprocal = 65536 / divisor + 1;
+  for (int r = warp; r < a.in_tile_height; r += warps) {
+    const int y = mirrored(y0 + r, a.height, a.reflect);
+    const bool row_inside = static_cast<unsigned>(y) < static_cast<unsigned>(a.height);
+    const unsigned char* row = image + y * v.row;
+    unsigned char* out = stage + r * a.in_tile_width * a.pitch;
+    for (int i = lane; i < count; i += 32) {
+      const int quotient = divided(i, reciprocal), remainder = i - quotient * divisor;
+      const int column = planar ? remainder : quotient, unit = planar ? quotient : remainder;
+      const int x = mirrored(x0 + column, a.width, a.reflect);
+      const bool inside = row_inside && static_cast<unsigned>(x) < static_cast<unsigned>(a.width);
+      unsigned char* to = out + column * a.pitch + unit * kUnitBytes;
+      const unsigned char* pixel = row + x * v.pixel;
+      if (v.blocked) {
+        device::copy_async<16>(to, inside ? pixel + (first + unit) * kUnitBytes : v.data, inside);
+      } else {
+        U32x4 value = {0, 0, 0, 0};
+        if (inside) value = gather_unit<Value>(v, pixel, (first + unit) * kChannels, a.shift, a.scale);
+        device::store_shared(to, value);
+      }
+    }
+  }
+}
+
+// Weights of a slab, and where in a tile each of its units lies, seen from the pixel of the first tap.
+template <int kN, int kWeights>
+ESR_DEVICE void load_weights(const ConvolutionArgs& a, int first_step, int units, unsigned char* stage) {
+  const int thread = device::thread_index(), threads = device::thread_count();
+  const int taps = a.taps_across * a.taps_across, steps = Packing::steps(taps, units);
+  constexpr int kStepBytes = kN * 32 * kWeights * 4;
+  const unsigned char* from =
+      a.weights + (static_cast<int64_t>(device::block_row()) * a.total_steps + first_step) * kStepBytes;
+  for (int i = thread; i < steps * (kStepBytes / 16); i += threads) {
+    device::copy_async<16>(stage + a.weights_at + i * 16, from + i * 16, true);
+  }
+  for (int i = thread; i < 2 * steps; i += threads) {
+    const int tap = i / units, dy = tap / a.taps_across, dx = tap - dy * a.taps_across;
+    const int offset = (dy * a.in_tile_width + dx) * a.pitch + (i - tap * units) * kUnitBytes;
+    device::store_shared<int>(stage + a.table_at + i * 4, tap < taps ? offset : kLastTap);
+  }
+  if (thread == 0) device::store_shared(stage + a.zeros_at, U32x4{0, 0, 0, 0});
+}
+
+// Adds the products of one slab.
+template <typename P, int kN, int kM>
+ESR_DEVICE void multiply_slab(const ConvolutionArgs& a, int steps, const unsigned char* stage, const int (&base)[kM],
+                              float (&sums)[kM][kN][4]) {
+  const int lane = device::thread_index() & 31;
+  const unsigned char* table = stage + a.table_at + (lane >> 4) * 4;
+  const unsigned char* weights = stage + a.weights_at + lane * (P::kWeights * 4);
+#pragma unroll 2
+  for (int step = 0; step < steps; ++step) {
+    const int offset = device::load_shared<int>(table + step * 8);
+    uint32_t b[kN][P::kWeights];
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const unsigned char* p = weights + (step * kN + n) * (32 * P::kWeights * 4);
+      if constexpr (P::kWeights == 4) {
+        const U32x4 v = device::load_shared<U32x4>(p);
+        b[n][0] = v.x, b[n][1] = v.y, b[n][2] = v.z, b[n][3] = v.w;
+      } else {
+        const U32x2 v = device::load_shared<U32x2>(p);
+        b[n][0] = v.x, b[n][1] = v.y;
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      uint32_t rows[4];
+      device::load_matrices(rows, stage + (offset == kLastTap ? a.zeros_at : base[m] + offset));
+      if constexpr (P::kWeights == 4) {
+        // a b = ah bh + ah bl + al bh, the small products first.
+        uint32_t high[4], low[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          high[i] = device::round_tf32(device::bits_float(rows[i]));
+          low[i] = device::round_tf32(device::bits_float(rows[i]) - device::bits_float(high[i]));
+        }
+#pragma unroll
+        for (int n = 0; n < kN; ++n) device::multiply_add<device::tf32>(sums[m][n], low, b[n][0], b[n][1]);
+#pragma unroll
+        for (int n = 0; n < kN; ++n) device::multiply_add<device::tf32>(sums[m][n], high, b[n][2], b[n][3]);
+#pragma unroll
+        for (int n = 0; n < kN; ++n) device::multiply_add<device::tf32>(sums[m][n], high, b[n][0], b[n][1]);
+      } else {
+        if constexpr (sizeof(typename P::Value) == 4) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) rows[i] = device::round_tf32(device::bits_float(rows[i]));
+        }
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+          device::multiply_add<typename P::Product>(sums[m][n], rows, b[n][0], b[n][1]);
+        }
+      }
+    }
+  }
+}
+
+// Epilogue and stores of one warp. The results pass through shared memory, 16 pixels at a time, from the layout of
+// tensor-core products to eight channels of a pixel for each lane.
+template <typename P, int kN, int kM>
+ESR_DEVICE void store_results(const ConvolutionArgs& a, const Tile& tile, const float (&sums)[kM][kN][4],
+                              unsigned char* shared) {
+  using Value = typename P::Value;
+  constexpr int kPitch = result_pitch(kN);
+  const int lane = device::thread_index() & 31, warp = device::thread_index() >> 5;
+  const int group = lane >> 2, pair = (lane & 3) * 2;
+  float* results = reinterpret_cast<float*>(shared) + warp * 16 * kPitch;
+  const int first_channel = device::block_row() * kN * 8;
+  const bool pixels_first = !a.output.blocked && (a.shuffle > 1 || a.output.channel != int64_t{sizeof(Value)});
+  const int width_mask = (1 << a.tile_width_log2) - 1;
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        device::store_shared(results + (group + 8 * h) * kPitch + n * 8 + pair,
+                             U32x2{device::float_bits(sums[m][n][2 * h]), device::float_bits(sums[m][n][2 * h + 1])});
+      }
+    }
+    device::sync_warp();
+    for (int i = lane; i < 16 * kN; i += 32) {
+      const int pixel = pixels_first ? i & 15 : i / kN, n = pixels_first ? i >> 4 : i - pixel * kN;
+      const int q = (warp * kM + m) * 16 + pixel;
+      const int y = tile.y + (q >> a.tile_width_log2), x = tile.x + (q & width_mask), c = first_channel + n * 8;
+      if (y >= a.out_height || x >= a.out_width || c >= a.out_channels) continue;
+      float values[8], residual[8] = {};
+#pragma unroll
+      for (int k = 0; k < 8; k += 4) {
+        const U32x4 v = device::load_shared<U32x4>(results + pixel * kPitch + n * 8 + k);
+        values[k] = device::bits_float(v.x), values[k + 1] = device::bits_float(v.y);
+        values[k + 2] = device::bits_float(v.z), values[k + 3] = device::bits_float(v.w);
+      }
+      if (a.residual.data != nullptr) {
+        read_channels<Value>(a.residual, a.shuffle, tile.image, y, x, c, a.out_channels, residual);
+      }
+      finish(values, residual, a.activation, a.slope, a.residual_mode);
+      write_channels<Value>(a.output, a.shuffle, tile.image, y, x, c, a.out_channels, values);
+    }
+    device::sync_warp();
+  }
+}
+
+template <typename P, int kN>
+ESR_KERNEL(256, 2)
+convolution_kernel(ESR_ARGUMENT(ConvolutionArgs) a) {
+  using Value = typename P::Value;
+  constexpr int kM = row_tiles(kN);
+  unsigned char* const shared = device::shared_memory();
+  const int lane = device::thread_index() & 31, warp = device::thread_index() >> 5;
+  const int taps = a.taps_across * a.taps_across;
+  const int first_channel = device::block_row() * kN * 8;
+
+  int base[kM];  // of this lane's row of each product's left operand, at the first tap
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    const int q = (warp * kM + m) * 16 + (lane & 15);
+    const int y = q >> a.tile_width_log2, x = q & ((1 << a.tile_width_log2) - 1);
+    base[m] = (y * a.in_tile_width + x) * a.stride * a.pitch;
+  }
+
+  if (a.weights_stay) {
+    load_weights<kN, P::kWeights>(a, 0, a.units[0], shared);
+    device::commit_copies();
+  }
+  device::wait_for_previous_grid();
+  device::allow_next_grid();
+
+  for (int64_t t = device::block_index(); t < a.tiles; t += device::grid_size()) {
+    const Tile tile = locate(a, static_cast<int>(t));
+    float sums[kM][kN][4];
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const float* bias = a.bias + first_channel + n * 8 + (lane & 3) * 2;
+      const float b0 = device::load_global<float>(bias), b1 = device::load_global<float>(bias + 1);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        sums[m][n][0] = sums[m][n][2] = b0;
+        sums[m][n][1] = sums[m][n][3] = b1;
+      }
+    }
+
+    // The slab to load next: units [unit, unit + slab_units) of an input, and its first step.
+    int input = 0, unit = 0, first_step = 0, loaded = 0;
+    const auto load_next = [&] {
+      const int left = a.units[input] - unit, units = left < a.slab_units ? left : a.slab_units;
+      const int steps = Packing::steps(taps, units);
+      unsigned char* stage = shared + (loaded % a.stages) * a.stage_bytes;
+      if (!a.weights_stay) load_weights<kN, P::kWeights>(a, first_step, units, stage);
+      load_input<Value>(a, a.inputs[input], tile, unit, units, stage);
+      device::commit_copies();
+      first_step += steps;
+      ++loaded;
+      unit += units;
+      if (unit == a.units[input]) ++input, unit = 0;
+      return steps;
+    };
+    int next_steps = load_next();
+    for (int slab = 0; slab < loaded; ++slab) {
+      const int steps = next_steps;
+      if (a.stages > 1 && input < a.input_count) {
+        next_steps = load_next();
+        device::wait_for_copies<1>();
+      } else {
+        device::wait_for_copies<0>();
+      }
+      device::sync_block();
+      multiply_slab<P, kN, kM>(a, steps, shared + (slab % a.stages) * a.stage_bytes, base, sums);
+      device::sync_block();
+    }
+    store_results<P, kN, kM>(a, tile, sums, shared);
+    device::sync_block();
+  }
+}
+
+}  // namespace esr::cuda

@@ -1,0 +1,437 @@
+#include "engine.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <mutex>
+#include <optional>
+#include <utility>
+
+#include "../common/arena.h"
+#include "../common/registry.h"
+#include "pointwise.h"
+#include "step.h"
+
+// In libtorch_cuda, which a process has only where torch has CUDA.
+#ifndef ESR_EMULATOR
+#pragma weak aoti_torch_get_current_cuda_stream
+#endif
+
+namespace esr::cuda {
+namespace {
+
+using device::AllowedMemory;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+ScalarType scalar_type(Precision p) {
+  return p == Precision::kFloat16 ? ScalarType::Half
+                                  : (p == Precision::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Float);
+}
+
+// The tensors' device and its current stream, for the duration of a call.
+class DeviceScope {
+ public:
+#ifdef ESR_EMULATOR
+  explicit DeviceScope(const Tensor&) {}
+  device::Stream stream() const { return {}; }
+#else
+  explicit DeviceScope(const Tensor& t) : index_(t.get_device_index()) {
+    if (current_device() != index_) guard_.emplace(index_);
+  }
+  device::Stream stream() const {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    return static_cast<device::Stream>(stream);
+  }
+
+ private:
+  static int current_device() {
+    int device = -1;
+    cudaGetDevice(&device);
+    return device;
+  }
+  int32_t index_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+#endif
+};
+
+void check_device(const Tensor& t, const char* what, size_t index) {
+#ifdef ESR_EMULATOR
+  STD_TORCH_CHECK(t.is_cpu(), what, " ", index, " is not a CPU tensor");
+#else
+  STD_TORCH_CHECK(t.is_cuda(), what, " ", index, " is not a CUDA tensor");
+#endif
+  STD_TORCH_CHECK(t.layout() == torch::headeronly::Layout::Strided, what, " ", index, " is not a strided tensor");
+}
+
+// Bytes from the first element to behind the last.
+int64_t extent(const Tensor& t) {
+  int64_t last = 0;
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] == 0) return 0;
+    last += (sizes[i] - 1) * strides[i];
+  }
+  return (last + 1) * static_cast<int64_t>(t.element_size());
+}
+
+Weights read_weights(const std::vector<Tensor>& tensors, bool shapes_only, AllowedMemory& memory) {
+  Weights weights;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& t = tensors[i];
+    check_device(t, "weight", i);
+    WeightView w;
+    const ScalarType type = t.scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, "weight ", i,
+                    " has an unsupported dtype, allowed are float32, float16 and bfloat16");
+    w.dtype = type == ScalarType::Float ? Dtype::kFloat32 : (type == ScalarType::Half ? Dtype::kFloat16 : Dtype::kBFloat16);
+    STD_TORCH_CHECK(t.dim() <= 4, "weight ", i, " has ", t.dim(), " dimensions, allowed are up to 4");
+    w.dimensions = static_cast<int32_t>(t.dim());
+    for (int64_t d = 0; d < t.dim(); ++d) {
+      STD_TORCH_CHECK(t.size(d) < INT32_MAX, "weight ", i, " is too large");
+      w.sizes[d] = static_cast<int32_t>(t.size(d));
+      w.strides[d] = t.stride(d);
+    }
+    if (!shapes_only) {
+      w.data = static_cast<const unsigned char*>(t.const_data_ptr());
+      memory.add(w.data, extent(t), false, "a weight");
+    }
+    weights.push_back(w);
+  }
+  return weights;
+}
+
+// An input or output of a run.
+struct Outside {
+  View view;
+  Shape shape;
+  int64_t batch = 0;
+};
+
+Outside read_outside(const Tensor& t, const char* what, size_t index, Precision precision, bool written,
+                     AllowedMemory& memory) {
+  check_device(t, what, index);
+  STD_TORCH_CHECK(t.scalar_type() == scalar_type(precision), what, " ", index,
+                  " does not have the dtype that the plan was compiled for");
+  STD_TORCH_CHECK(t.dim() == 4, what, " ", index, " has ", t.dim(), " dimensions, must have 4: [N, C, H, W]");
+  Outside o;
+  const auto sizes = t.sizes(), strides = t.strides();
+  o.batch = sizes[0];
+  o.shape = {sizes[1], sizes[2], sizes[3]};
+  for (int d = 1; d < 4; ++d) {
+    STD_TORCH_CHECK(sizes[d] < INT32_MAX / 2, what, " ", index, " is too large: size ", sizes[d], " in dimension ", d);
+  }
+  const int64_t bytes = value_bytes(precision);
+  // The stride of a dimension of size 1 says nothing.
+  const auto stride = [&](int d) { return sizes[d] == 1 ? 0 : strides[d] * bytes; };
+  View& v = o.view;
+  v.data = static_cast<unsigned char*>(written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr()));
+  v.image = stride(0);
+  v.channel = stride(1);
+  v.row = stride(2);
+  v.pixel = stride(3);
+  v.channels = static_cast<int32_t>(sizes[1]);
+  v.blocked = v.channel == bytes && (sizes[1] * bytes) % kUnitBytes == 0 && v.pixel % kUnitBytes == 0 &&
+              v.row % kUnitBytes == 0 && v.image % kUnitBytes == 0 &&
+              reinterpret_cast<uintptr_t>(v.data) % kUnitBytes == 0;
+  memory.add(v.data, extent(t), written, what);
+  return o;
+}
+
+// Where everything lies in the workspace, for one size of the inputs.
+struct Geometry {
+  Shapes shapes;                     // of every value
+  std::vector<int64_t> offsets;      // of every value's map, -1: it has none
+  std::vector<int64_t> temporaries;  // of every layer, -1: it has none
+  int64_t bytes = 0;
+};
+
+class CompiledPlan {
+ public:
+  CompiledPlan(Program program, const Weights& weights, const std::vector<int64_t>& input_channels, Precision precision)
+      : program_(std::move(program)), precision_(precision) {
+    STD_TORCH_CHECK(static_cast<int64_t>(input_channels.size()) == program_.inputs, "compile_plan: channels of ",
+                    input_channels.size(), " inputs given, the plan has ", program_.inputs);
+    Shapes shapes;
+    for (const int64_t c : input_channels) {
+      STD_TORCH_CHECK(c >= 1 && c < INT32_MAX / 64, "compile_plan: an input of ", c, " channels is not supported");
+      shapes.push_back({c, 0, 0});
+    }
+    for (const Layer& layer : program_.layers) {
+      steps_.push_back(make_step(layer, weights, shapes_of(layer, shapes)));
+      shapes.push_back(steps_.back()->result(shapes_of(layer, shapes)));
+      packed_at_.push_back(packed_bytes_);
+      packed_bytes_ += round_up(steps_.back()->packed_bytes(), kAlignment);
+    }
+    weight_count_ = weights.size();
+    find_uses();
+  }
+
+  Precision precision() const { return precision_; }
+  int64_t packed_bytes() const { return packed_bytes_; }
+
+  void pack(const Weights& weights, unsigned char* packed, device::Stream stream) const {
+    STD_TORCH_CHECK(weights.size() == weight_count_, weights.size(), " weights given, the plan has ", weight_count_);
+    for (size_t k = 0; k < steps_.size(); ++k) {
+      if (steps_[k]->packed_bytes() > 0) steps_[k]->pack(weights, packed + packed_at_[k], stream);
+    }
+  }
+
+  // `weights`: to be packed into the workspace first; null: `packed` holds them.
+  void execute(const Weights* weights, const Tensor* packed, const std::vector<Tensor>& inputs,
+               const std::vector<Tensor>& outputs, AllowedMemory& memory) const {
+    STD_TORCH_CHECK(static_cast<int64_t>(inputs.size()) == program_.inputs, "execute_plan: ", inputs.size(),
+                    " inputs given, the plan has ", program_.inputs);
+    STD_TORCH_CHECK(outputs.size() == program_.outputs.size(), "execute_plan: ", outputs.size(),
+                    " outputs given, the plan has ", program_.outputs.size());
+    std::vector<Outside> in, out;
+    Shapes shapes;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      in.push_back(read_outside(inputs[i], "input", i, precision_, false, memory));
+      shapes.push_back(in[i].shape);
+      STD_TORCH_CHECK(in[i].batch == in[0].batch, "input ", i, " has ", in[i].batch, " images, input 0 has ",
+                      in[0].batch);
+    }
+    const int64_t batch = in[0].batch;
+    const std::shared_ptr<const Geometry> geometry = geometry_for(shapes, batch);
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      out.push_back(read_outside(outputs[i], "output", i, precision_, true, memory));
+      const Shape &got = out[i].shape, &want = geometry->shapes[static_cast<size_t>(program_.outputs[i])];
+      const bool fits = out[i].batch == batch && got.channels == want.channels && got.height == want.height &&
+                        got.width == want.width;
+      STD_TORCH_CHECK(fits, "output ", i, " is [", out[i].batch, ", ", got.channels, ", ", got.height, ", ", got.width,
+                      "], must be [", batch, ", ", want.channels, ", ", want.height, ", ", want.width, "]");
+    }
+    for (const Shape& s : geometry->shapes) {
+      if (s.height == 0 || s.width == 0) return;
+    }
+    if (batch == 0) return;
+
+    const DeviceScope scope(inputs[0]);
+    const int64_t own = weights == nullptr ? 0 : packed_bytes_, bytes = own + geometry->bytes;
+    std::optional<Tensor> workspace;
+    unsigned char* base = nullptr;
+    if (bytes > 0) {
+      workspace = torch::stable::new_empty(inputs[0], {bytes}, ScalarType::Byte);
+      base = static_cast<unsigned char*>(workspace->mutable_data_ptr());
+      memory.add(base, bytes, true, "the workspace");
+    }
+    const unsigned char* weights_at = base;
+    if (weights != nullptr) {
+      pack(*weights, base, scope.stream());
+    } else {
+      STD_TORCH_CHECK(packed->numel() == packed_bytes_ && packed->scalar_type() == ScalarType::Byte,
+                      "the packed weights are not this plan's");
+      weights_at = static_cast<const unsigned char*>(packed->const_data_ptr());
+      memory.add(weights_at, packed_bytes_, false, "the packed weights");
+    }
+    run(*geometry, in, out, weights_at, base + own, scope.stream());
+  }
+
+ private:
+  struct Use {
+    bool needs_map = false;       // some layer reads it, and it is not an input
+    int64_t last = 0;             // the last layer that does
+    bool absorbed = false;        // a normalisation that its readers apply
+    std::vector<size_t> outputs;  // indices of the outputs it is
+  };
+
+  std::unique_ptr<Step> make_step(const Layer& layer, const Weights& weights, const Shapes& inputs) const {
+    switch (layer.op) {
+      case Op::kNormalize:
+        return make_normalize(layer, precision_);
+      case Op::kEsa:
+        return make_esa(layer, precision_, weights, inputs);
+      case Op::kAdd:
+        return make_add(layer, precision_);
+      default:
+        return make_convolution(layer, precision_, weights, inputs);
+    }
+  }
+
+  static Shapes shapes_of(const Layer& layer, const Shapes& shapes) {
+    Shapes result;
+    for (const int64_t v : layer.inputs) result.push_back(shapes[static_cast<size_t>(v)]);
+    return result;
+  }
+
+  // Whether every reader of a normalisation can apply it while loading. Only one of an input: a map may be written
+  // again before its readers run.
+  bool absorbable(const Layer& layer, int64_t value) const {
+    if (layer.op != Op::kNormalize || layer.inputs[0] >= program_.inputs) return false;
+    if (std::count(program_.outputs.begin(), program_.outputs.end(), value) > 0) return false;
+    return std::all_of(program_.layers.begin(), program_.layers.end(), [&](const Layer& reader) {
+      const auto reads = std::count(reader.inputs.begin(), reader.inputs.end(), value);
+      const bool can = reader.op == Op::kConv3x3 || reader.op == Op::kConv3x3PixelShuffle;
+      return reads == 0 || (can && reads == 1 && reader.inputs[0] == value);
+    });
+  }
+
+  void find_uses() {
+    uses_.resize(static_cast<size_t>(program_.values()));
+    for (const Layer& layer : program_.layers) {
+      for (const int64_t v : layer.inputs) {
+        Use& u = uses_[static_cast<size_t>(v)];
+        u.needs_map = v >= program_.inputs;
+        u.last = layer.index;
+      }
+    }
+    for (size_t i = 0; i < program_.outputs.size(); ++i) uses_[static_cast<size_t>(program_.outputs[i])].outputs.push_back(i);
+    for (const Layer& layer : program_.layers) {
+      Use& u = uses_[static_cast<size_t>(program_.inputs + layer.index)];
+      u.absorbed = absorbable(layer, program_.inputs + layer.index);
+      // A result that nobody reads is computed nevertheless; the plan's maker is to leave such layers out.
+      if (u.absorbed) u.needs_map = false;
+      else if (!u.needs_map && u.outputs.empty()) u.needs_map = true, u.last = layer.index;
+    }
+  }
+
+  std::shared_ptr<const Geometry> geometry_for(const Shapes& inputs, int64_t batch) const {
+    std::vector<int64_t> key = {batch};
+    for (const Shape& s : inputs) key.insert(key.end(), {s.channels, s.height, s.width});
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (const auto& [known, geometry] : geometries_) {
+        if (known == key) return geometry;
+      }
+    }
+    auto g = std::make_shared<Geometry>();
+    g->shapes = inputs;
+    for (const auto& step : steps_) g->shapes.push_back(step->result(shapes_of(step->layer(), g->shapes)));
+    Arena arena(kAlignment);
+    g->offsets.assign(uses_.size(), -1);
+    for (size_t k = 0; k < steps_.size(); ++k) {
+      const size_t value = inputs.size() + k;
+      if (uses_[value].needs_map) g->offsets[value] = arena.take(blocked_bytes(precision_, g->shapes[value], batch));
+      const int64_t temporary = steps_[k]->temporary_bytes(shapes_of(steps_[k]->layer(), g->shapes), batch);
+      g->temporaries.push_back(temporary > 0 ? arena.take(temporary) : -1);
+      if (temporary > 0) arena.give(g->temporaries[k]);
+      for (size_t v = inputs.size(); v <= value; ++v) {
+        if (uses_[v].needs_map && uses_[v].last == static_cast<int64_t>(k)) arena.give(g->offsets[v]);
+      }
+    }
+    g->bytes = arena.size();
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (geometries_.size() >= kMostGeometries) geometries_.erase(geometries_.begin());
+    geometries_.emplace_back(std::move(key), g);
+    return g;
+  }
+
+  void run(const Geometry& g, const std::vector<Outside>& in, const std::vector<Outside>& out,
+           const unsigned char* packed, unsigned char* workspace, device::Stream stream) const {
+    const int64_t batch = in[0].batch;
+    std::vector<Map> maps;
+    for (const Outside& o : in) maps.push_back({o.view, o.shape});
+    bool first = true;
+    const auto export_value = [&](size_t v, size_t output) {
+      PointwiseArgs a = {};
+      a.a = maps[v].view;
+      a.output = out[output].view;
+      a.channels = static_cast<int32_t>(maps[v].shape.channels);
+      a.height = static_cast<int32_t>(maps[v].shape.height);
+      a.width = static_cast<int32_t>(maps[v].shape.width);
+      launch_pointwise(a, precision_, batch, stream, !first);
+      first = false;
+    };
+    for (size_t v = 0; v < in.size(); ++v) {
+      for (const size_t i : uses_[v].outputs) export_value(v, i);
+    }
+    for (size_t k = 0; k < steps_.size(); ++k) {
+      const size_t value = in.size() + k;
+      const Use& use = uses_[value];
+      Run run;
+      for (const int64_t v : steps_[k]->layer().inputs) run.inputs.push_back(maps[static_cast<size_t>(v)]);
+      run.packed = packed + packed_at_[k];
+      if (use.absorbed) {
+        Map map = run.inputs[0];
+        map.view.blocked = false;  // its values pass through registers
+        map.shift = reinterpret_cast<const float*>(run.packed);
+        map.scale = map.shift + map.shape.channels;
+        maps.push_back(map);
+        continue;
+      }
+      // Straight to an output where nobody reads it, or where readers find it as good as a map.
+      const auto direct = std::find_if(use.outputs.begin(), use.outputs.end(), [&](size_t i) {
+        return !use.needs_map || out[i].view.blocked;
+      });
+      const bool is_direct = direct != use.outputs.end();
+      run.output.shape = g.shapes[value];
+      run.output.view = is_direct ? out[*direct].view
+                                  : blocked_view(workspace + g.offsets[value], precision_, run.output.shape);
+      if (g.temporaries[k] >= 0) run.temporary = workspace + g.temporaries[k];
+      run.batch = batch;
+      run.stream = stream;
+      run.overlap = !first;
+      steps_[k]->run(run);
+      first = false;
+      maps.push_back(run.output);
+      for (const size_t i : use.outputs) {
+        if (!is_direct || i != *direct) export_value(value, i);
+      }
+    }
+  }
+
+  static constexpr size_t kMostGeometries = 16;
+
+  const Program program_;
+  const Precision precision_;
+  std::vector<std::unique_ptr<Step>> steps_;
+  std::vector<int64_t> packed_at_;
+  int64_t packed_bytes_ = 0;
+  size_t weight_count_ = 0;
+  std::vector<Use> uses_;
+  mutable std::mutex mutex_;
+  mutable std::vector<std::pair<std::vector<int64_t>, std::shared_ptr<const Geometry>>> geometries_;
+};
+
+using Plans = Registry<CompiledPlan>;
+
+}  // namespace
+
+int64_t compile_plan(const std::vector<int64_t>& program, const std::vector<double>& constants,
+                     const std::vector<Tensor>& weights, const std::vector<int64_t>& input_channels,
+                     int64_t precision) {
+  STD_TORCH_CHECK(precision >= 0 && precision < kPrecisionCount, "compile_plan: precision is ", precision,
+                  ", must be 0..", kPrecisionCount - 1);
+  Program parsed = ProgramReader(program, constants, static_cast<int64_t>(weights.size())).read();
+  AllowedMemory none;
+  // Tiles depend on the device.
+  std::optional<DeviceScope> scope;
+  if (!weights.empty()) scope.emplace(weights[0]);
+  return Plans::instance().add(std::make_shared<CompiledPlan>(std::move(parsed), read_weights(weights, true, none),
+                                                              input_channels, static_cast<Precision>(precision)));
+}
+
+Tensor pack_plan(int64_t handle, const std::vector<Tensor>& weights) {
+  const auto plan = Plans::instance().get(handle);
+  STD_TORCH_CHECK(!weights.empty(), "pack_plan: no weights");
+  const DeviceScope scope(weights[0]);
+  AllowedMemory memory;
+  const Weights views = read_weights(weights, false, memory);
+  Tensor packed = torch::stable::new_empty(weights[0], {plan->packed_bytes()}, ScalarType::Byte);
+  auto* data = static_cast<unsigned char*>(packed.mutable_data_ptr());
+  memory.add(data, plan->packed_bytes(), true, "the packed weights");
+  plan->pack(views, data, scope.stream());
+  return packed;
+}
+
+void execute_plan(int64_t handle, const Tensor& packed, const std::vector<Tensor>& inputs,
+                  const std::vector<Tensor>& outputs) {
+  AllowedMemory memory;
+  Plans::instance().get(handle)->execute(nullptr, &packed, inputs, outputs, memory);
+}
+
+void run_plan(int64_t handle, const std::vector<Tensor>& weights, const std::vector<Tensor>& inputs,
+              const std::vector<Tensor>& outputs) {
+  AllowedMemory memory;
+  const Weights views = read_weights(weights, false, memory);
+  Plans::instance().get(handle)->execute(&views, nullptr, inputs, outputs, memory);
+}
+
+void release_plan(int64_t handle) { Plans::instance().remove(handle); }
+
+}  // namespace esr::cuda

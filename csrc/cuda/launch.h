@@ -1,0 +1,67 @@
+// Launching kernels from the host: CUDA's runtime, or the emulator.
+#pragma once
+
+#include <cstdint>
+
+#include "device.h"
+
+#ifdef ESR_EMULATOR
+#include "../emulator/launch.h"
+#else
+
+#include <torch/headeronly/util/Exception.h>
+
+namespace esr::device {
+
+using Stream = cudaStream_t;
+
+struct LaunchShape {
+  int64_t blocks = 1;  // block_index()
+  int rows = 1;        // block_row()
+  int threads = 128;
+  int shared_bytes = 0;
+};
+
+struct Properties {
+  int capability = 0;  // 86 for compute capability 8.6
+  int multiprocessors = 0;
+  int shared_bytes = 0;         // of one block, at most
+  int shared_bytes_in_all = 0;  // of one multiprocessor
+};
+
+// Of the current device.
+const Properties& properties();
+
+// Memory that kernels may touch; the emulator reports every other access.
+class AllowedMemory {
+ public:
+  void add(const void*, int64_t, bool, const char*) {}
+};
+
+namespace detail {
+void prepare(const void* kernel, const char* name, int shared_bytes);
+void check(cudaError_t status, const char* name);
+}  // namespace detail
+
+// Starts a kernel. `overlap`: it may start before the kernels before it have finished, and calls
+// wait_for_previous_grid() before it touches what they write.
+template <typename Args>
+void launch(const char* name, void (*kernel)(Args), const LaunchShape& shape, Stream stream, bool overlap,
+            const Args& args) {
+  detail::prepare(reinterpret_cast<const void*>(kernel), name, shape.shared_bytes);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.rows));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = overlap && properties().capability >= 90 ? 1 : 0;
+  detail::check(cudaLaunchKernelEx(&config, kernel, args), name);
+}
+
+}  // namespace esr::device
+
+#endif

@@ -1,0 +1,227 @@
+// The layers that are one launch: convolutions, and what happens pixel by pixel.
+#include <algorithm>
+
+#include "pointwise.h"
+#include "step.h"
+
+namespace esr::cuda {
+namespace {
+
+// conv3x3, conv3x3_pixel_shuffle, bsconv and conv1x1.
+//
+// A bsconv is a 3x3 convolution with the product of its two weights, exactly for both paddings: its 1x1 part has no
+// bias, so that zeros around the input are zeros around its result.
+class ConvolutionStep : public Step {
+ public:
+  ConvolutionStep(const Layer& layer, Precision precision, const Weights& weights, const Shapes& inputs)
+      : Step(layer, precision), separable_(layer.op == Op::kBsconv) {
+    const int64_t maps = static_cast<int64_t>(inputs.size()) - layer.has_residual;
+    for (int64_t i = 0; i < maps; ++i) channels_.push_back(static_cast<int32_t>(inputs[static_cast<size_t>(i)].channels));
+    int64_t in_channels = 0;
+    for (const int32_t c : channels_) in_channels += c;
+    taps_ = layer.op == Op::kConv1x1 ? 1 : 9;
+    const int64_t size = taps_ == 1 || separable_ ? 1 : 3;
+    const WeightView w = weight_of(0, weights, separable_ ? "pointwise" : "weight", {-1, in_channels, size, size});
+    out_channels_ = w.sizes[0];
+    if (separable_) weight_of(1, weights, "depthwise", {out_channels_, 1, 3, 3});
+    weight_of(bias_index(), weights, "bias", {out_channels_});
+    const int64_t square = layer.upscale_factor * layer.upscale_factor;
+    STD_TORCH_CHECK(out_channels_ % square == 0, layer.name(), ": weight has ", out_channels_,
+                    " output channels, must be a multiple of ", square);
+    if (gathers()) {
+      // One map with every input in units of its own: the same products in the same order.
+      int32_t units = 0;
+      for (const int32_t c : channels_) units += units_of(c);
+      const auto all = static_cast<int32_t>(units * unit_channels(precision));
+      packing_ = plan_packing(precision, taps_, &all, 1, static_cast<int32_t>(out_channels_), 1);
+    } else {
+      packing_ = plan_packing(precision, taps_, channels_.data(), static_cast<int32_t>(channels_.size()),
+                              static_cast<int32_t>(out_channels_), 1);
+    }
+  }
+
+  Shape result(const Shapes& inputs) const override {
+    for (size_t i = 0; i < channels_.size(); ++i) {
+      check_channels(inputs[i], channels_[i], "an input");
+      check_same_size(inputs[0], inputs[i], "an input");
+    }
+    const int64_t r = layer_.upscale_factor;
+    const Shape out{out_channels_ / (r * r), inputs[0].height * r, inputs[0].width * r};
+    if (layer_.has_residual) {
+      check_channels(inputs.back(), out.channels, "residual");
+      check_same_size(out, inputs.back(), "residual");
+    }
+    if (layer_.reflect && out.height > 0 && out.width > 0) {
+      STD_TORCH_CHECK(out.height > 1 && out.width > 1, layer_.name(), ": reflect padding needs 2 pixels a side, x is ",
+                      out.height, "x", out.width);
+    }
+    return out;
+  }
+
+  int64_t packed_bytes() const override { return packing_.bytes(); }
+
+  void pack(const Weights& weights, unsigned char* packed, device::Stream stream) const override {
+    PackArgs a = {};
+    a.packing = packing_;
+    a.maps = static_cast<int32_t>(channels_.size());
+    for (size_t i = 0; i < channels_.size(); ++i) a.channels[i] = channels_[i];
+    const auto weight = [&](size_t k) {
+      return layer_.weights[k] < 0 ? WeightView{} : weights[static_cast<size_t>(layer_.weights[k])];
+    };
+    a.weight = weight(separable_ ? 1 : 0);
+    if (separable_) a.inner = weight(0);
+    a.bias = weight(bias_index());
+    a.composition = separable_ ? Composition::kDepthwise : Composition::kPlain;
+    a.out = packed;
+    launch_pack(a, stream);
+  }
+
+  int64_t temporary_bytes(const Shapes& inputs, int64_t batch) const override {
+    return gathers() ? blocked_bytes(precision_, gathered_shape(inputs), batch) : 0;
+  }
+
+  void run(const Run& run) const override {
+    Convolution c;
+    c.packing = packing_;
+    ConvolutionArgs& a = c.args;
+    const Shape& in = run.inputs[0].shape;
+    bool overlap = run.overlap;
+    if (gathers()) {
+      a.inputs[0] = gather(run, overlap);
+      overlap = true;
+    } else {
+      for (size_t i = 0; i < channels_.size(); ++i) a.inputs[i] = run.inputs[i].view;
+    }
+    a.shift = run.inputs[0].shift;
+    a.scale = run.inputs[0].scale;
+    a.output = run.output.view;
+    if (layer_.has_residual) a.residual = run.inputs.back().view;
+    a.weights = run.packed;
+    a.bias = reinterpret_cast<const float*>(run.packed + packing_.weight_bytes());
+    a.stride = 1;
+    a.padding = taps_ == 9 ? 1 : 0;
+    a.reflect = layer_.reflect;
+    a.height = a.out_height = static_cast<int32_t>(in.height);
+    a.width = a.out_width = static_cast<int32_t>(in.width);
+    a.shuffle = static_cast<int32_t>(layer_.upscale_factor);
+    a.activation = layer_.activation;
+    a.slope = layer_.slope;
+    // A pixel shuffle's residual has no mode: it is added.
+    a.residual_mode = layer_.has_residual && layer_.residual_mode == ResidualMode::kNone ? ResidualMode::kPost
+                                                                                         : layer_.residual_mode;
+    prepare_convolution(c, run.batch);
+    launch_convolution(c, run.stream, overlap);
+  }
+
+ private:
+  size_t bias_index() const { return separable_ ? 2 : 1; }
+  // More maps than one launch reads are copied into one.
+  bool gathers() const { return channels_.size() > kMostInputs; }
+  int32_t units_of(int32_t channels) const {
+    return static_cast<int32_t>(ceil_div(channels, unit_channels(precision_)));
+  }
+
+  Shape gathered_shape(const Shapes& inputs) const {
+    int64_t units = 0;
+    for (const int32_t c : channels_) units += units_of(c);
+    return {units * unit_channels(precision_), inputs[0].height, inputs[0].width};
+  }
+
+  View gather(const Run& run, bool overlap) const {
+    Shapes shapes;
+    for (const Map& m : run.inputs) shapes.push_back(m.shape);
+    const View all = blocked_view(run.temporary, precision_, gathered_shape(shapes));
+    int64_t unit = 0;
+    for (size_t i = 0; i < channels_.size(); ++i) {
+      PointwiseArgs a = {};
+      a.a = run.inputs[i].view;
+      a.output = all;
+      a.output.data += unit * kUnitBytes;
+      a.channels = channels_[i];
+      a.height = static_cast<int32_t>(shapes[i].height);
+      a.width = static_cast<int32_t>(shapes[i].width);
+      launch_pointwise(a, precision_, run.batch, run.stream, overlap || i > 0);
+      unit += units_of(channels_[i]);
+    }
+    return all;
+  }
+
+  const bool separable_;
+  std::vector<int32_t> channels_;  // of the maps that are concatenated
+  int32_t taps_ = 9;
+  int64_t out_channels_ = 0;
+  Packing packing_;
+};
+
+class NormalizeStep : public Step {
+ public:
+  using Step::Step;
+
+  Shape result(const Shapes& inputs) const override {
+    check_channels(inputs[0], static_cast<int64_t>(layer_.shift.size()), "x");
+    return inputs[0];
+  }
+  int64_t packed_bytes() const override { return static_cast<int64_t>(layer_.shift.size()) * 8; }
+
+  void pack(const Weights&, unsigned char* packed, device::Stream stream) const override {
+    std::vector<float> values = layer_.shift;
+    values.insert(values.end(), layer_.scale.begin(), layer_.scale.end());
+    auto* out = reinterpret_cast<float*>(packed);
+    for (size_t first = 0; first < values.size(); first += kMostConstants) {
+      ConstantsArgs a = {};
+      a.count = static_cast<int32_t>(std::min<size_t>(kMostConstants, values.size() - first));
+      std::copy_n(values.begin() + static_cast<int64_t>(first), a.count, a.values);
+      a.out = out + first;
+      launch_constants(a, stream);
+    }
+  }
+
+  void run(const Run& run) const override {
+    PointwiseArgs a = {};
+    a.a = run.inputs[0].view;
+    a.output = run.output.view;
+    a.shift = reinterpret_cast<const float*>(run.packed);
+    a.scale = a.shift + layer_.shift.size();
+    a.channels = static_cast<int32_t>(layer_.shift.size());
+    a.height = static_cast<int32_t>(run.output.shape.height);
+    a.width = static_cast<int32_t>(run.output.shape.width);
+    launch_pointwise(a, precision_, run.batch, run.stream, run.overlap);
+  }
+};
+
+class AddStep : public Step {
+ public:
+  using Step::Step;
+
+  Shape result(const Shapes& inputs) const override {
+    check_channels(inputs[1], inputs[0].channels, "b");
+    check_same_size(inputs[0], inputs[1], "b");
+    return inputs[0];
+  }
+
+  void run(const Run& run) const override {
+    PointwiseArgs a = {};
+    a.a = run.inputs[0].view;
+    a.b = run.inputs[1].view;
+    a.output = run.output.view;
+    a.channels = static_cast<int32_t>(run.output.shape.channels);
+    a.height = static_cast<int32_t>(run.output.shape.height);
+    a.width = static_cast<int32_t>(run.output.shape.width);
+    launch_pointwise(a, precision_, run.batch, run.stream, run.overlap);
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Step> make_convolution(const Layer& layer, Precision precision, const Weights& weights,
+                                       const Shapes& inputs) {
+  return std::make_unique<ConvolutionStep>(layer, precision, weights, inputs);
+}
+std::unique_ptr<Step> make_normalize(const Layer& layer, Precision precision) {
+  return std::make_unique<NormalizeStep>(layer, precision);
+}
+std::unique_ptr<Step> make_add(const Layer& layer, Precision precision) {
+  return std::make_unique<AddStep>(layer, precision);
+}
+
+}  // namespace esr::cuda

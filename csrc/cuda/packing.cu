@@ -1,0 +1,154 @@
+#include "packing.h"
+
+#include "../common/layout.h"
+
+namespace esr::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+ESR_DEVICE float read(const WeightView& w, int64_t i0, int64_t i1, int tap) {
+  const int64_t element = i0 * w.strides[0] + i1 * w.strides[1] + (tap / 3) * w.strides[2] + (tap % 3) * w.strides[3];
+  const unsigned char* p = w.data + element * (w.dtype == Dtype::kFloat32 ? 4 : 2);
+  switch (w.dtype) {
+    case Dtype::kFloat16:
+      return device::to_float(device::load_global<device::float16>(p));
+    case Dtype::kBFloat16:
+      return device::to_float(device::load_global<device::bfloat16>(p));
+    default:
+      return device::load_global<float>(p);
+  }
+}
+
+ESR_DEVICE float weight_value(const PackArgs& a, int o, int i, int tap) {
+  switch (a.composition) {
+    case Composition::kDepthwise:
+      return read(a.weight, o, 0, tap) * read(a.inner, o, i, 0);
+    case Composition::kProduct: {
+      float sum = 0.0f;
+      for (int m = 0; m < a.weight.sizes[1]; ++m) sum = fmaf(read(a.weight, o, m, tap), read(a.inner, m, i, 0), sum);
+      return sum;
+    }
+    default:
+      return read(a.weight, o, i, tap);
+  }
+}
+
+ESR_DEVICE float bias_value(const PackArgs& a, int o) {
+  float sum = a.bias.data == nullptr ? 0.0f : read(a.bias, o, 0, 0);
+  if (a.composition == Composition::kProduct && a.inner_bias.data != nullptr) {
+    for (int m = 0; m < a.weight.sizes[1]; ++m) {
+      for (int tap = 0; tap < a.packing.taps; ++tap) sum = fmaf(read(a.weight, o, m, tap), read(a.inner_bias, m, 0, 0), sum);
+    }
+  }
+  return sum;
+}
+
+// The slab that a step belongs to.
+struct Slab {
+  int first_unit;  // of all inputs' units
+  int units;
+  int step;  // counted from the slab's first
+};
+
+ESR_DEVICE Slab find_slab(const Packing& p, int step) {
+  int first = 0;
+  for (int k = 0; k < p.inputs; ++k) {
+    for (int unit = 0; unit < p.units[k]; unit += p.slab_units) {
+      const int left = p.units[k] - unit, units = left < p.slab_units ? left : p.slab_units;
+      const int steps = Packing::steps(p.taps, units);
+      if (step < steps) return {first + unit, units, step};
+      step -= steps;
+    }
+    first += p.units[k];
+  }
+  return {0, 1, 0};
+}
+
+// A unit's first channel among those of all maps, and how many of them its map has.
+struct Unit {
+  int channel, count;
+};
+
+ESR_DEVICE Unit find_unit(const PackArgs& a, int unit, int per_unit) {
+  int channel = 0;
+  for (int k = 0; k < a.maps; ++k) {
+    const int units = (a.channels[k] + per_unit - 1) / per_unit;
+    if (unit < units) return {channel + unit * per_unit, a.channels[k] - unit * per_unit};
+    unit -= units;
+    channel += a.channels[k];
+  }
+  return {0, 0};
+}
+
+// One thread for a lane's part of one step and one tile of channels; the last ones write the bias.
+ESR_KERNEL(kThreads, 1) pack_kernel(ESR_ARGUMENT(PackArgs) a) {
+  const Packing& p = a.packing;
+  const int64_t index = device::block_index() * kThreads + device::thread_index();
+  const int64_t parts = p.weight_bytes() / p.lane_bytes();
+  if (index >= parts) {
+    const int o = static_cast<int>(index - parts);
+    if (o < p.padded_channels()) {
+      device::store_global(a.out + p.weight_bytes() + int64_t{o} * 4, o < p.out_channels ? bias_value(a, o) : 0.0f);
+    }
+    return;
+  }
+  const int lane = static_cast<int>(index % 32), g = lane / 4, t = lane % 4;
+  int64_t rest = index / 32;
+  const int n = static_cast<int>(rest % p.channel_tiles);
+  rest /= p.channel_tiles;
+  const int total = p.total_steps();
+  const bool pairs = p.precision == Precision::kFloat16 || p.precision == Precision::kBFloat16;
+  const int per_unit = pairs ? 8 : 4;
+  const Slab slab = find_slab(p, static_cast<int>(rest % total));
+  const int o = (static_cast<int>(rest / total) * p.channel_tiles + n) * 8 + g;
+
+  uint32_t high[2], low[2] = {0, 0};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int q = 2 * slab.step + half, tap = q / slab.units;
+    const Unit unit = find_unit(a, slab.first_unit + q - tap * slab.units, per_unit);
+    const auto value = [&](int c) {
+      const bool exists = tap < p.taps && c < unit.count && o < p.out_channels;
+      return exists ? weight_value(a, o, unit.channel + c, tap) : 0.0f;
+    };
+    if (pairs) {
+      const float v0 = value(2 * t), v1 = value(2 * t + 1);
+      high[half] = p.precision == Precision::kFloat16 ? device::pack_pair<device::float16>(v0, v1)
+                                                      : device::pack_pair<device::bfloat16>(v0, v1);
+    } else {
+      const float v = value(t);
+      high[half] = device::round_tf32(v);
+      low[half] = device::round_tf32(v - device::bits_float(high[half]));
+    }
+  }
+  unsigned char* out = a.out + index * p.lane_bytes();
+  if (p.precision == Precision::kTf32x3) {
+    device::store_global(out, device::U32x4{high[0], high[1], low[0], low[1]});
+  } else {
+    device::store_global(out, device::U32x2{high[0], high[1]});
+  }
+}
+
+ESR_KERNEL(kMostConstants, 1) constants_kernel(ESR_ARGUMENT(ConstantsArgs) a) {
+  const int i = device::thread_index();
+  if (i < a.count) device::store_global(a.out + i, a.values[i]);
+}
+
+}  // namespace
+
+void launch_pack(const PackArgs& args, device::Stream stream) {
+  const Packing& p = args.packing;
+  device::LaunchShape shape;
+  shape.threads = kThreads;
+  shape.blocks = ceil_div(p.weight_bytes() / p.lane_bytes() + p.padded_channels(), kThreads);
+  device::launch("pack", &pack_kernel, shape, stream, false, args);
+}
+
+void launch_constants(const ConstantsArgs& args, device::Stream stream) {
+  device::LaunchShape shape;
+  shape.threads = kMostConstants;
+  device::launch("constants", &constants_kernel, shape, stream, false, args);
+}
+
+}  // namespace esr::cuda
