@@ -586,8 +586,15 @@ class Machine {
 
   [[noreturn]] [[gnu::cold]] void out_of_shared(const void* p, intptr_t offset, uint32_t bytes, const char* verb,
                                                 Site site) {
-    if (offset < -(1 << 24) || offset > (1 << 24)) {
-      fail(site, "out of range: %s %u bytes at %p, which is not in shared memory", verb, bytes, p);
+    const uintptr_t address = reinterpret_cast<uintptr_t>(p);
+    for (const Range& range : ranges) {
+      if (range.holds(address, 1)) {
+        fail(site, "out of range: %s %u bytes of shared memory at %p, which is byte %llu of \"%s\" in global memory",
+             verb, bytes, p, static_cast<unsigned long long>(address - range.begin), range.what.c_str());
+      }
+    }
+    if (offset < -(1 << 18) || offset > (1 << 18)) {
+      fail(site, "out of range: %s %u bytes of shared memory at %p, which is none", verb, bytes, p);
     }
     fail(site, "out of range: %s %u bytes of shared memory at offset %lld of %zu", verb, bytes,
          static_cast<long long>(offset), shared_bytes_);
@@ -723,6 +730,11 @@ class Machine {
 
   [[noreturn]] [[gnu::cold]] void out_of_global(uintptr_t address, uint32_t bytes, bool write, Site site) {
     const char* verb = write ? "writes" : "reads";
+    const uintptr_t offset = address - reinterpret_cast<uintptr_t>(shared);
+    if (offset < shared_bytes_) {
+      fail(site, "out of range: %s %u bytes of global memory at %p, which is byte %llu of shared memory", verb, bytes,
+           reinterpret_cast<void*>(address), static_cast<unsigned long long>(offset));
+    }
     const Range* nearest = nullptr;
     uintptr_t distance = ~uintptr_t{0};
     for (const Range& range : ranges) {
