@@ -690,6 +690,41 @@ CASE(bug_several_readers) {
 }
 
 template <bool Bug>
+ESR_KERNEL(32, 1)
+several_lanes(ESR_ARGUMENT(Args)) {
+  const int t = thread_index();
+  if (t == 0) store_shared<uint32_t>(shared_memory(), 0);
+  sync_warp();
+  load_shared<uint32_t>(shared_memory());
+  if (!Bug) sync_warp();
+  if (t == 31) store_shared<uint32_t>(shared_memory(), 1);
+}
+CASE(bug_several_readers_of_a_warp) {
+  FOUND(several_lanes, {"race: "}, kOneWarp);
+  Memory memory;
+  set_order("forward");
+  const std::string error = error_of(several_lanes<true>, kOneWarp, memory.args);
+  CHECK(error.find("thread 31 at") != std::string::npos &&
+        error.find("among others of its warp read (") != std::string::npos);
+}
+
+// What another warp read between is not forgotten when the first warp reads again.
+template <bool Bug>
+ESR_KERNEL(64, 1)
+reads_in_turns(ESR_ARGUMENT(Args)) {
+  const int t = thread_index();
+  if (t == 0) store_shared<uint32_t>(shared_memory(), 0);
+  sync_block();
+  for (int i = 0; i < 8; i++) {
+    if (t == 0 || (t == 32 && i == 4)) load_shared<uint32_t>(shared_memory());
+    sync_warp();
+  }
+  if (!Bug) sync_block();
+  if (t == 0) store_shared<uint32_t>(shared_memory(), 1);
+}
+CASE(bug_several_readers_in_turns) { FOUND(reads_in_turns, {"race: "}); }
+
+template <bool Bug>
 ESR_KERNEL(64, 1)
 two_writers(ESR_ARGUMENT(Args)) {
   if (thread_index() == 3) store_shared<uint32_t>(shared_memory() + 8, 0);
