@@ -60,6 +60,7 @@ format: $(VENV)/.esr-requirements
 	$(STYLED) | xargs -0 -r $(VENV)/bin/clang-format -i
 
 # A file stays in one process: fixtures of a module are made once.
+test: export ESR_KERNELS_EMULATOR = 1
 test: lint build
 	$(PY) -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --durations 15 $(ARGS)
 

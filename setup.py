@@ -8,6 +8,8 @@ Environment:
                           warning. 1: no compiler is an error. 0: pure Python.
     ESR_KERNELS_CUDA      auto (default): with CUDA when nvcc is found (CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda)
                           and there are CUDA sources. 1: no nvcc is an error. 0: without CUDA.
+    ESR_KERNELS_EMULATOR  1: also compile the CUDA kernels for the CPU emulator, as `esr_kernels/_esr_emulator.so`, with
+                          which the tests run them. Default 0.
     TORCH_CUDA_ARCH_LIST  default 8.0;8.6;8.9;9.0+PTX; entries below 8.0 are left out
     CXX, CXXFLAGS, LDFLAGS, NVCC_FLAGS, MAX_JOBS
 """
@@ -40,6 +42,7 @@ from setuptools.errors import BaseError
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "esr_kernels"
 LIBRARY = f"{PACKAGE}._esr_native"
+EMULATOR = f"{PACKAGE}._esr_emulator"
 MODULE = f"{PACKAGE}._build_info"
 
 TORCH_MINIMUM = (2, 11)
@@ -388,6 +391,10 @@ def library_sources(root: Path) -> list[Path]:
     return files
 
 
+def emulator_sources(root: Path) -> list[Path]:
+    return sorted((root / "csrc" / "cuda").rglob("*.cu"))
+
+
 class NinjaFile:
     """The text of a build.ninja: objects from sources, shared objects from objects."""
 
@@ -488,6 +495,23 @@ def plan_build(folder: Path, names: Iterable[str], tools: Toolchain, torch: Torc
             libraries += [*cudart_folder(cuda), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         outputs[LIBRARY] = folder / "_esr_native.so"
         ninja.link(objects, outputs[LIBRARY].name, shared, [*libraries, *tools.ldflags])
+    if EMULATOR in names:
+        # Kernels are run, not benchmarked, and a build with symbols tells where a failed check was.
+        command = [
+            *cxx,
+            "-O2",
+            "-x",
+            "c++",
+            *isystem,
+            "-Wno-unknown-pragmas",
+            "-DESR_EMULATOR",
+            *macros[:1],
+            *tools.cxxflags,
+        ]
+        objects = [ninja.compile(source, f"emulator/{source.name}.o", command) for source in emulator_sources(ROOT)]
+        outputs[EMULATOR] = folder / "_esr_emulator.so"
+        libraries = [f"-L{torch.lib}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+        ninja.link(objects, outputs[EMULATOR].name, shared, [*libraries, *tools.ldflags])
     if MODULE in names:
         python = ["-isystem", sysconfig.get_path("include"), "-isystem", str(pybind11_include())]
         command = [*cxx, *python, *isystem, *tools.cxxflags]
@@ -523,7 +547,7 @@ class BuildExt(build_ext):
         super().run()
 
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname.rpartition(".")[2] == LIBRARY.rpartition(".")[2]:
+        if fullname.rpartition(".")[2] in (LIBRARY.rpartition(".")[2], EMULATOR.rpartition(".")[2]):
             return os.path.join(*fullname.split(".")) + ".so"  # no Python's tag: it serves all of them
         return str(super().get_ext_filename(fullname))
 
@@ -591,6 +615,8 @@ def extensions(tools: Toolchain | None) -> list[Extension]:
         print(f"note: the module {MODULE} is left out: no {' and no '.join(missing)}", file=sys.stderr)
     else:
         found.append(Extension(MODULE, ["csrc/python_module.cpp"]))
+    if switch(os.environ, "ESR_KERNELS_EMULATOR") == "1":
+        found.append(Extension(EMULATOR, [str(f.relative_to(ROOT)) for f in emulator_sources(ROOT)]))
     return found
 
 

@@ -93,8 +93,8 @@ def _backends() -> dict[str, Backend]:
     }
     found = [
         Backend("reference", lambda: None, plain),
-        Backend("native-cpu", native.probe_cpu, native.CPU_OPERATORS),
-        Backend("native-cuda", native.probe_cuda, {}),
+        Backend("native-cpu", native.probe_cpu, native.cpu_implementations()),
+        Backend("native-cuda", native.probe_cuda, native.cuda_implementations()),
         Backend("triton", triton.probe, triton.implementations()),
     ]
     return {backend.name: backend for backend in found}
@@ -161,6 +161,14 @@ def list_backends() -> list[BackendStatus]:
         BackendStatus(b.name, b.reason is None, b.reason, tuple(b.implementations) if b.reason is None else ())
         for b in _backends().values()
     ]
+
+
+def tf32_allowed() -> bool:
+    """Whether PyTorch's setting lets convolutions multiply float32 as tf32."""
+    try:
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    except AttributeError:
+        return torch.backends.cudnn.allow_tf32
 
 
 def select(operator: str, device: str, dtype: torch.dtype, chosen: str | None) -> Implementation:

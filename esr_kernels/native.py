@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import mmap
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 INTERFACE = 1
 
 _LIBRARY = "_esr_native.so"
+_EMULATOR = "_esr_emulator.so"
 _STAMP = b"esr_kernels build information: "
 _REBUILD = "run `make build`, or install esr_kernels again"
 
@@ -85,6 +87,30 @@ def load() -> str | None:
     except (OSError, RuntimeError, ImportError) as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         return f"the compiled library does not load: {first_line}"
+    return None
+
+
+def emulated() -> bool:
+    """Whether the CUDA kernels run in the emulator, on CPU tensors (ESR_KERNELS_CUDA_EMULATOR=1)."""
+    return os.environ.get("ESR_KERNELS_CUDA_EMULATOR", "") == "1"
+
+
+@lru_cache(maxsize=1)
+def load_emulator() -> str | None:
+    """Loads the CUDA kernels compiled for the emulator, once per process.
+
+    Returns:
+        None when `torch.ops.esr_emulator` can be used, else the reason it cannot.
+    """
+    path = Path(__file__).with_name(_EMULATOR)
+    if not path.is_file():
+        return "the emulator is not compiled: run `make build ESR_KERNELS_EMULATOR=1`"
+    import torch
+
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"the emulator does not load: {next(iter(str(error).splitlines()), type(error).__name__)}"
     return None
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 import triton_interpreter
 
-# Without a GPU Triton's kernels run in its interpreter, which has to be chosen before they are defined.
+# Without a GPU Triton's kernels run in its interpreter, which has to be chosen before they are defined, and those of
+# CUDA in the emulator.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("ESR_KERNELS_CUDA_EMULATOR", "1")
 triton_interpreter.install()
 
 import esr_kernels  # noqa: E402
@@ -41,6 +43,14 @@ def poisoned_memory():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture(params=[b.name for b in esr_kernels.list_backends() if b.available])

@@ -37,21 +37,24 @@ TileShape largest_tile(int channel_tiles, int taps, int stride) {
                      : tile_shape(channel_tiles, kTilePixels / 2, kTileWidthLog2 - 1, taps, stride);
 }
 
-// Offsets of a stage's parts: input pixels (later the results), weights, the table of offsets, zeros.
+// Offsets of a stage's parts: input pixels, weights, the table of offsets, zeros. In the end the results lie over all
+// of it, but for weights that stay.
 struct StageLayout {
-  int pitch, weights_at, table_at, zeros_at, bytes;
+  int pitch, weights_at, table_at, zeros_at, bytes, shared_bytes;
 };
 
-StageLayout stage_layout(const Packing& p, const TileShape& t, int units) {
+StageLayout stage_layout(const Packing& p, const TileShape& t, int units, int stages) {
   StageLayout s;
   // An odd number of units: eight pixels that ldmatrix reads at once fall on different banks.
   s.pitch = (units | 1) * kUnitBytes;
+  const int pixels = t.in_height * t.in_width * s.pitch;
   const int results = t.warps * 16 * result_pitch(p.channel_tiles) * 4;
   const int steps = Packing::steps(p.taps, units);
-  s.weights_at = static_cast<int>(round_up(std::max(t.in_height * t.in_width * s.pitch, results), kUnitBytes));
+  s.weights_at = stages == 1 ? std::max(pixels, results) : pixels;
   s.table_at = s.weights_at + steps * p.step_bytes();
   s.zeros_at = static_cast<int>(round_up(s.table_at + 2 * steps * 4, kUnitBytes));
   s.bytes = s.zeros_at + kUnitBytes;
+  s.shared_bytes = std::max(stages * s.bytes, results);
   return s;
 }
 
@@ -59,15 +62,6 @@ StageLayout stage_layout(const Packing& p, const TileShape& t, int units) {
 int balanced(int total, int units) { return static_cast<int>(ceil_div(total, ceil_div(total, units))); }
 
 }  // namespace
-
-int32_t Packing::total_steps() const {
-  int32_t total = 0;
-  for (int i = 0; i < inputs; ++i) {
-    total += units[i] / slab_units * steps(taps, slab_units);
-    if (units[i] % slab_units > 0) total += steps(taps, units[i] % slab_units);
-  }
-  return total;
-}
 
 Packing plan_packing(Precision precision, int32_t taps, const int32_t* channels, int32_t inputs, int32_t out_channels,
                      int32_t stride) {
@@ -90,14 +84,15 @@ Packing plan_packing(Precision precision, int32_t taps, const int32_t* channels,
   // Two blocks on a multiprocessor hide each other's latencies; one slab spares the second stage and, where a block
   // computes several tiles, loading weights again.
   for (const int limit : {std::min(gpu.shared_bytes_in_all / 2 - kReserved, gpu.shared_bytes), gpu.shared_bytes}) {
-    if (inputs == 1 && most <= kMostSlabUnits && stage_layout(p, tile, most).bytes <= limit) {
+    if (inputs == 1 && most <= kMostSlabUnits && stage_layout(p, tile, most, 1).shared_bytes <= limit) {
       p.slab_units = most;
       return p;
     }
     for (int units = std::min(most, kMostSlabUnits); units > 0; --units) {
       p.slab_units = balanced(most, units);
       const bool small = units == 1 && most > 1;
-      if (2 * stage_layout(p, tile, p.slab_units).bytes <= limit && (!small || limit == gpu.shared_bytes)) return p;
+      if (stage_layout(p, tile, p.slab_units, 2).shared_bytes <= limit && (!small || limit == gpu.shared_bytes))
+        return p;
     }
   }
   STD_TORCH_CHECK(false, "a convolution to ", out_channels, " channels does not fit into ", gpu.shared_bytes,
@@ -113,8 +108,8 @@ void prepare_convolution(Convolution& convolution, int64_t batch) {
     return ceil_div(a.out_height, t.height) * ceil_div(a.out_width, int64_t{1} << t.width_log2) * batch * p.blocks;
   };
   // Small images: smaller tiles, as long as multiprocessors are left without one.
-  for (int pixels = tile.height << tile.width_log2; pixels > pixels_of_warp(p.channel_tiles) &&
-                                                    count(tile) < gpu.multiprocessors && pixels > 32;) {
+  for (int pixels = tile.height << tile.width_log2;
+       pixels > pixels_of_warp(p.channel_tiles) && count(tile) < gpu.multiprocessors && pixels > 32;) {
     pixels /= 2;
     tile = tile_shape(p.channel_tiles, pixels, pixels < 128 ? 4 : tile.width_log2, p.taps, a.stride);
   }
@@ -137,7 +132,7 @@ void prepare_convolution(Convolution& convolution, int64_t batch) {
   STD_TORCH_CHECK(tiles < INT32_MAX, "a convolution of ", batch, " images of ", a.out_height, "x", a.out_width,
                   " is too large for one launch");
   a.tiles = static_cast<int32_t>(tiles);
-  const StageLayout stage = stage_layout(p, tile, p.slab_units);
+  const StageLayout stage = stage_layout(p, tile, p.slab_units, a.stages);
   a.pitch = stage.pitch;
   a.weights_at = stage.weights_at;
   a.table_at = stage.table_at;
@@ -145,25 +140,27 @@ void prepare_convolution(Convolution& convolution, int64_t batch) {
   a.stage_bytes = stage.bytes;
   device::LaunchShape& shape = convolution.shape;
   shape.threads = tile.warps * 32;
-  shape.shared_bytes = a.stages * stage.bytes;
+  shape.shared_bytes = stage.shared_bytes;
   shape.rows = p.blocks;
   constexpr int kRegistersPerThread = 128;  // of __launch_bounds__(256, 2)
-  const int64_t resident = std::max<int64_t>(1, std::min<int64_t>(65536 / (kRegistersPerThread * shape.threads),
-                                                                  gpu.shared_bytes_in_all / (shape.shared_bytes + 1024)));
-  shape.blocks = single ? std::min<int64_t>(tiles, std::max<int64_t>(1, gpu.multiprocessors * resident / p.blocks))
-                        : tiles;
+  const int64_t resident =
+      std::max<int64_t>(1, std::min<int64_t>(65536 / (kRegistersPerThread * shape.threads),
+                                             gpu.shared_bytes_in_all / (shape.shared_bytes + 1024)));
+  shape.blocks =
+      single ? std::min<int64_t>(tiles, std::max<int64_t>(1, gpu.multiprocessors * resident / p.blocks)) : tiles;
 }
 
 void launch_convolution(const Convolution& c, device::Stream stream, bool overlap) {
+  const bool backward = c.args.pass != Pass::kForward || c.args.second.data != nullptr;
   switch (c.packing.precision) {
     case Precision::kFloat16:
-      return launch_float16(c, stream, overlap);
+      return (backward ? launch_float16_backward : launch_float16)(c, stream, overlap);
     case Precision::kBFloat16:
-      return launch_bfloat16(c, stream, overlap);
+      return (backward ? launch_bfloat16_backward : launch_bfloat16)(c, stream, overlap);
     case Precision::kTf32:
-      return launch_tf32(c, stream, overlap);
+      return (backward ? launch_tf32_backward : launch_tf32)(c, stream, overlap);
     case Precision::kTf32x3:
-      return launch_tf32x3(c, stream, overlap);
+      return (backward ? launch_tf32x3_backward : launch_tf32x3)(c, stream, overlap);
   }
 }
 

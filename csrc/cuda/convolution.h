@@ -17,25 +17,39 @@ inline constexpr int kMostTiles = 8;    // of 8 output channels, in one block
 // of 16 (tf32: 8) channels of a tensor-core product.
 struct Packing {
   Precision precision = Precision::kFloat16;
-  int32_t taps = 9;             // 1 or 9
-  int32_t slab_units = 1;       // of every slab but an input's last
-  int32_t channel_tiles = 1;    // of a block
-  int32_t blocks = 1;           // of output channels
+  int32_t taps = 9;           // 1 or 9
+  int32_t slab_units = 1;     // of every slab but an input's last
+  int32_t channel_tiles = 1;  // of a block
+  int32_t blocks = 1;         // of output channels
   int32_t out_channels = 0;
   int32_t inputs = 1;
   int32_t units[kMostInputs] = {};
 
   // Steps of a slab of `u` units.
   static constexpr int32_t steps(int32_t taps, int32_t u) { return (taps * u + 1) / 2; }
-  int32_t total_steps() const;
+  constexpr int32_t total_steps() const {
+    int32_t total = 0;
+    for (int i = 0; i < inputs; ++i) {
+      total += units[i] / slab_units * steps(taps, slab_units);
+      if (units[i] % slab_units > 0) total += steps(taps, units[i] % slab_units);
+    }
+    return total;
+  }
   // A lane's part of one step and one tile of 8 output channels: two registers; for tf32x3 two more with what tf32 cuts
   // off.
-  int32_t lane_bytes() const { return precision == Precision::kTf32x3 ? 16 : 8; }
-  int32_t step_bytes() const { return channel_tiles * 32 * lane_bytes(); }
-  int64_t weight_bytes() const { return int64_t{blocks} * total_steps() * step_bytes(); }
-  int32_t padded_channels() const { return blocks * channel_tiles * 8; }
+  constexpr int32_t lane_bytes() const { return precision == Precision::kTf32x3 ? 16 : 8; }
+  constexpr int32_t step_bytes() const { return channel_tiles * 32 * lane_bytes(); }
+  constexpr int64_t weight_bytes() const { return int64_t{blocks} * total_steps() * step_bytes(); }
+  constexpr int32_t padded_channels() const { return blocks * channel_tiles * 8; }
   // Weights, then a float32 bias for every padded channel.
-  int64_t bytes() const { return weight_bytes() + int64_t{padded_channels()} * 4; }
+  constexpr int64_t bytes() const { return weight_bytes() + int64_t{padded_channels()} * 4; }
+};
+
+// What a convolution writes, with h its sums.
+enum class Pass : int32_t {
+  kForward = 0,   // act(h) with the residual; second: h
+  kBackward = 1,  // the gradient to h, `given` being the one to the forward result; second: the one to the residual
+  kChain = 2,     // (h + residual) act'(given): h is the gradient to act(given)
 };
 
 struct ConvolutionArgs {
@@ -44,6 +58,8 @@ struct ConvolutionArgs {
   int32_t input_count;
   View output;
   View residual;  // data null: none
+  View given;     // not read in a forward pass
+  View second;    // data null: none
   const unsigned char* weights;
   const float* bias;
   // (value - shift[c]) * scale[c] of every input value, but not of the padding; null: as it is.
@@ -62,12 +78,13 @@ struct ConvolutionArgs {
   int32_t tile_height, tile_width_log2;
   int32_t tiles_across, tiles_down, tiles;
   int32_t in_tile_height, in_tile_width;
-  int32_t pitch;                                    // bytes from a pixel to the next in shared memory
+  int32_t pitch;                                        // bytes from a pixel to the next in shared memory
   int32_t weights_at, table_at, zeros_at, stage_bytes;  // offsets in a stage
-  int32_t shuffle;                                  // upscale factor of a pixel shuffle; 1: none
+  int32_t shuffle;                                      // upscale factor of a pixel shuffle; 1: none
   Activation activation;
   ResidualMode residual_mode;
   float slope;
+  Pass pass;
 };
 
 // What to compute; `prepare_convolution` chooses tiles and shared memory for it.

@@ -1,4 +1,5 @@
-// The convolution kernel. One block computes tiles of output pixels, each of its warps kM x 16 pixels and kN x 8 channels.
+// The convolution kernel. One block computes tiles of output pixels, each of its warps kM x 16 pixels and kN x 8
+// channels.
 #pragma once
 
 #include "convolution_kernels.h"
@@ -145,7 +146,7 @@ ESR_DEVICE void multiply_slab(const ConvolutionArgs& a, int steps, const unsigne
   const int lane = device::thread_index() & 31;
   const unsigned char* table = stage + a.table_at + (lane >> 4) * 4;
   const unsigned char* weights = stage + a.weights_at + lane * (P::kWeights * 4);
-#pragma unroll 2
+#pragma unroll(P::kWeights == 4 ? 1 : 2)
   for (int step = 0; step < steps; ++step) {
     const int offset = device::load_shared<int>(table + step * 8);
     uint32_t b[kN][P::kWeights];
@@ -192,27 +193,33 @@ ESR_DEVICE void multiply_slab(const ConvolutionArgs& a, int steps, const unsigne
   }
 }
 
-// Epilogue and stores of one warp. The results pass through shared memory, 16 pixels at a time, from the layout of
-// tensor-core products to eight channels of a pixel for each lane.
-template <typename P, int kN, int kM>
+// Epilogue and stores of one warp; kBackward is for all but a plain forward pass, and knows no pixel shuffle. The
+// results pass through shared memory, 16 pixels at a time, from the layout of tensor-core products to eight channels of
+// a pixel for each lane.
+template <typename P, int kN, int kM, bool kBackward>
 ESR_DEVICE void store_results(const ConvolutionArgs& a, const Tile& tile, const float (&sums)[kM][kN][4],
                               unsigned char* shared) {
   using Value = typename P::Value;
   constexpr int kPitch = result_pitch(kN);
+  const int shuffle = kBackward ? 1 : a.shuffle;
   const int lane = device::thread_index() & 31, warp = device::thread_index() >> 5;
   const int group = lane >> 2, pair = (lane & 3) * 2;
   float* results = reinterpret_cast<float*>(shared) + warp * 16 * kPitch;
   const int first_channel = device::block_row() * kN * 8;
-  const bool pixels_first = !a.output.blocked && (a.shuffle > 1 || a.output.channel != int64_t{sizeof(Value)});
+  const bool pixels_first = !a.output.blocked && (shuffle > 1 || a.output.channel != int64_t{sizeof(Value)});
   const int width_mask = (1 << a.tile_width_log2) - 1;
-#pragma unroll
+#pragma unroll 1
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
+    for (int i = 0; i < kM; ++i) {  // unrolled, so that sums stay in registers
+      if (i != m) continue;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        device::store_shared(results + (group + 8 * h) * kPitch + n * 8 + pair,
-                             U32x2{device::float_bits(sums[m][n][2 * h]), device::float_bits(sums[m][n][2 * h + 1])});
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          device::store_shared(results + (group + 8 * h) * kPitch + n * 8 + pair,
+                               U32x2{device::float_bits(sums[i][n][2 * h]), device::float_bits(sums[i][n][2 * h + 1])});
+        }
       }
     }
     device::sync_warp();
@@ -229,16 +236,38 @@ ESR_DEVICE void store_results(const ConvolutionArgs& a, const Tile& tile, const 
         values[k + 2] = device::bits_float(v.z), values[k + 3] = device::bits_float(v.w);
       }
       if (a.residual.data != nullptr) {
-        read_channels<Value>(a.residual, a.shuffle, tile.image, y, x, c, a.out_channels, residual);
+        read_channels<Value>(a.residual, shuffle, tile.image, y, x, c, a.out_channels, residual);
       }
-      finish(values, residual, a.activation, a.slope, a.residual_mode);
-      write_channels<Value>(a.output, a.shuffle, tile.image, y, x, c, a.out_channels, values);
+      if constexpr (!kBackward) {
+        finish(values, residual, a.activation, a.slope, a.residual_mode);
+      } else if (a.pass == Pass::kForward) {
+        if (a.second.data != nullptr) {
+          write_channels<Value>(a.second, 1, tile.image, y, x, c, a.out_channels, values);
+        }
+        finish(values, residual, a.activation, a.slope, a.residual_mode);
+      } else {
+        float given[8];
+        read_channels<Value>(a.given, 1, tile.image, y, x, c, a.out_channels, given);
+        if (a.pass == Pass::kBackward) {
+          finish_backward(values, residual, given, a.activation, a.slope, a.residual_mode);
+        } else {
+#pragma unroll
+          for (int k = 0; k < 8; ++k) residual[k] += values[k];
+          differentiate(given, residual, a.activation, a.slope);
+#pragma unroll
+          for (int k = 0; k < 8; ++k) values[k] = given[k];
+        }
+        if (a.second.data != nullptr) {
+          write_channels<Value>(a.second, 1, tile.image, y, x, c, a.out_channels, residual);
+        }
+      }
+      write_channels<Value>(a.output, shuffle, tile.image, y, x, c, a.out_channels, values);
     }
     device::sync_warp();
   }
 }
 
-template <typename P, int kN>
+template <typename P, int kN, bool kBackward>
 ESR_KERNEL(256, 2)
 convolution_kernel(ESR_ARGUMENT(ConvolutionArgs) a) {
   using Value = typename P::Value;
@@ -305,7 +334,7 @@ convolution_kernel(ESR_ARGUMENT(ConvolutionArgs) a) {
       multiply_slab<P, kN, kM>(a, steps, shared + (slab % a.stages) * a.stage_bytes, base, sums);
       device::sync_block();
     }
-    store_results<P, kN, kM>(a, tile, sums, shared);
+    store_results<P, kN, kM, kBackward>(a, tile, sums, shared);
     device::sync_block();
   }
 }

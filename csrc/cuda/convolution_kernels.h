@@ -1,4 +1,4 @@
-// The instantiations of the convolution kernel, one source file for each precision.
+// The instantiations of the convolution kernel, two source files for each precision.
 #pragma once
 
 #include "convolution.h"
@@ -12,5 +12,10 @@ void launch_float16(const Convolution& convolution, device::Stream stream, bool 
 void launch_bfloat16(const Convolution& convolution, device::Stream stream, bool overlap);
 void launch_tf32(const Convolution& convolution, device::Stream stream, bool overlap);
 void launch_tf32x3(const Convolution& convolution, device::Stream stream, bool overlap);
+// All but a plain forward pass.
+void launch_float16_backward(const Convolution& convolution, device::Stream stream, bool overlap);
+void launch_bfloat16_backward(const Convolution& convolution, device::Stream stream, bool overlap);
+void launch_tf32_backward(const Convolution& convolution, device::Stream stream, bool overlap);
+void launch_tf32x3_backward(const Convolution& convolution, device::Stream stream, bool overlap);
 
 }  // namespace esr::cuda

@@ -1,4 +1,5 @@
-// The primitives kernels are written with: under nvcc a thin layer over PTX, in the emulator (csrc/emulator) checked C++.
+// The primitives kernels are written with: under nvcc a thin layer over PTX, in the emulator (csrc/emulator) checked
+// C++.
 //
 // Kernels touch memory through these functions only; that is what lets the emulator see every access.
 #pragma once
@@ -128,13 +129,13 @@ struct tf32 {};  // the type of a product, not of a value in memory
 template <typename T>
 ESR_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
-#define ESR_MULTIPLY_ADD(type, shape, name)                                                                         \
-  template <>                                                                                                       \
-  ESR_DEVICE void multiply_add<type>(float(&d)[4], const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {               \
-    asm("mma.sync.aligned." shape ".row.col.f32." name "." name                                                     \
-        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                      \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                            \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                            \
+#define ESR_MULTIPLY_ADD(type, shape, name)                                                             \
+  template <>                                                                                           \
+  ESR_DEVICE void multiply_add<type>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
+    asm("mma.sync.aligned." shape ".row.col.f32." name "." name                                         \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                          \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                \
   }
 ESR_MULTIPLY_ADD(float16, "m16n8k16", "f16")
 ESR_MULTIPLY_ADD(bfloat16, "m16n8k16", "bf16")

@@ -88,7 +88,8 @@ Weights read_weights(const std::vector<Tensor>& tensors, bool shapes_only, Allow
     const ScalarType type = t.scalar_type();
     STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, "weight ", i,
                     " has an unsupported dtype, allowed are float32, float16 and bfloat16");
-    w.dtype = type == ScalarType::Float ? Dtype::kFloat32 : (type == ScalarType::Half ? Dtype::kFloat16 : Dtype::kBFloat16);
+    w.dtype =
+        type == ScalarType::Float ? Dtype::kFloat32 : (type == ScalarType::Half ? Dtype::kFloat16 : Dtype::kBFloat16);
     STD_TORCH_CHECK(t.dim() <= 4, "weight ", i, " has ", t.dim(), " dimensions, allowed are up to 4");
     w.dimensions = static_cast<int32_t>(t.dim());
     for (int64_t d = 0; d < t.dim(); ++d) {
@@ -171,7 +172,6 @@ class CompiledPlan {
     find_uses();
   }
 
-  Precision precision() const { return precision_; }
   int64_t packed_bytes() const { return packed_bytes_; }
 
   void pack(const Weights& weights, unsigned char* packed, device::Stream stream) const {
@@ -218,17 +218,20 @@ class CompiledPlan {
     if (bytes > 0) {
       workspace = torch::stable::new_empty(inputs[0], {bytes}, ScalarType::Byte);
       base = static_cast<unsigned char*>(workspace->mutable_data_ptr());
-      memory.add(base, bytes, true, "the workspace");
+      memory.add(base + own, geometry->bytes, true, "the workspace");
     }
     const unsigned char* weights_at = base;
     if (weights != nullptr) {
+      // Written here only: later launches read weights before the launches before them have finished.
+      AllowedMemory packing;
+      packing.add(base, own, true, "the packed weights");
       pack(*weights, base, scope.stream());
     } else {
       STD_TORCH_CHECK(packed->numel() == packed_bytes_ && packed->scalar_type() == ScalarType::Byte,
                       "the packed weights are not this plan's");
       weights_at = static_cast<const unsigned char*>(packed->const_data_ptr());
-      memory.add(weights_at, packed_bytes_, false, "the packed weights");
     }
+    memory.add(weights_at, packed_bytes_, false, "the packed weights");
     run(*geometry, in, out, weights_at, base + own, scope.stream());
   }
 
@@ -280,13 +283,16 @@ class CompiledPlan {
         u.last = layer.index;
       }
     }
-    for (size_t i = 0; i < program_.outputs.size(); ++i) uses_[static_cast<size_t>(program_.outputs[i])].outputs.push_back(i);
+    for (size_t i = 0; i < program_.outputs.size(); ++i)
+      uses_[static_cast<size_t>(program_.outputs[i])].outputs.push_back(i);
     for (const Layer& layer : program_.layers) {
       Use& u = uses_[static_cast<size_t>(program_.inputs + layer.index)];
       u.absorbed = absorbable(layer, program_.inputs + layer.index);
       // A result that nobody reads is computed nevertheless; the plan's maker is to leave such layers out.
-      if (u.absorbed) u.needs_map = false;
-      else if (!u.needs_map && u.outputs.empty()) u.needs_map = true, u.last = layer.index;
+      if (u.absorbed)
+        u.needs_map = false;
+      else if (!u.needs_map && u.outputs.empty())
+        u.needs_map = true, u.last = layer.index;
     }
   }
 
@@ -355,13 +361,12 @@ class CompiledPlan {
         continue;
       }
       // Straight to an output where nobody reads it, or where readers find it as good as a map.
-      const auto direct = std::find_if(use.outputs.begin(), use.outputs.end(), [&](size_t i) {
-        return !use.needs_map || out[i].view.blocked;
-      });
+      const auto direct = std::find_if(use.outputs.begin(), use.outputs.end(),
+                                       [&](size_t i) { return !use.needs_map || out[i].view.blocked; });
       const bool is_direct = direct != use.outputs.end();
       run.output.shape = g.shapes[value];
-      run.output.view = is_direct ? out[*direct].view
-                                  : blocked_view(workspace + g.offsets[value], precision_, run.output.shape);
+      run.output.view =
+          is_direct ? out[*direct].view : blocked_view(workspace + g.offsets[value], precision_, run.output.shape);
       if (g.temporaries[k] >= 0) run.temporary = workspace + g.temporaries[k];
       run.batch = batch;
       run.stream = stream;

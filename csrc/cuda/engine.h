@@ -8,8 +8,8 @@
 
 namespace esr::cuda {
 
-// Parses and checks a program for weights and inputs of these shapes, and returns a handle (> 0). The weights' values do
-// not matter. `precision` is view.h's Precision.
+// Parses and checks a program for weights and inputs of these shapes, and returns a handle (> 0). The weights' values
+// do not matter. `precision` is view.h's Precision.
 int64_t compile_plan(const std::vector<int64_t>& program, const std::vector<double>& constants,
                      const std::vector<torch::stable::Tensor>& weights, const std::vector<int64_t>& input_channels,
                      int64_t precision);

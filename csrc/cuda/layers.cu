@@ -16,7 +16,8 @@ class ConvolutionStep : public Step {
   ConvolutionStep(const Layer& layer, Precision precision, const Weights& weights, const Shapes& inputs)
       : Step(layer, precision), separable_(layer.op == Op::kBsconv) {
     const int64_t maps = static_cast<int64_t>(inputs.size()) - layer.has_residual;
-    for (int64_t i = 0; i < maps; ++i) channels_.push_back(static_cast<int32_t>(inputs[static_cast<size_t>(i)].channels));
+    for (int64_t i = 0; i < maps; ++i)
+      channels_.push_back(static_cast<int32_t>(inputs[static_cast<size_t>(i)].channels));
     int64_t in_channels = 0;
     for (const int32_t c : channels_) in_channels += c;
     taps_ = layer.op == Op::kConv1x1 ? 1 : 9;
@@ -107,8 +108,8 @@ class ConvolutionStep : public Step {
     a.activation = layer_.activation;
     a.slope = layer_.slope;
     // A pixel shuffle's residual has no mode: it is added.
-    a.residual_mode = layer_.has_residual && layer_.residual_mode == ResidualMode::kNone ? ResidualMode::kPost
-                                                                                         : layer_.residual_mode;
+    a.residual_mode =
+        layer_.has_residual && layer_.residual_mode == ResidualMode::kNone ? ResidualMode::kPost : layer_.residual_mode;
     prepare_convolution(c, run.batch);
     launch_convolution(c, run.stream, overlap);
   }

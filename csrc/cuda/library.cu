@@ -37,8 +37,7 @@ void release(int64_t handle) { release_plan(handle); }
 #endif
 
 STABLE_TORCH_LIBRARY(ESR_LIBRARY, m) {
-  m.def(
-      "compile_plan(int[] program, float[] constants, Tensor[] weights, int[] input_channels, int precision) -> int");
+  m.def("compile_plan(int[] program, float[] constants, Tensor[] weights, int[] input_channels, int precision) -> int");
   m.def("pack_plan(int handle, Tensor[] weights) -> Tensor");
   m.def("execute_plan(int handle, Tensor packed, Tensor[] inputs, Tensor(a!)[] outputs) -> ()");
   m.def("run_plan(int handle, Tensor[] weights, Tensor[] inputs, Tensor(a!)[] outputs) -> ()");

@@ -1,5 +1,7 @@
 #include "packing.h"
 
+#include <utility>
+
 #include "../common/layout.h"
 
 namespace esr::cuda {
@@ -23,7 +25,7 @@ ESR_DEVICE float read(const WeightView& w, int64_t i0, int64_t i1, int tap) {
 ESR_DEVICE float weight_value(const PackArgs& a, int o, int i, int tap) {
   switch (a.composition) {
     case Composition::kDepthwise:
-      return read(a.weight, o, 0, tap) * read(a.inner, o, i, 0);
+      return read(a.weight, o, i, tap) * read(a.inner, o, i, 0);
     case Composition::kProduct: {
       float sum = 0.0f;
       for (int m = 0; m < a.weight.sizes[1]; ++m) sum = fmaf(read(a.weight, o, m, tap), read(a.inner, m, i, 0), sum);
@@ -38,7 +40,8 @@ ESR_DEVICE float bias_value(const PackArgs& a, int o) {
   float sum = a.bias.data == nullptr ? 0.0f : read(a.bias, o, 0, 0);
   if (a.composition == Composition::kProduct && a.inner_bias.data != nullptr) {
     for (int m = 0; m < a.weight.sizes[1]; ++m) {
-      for (int tap = 0; tap < a.packing.taps; ++tap) sum = fmaf(read(a.weight, o, m, tap), read(a.inner_bias, m, 0, 0), sum);
+      for (int tap = 0; tap < a.packing.taps; ++tap)
+        sum = fmaf(read(a.weight, o, m, tap), read(a.inner_bias, m, 0, 0), sum);
     }
   }
   return sum;
@@ -137,12 +140,27 @@ ESR_KERNEL(kMostConstants, 1) constants_kernel(ESR_ARGUMENT(ConstantsArgs) a) {
 
 }  // namespace
 
+WeightView adjoint(WeightView w) {
+  std::swap(w.sizes[0], w.sizes[1]);
+  std::swap(w.strides[0], w.strides[1]);
+  for (int d = 2; d < 4; ++d) {
+    w.data += (w.sizes[d] - 1) * w.strides[d] * dtype_bytes(w.dtype);
+    w.strides[d] = -w.strides[d];
+  }
+  return w;
+}
+
 void launch_pack(const PackArgs& args, device::Stream stream) {
   const Packing& p = args.packing;
   device::LaunchShape shape;
   shape.threads = kThreads;
   shape.blocks = ceil_div(p.weight_bytes() / p.lane_bytes() + p.padded_channels(), kThreads);
-  device::launch("pack", &pack_kernel, shape, stream, false, args);
+  PackArgs a = args;
+  // A depthwise weight is the same for all channels of its dimension of size 1.
+  for (int d = 0; d < 2; ++d) {
+    if (a.weight.sizes[d] == 1) a.weight.strides[d] = 0;
+  }
+  device::launch("pack", &pack_kernel, shape, stream, false, a);
 }
 
 void launch_constants(const ConstantsArgs& args, device::Stream stream) {

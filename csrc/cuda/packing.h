@@ -20,10 +20,13 @@ struct WeightView {
   int64_t strides[4] = {};
 };
 
+// The weight of the convolution that is this one's data gradient: taps in reverse, input and output channels swapped.
+WeightView adjoint(WeightView weight);
+
 // How the convolution's weight arises from those given.
 enum class Composition : int32_t {
   kPlain = 0,      // weight[o, i, tap]
-  kDepthwise = 1,  // weight[o, 0, tap] inner[o, i]: a 1x1 convolution, then a depthwise one
+  kDepthwise = 1,  // weight[o, 0, tap] inner[o, i]: a 1x1 convolution, then a depthwise one; or the adjoint of both
   kProduct = 2,    // sum over m of weight[o, m, tap] inner[m, i]: a 1x1 convolution, then a dense one without padding
 };
 

@@ -12,7 +12,8 @@ constexpr int kThreads = 256;
 
 // One item is eight channels of a pixel. Neighbouring lanes take what lies side by side in the output.
 template <typename Value>
-ESR_KERNEL(kThreads, 2) pointwise_kernel(ESR_ARGUMENT(PointwiseArgs) a) {
+ESR_KERNEL(kThreads, 2)
+pointwise_kernel(ESR_ARGUMENT(PointwiseArgs) a) {
   device::wait_for_previous_grid();
   device::allow_next_grid();
   const bool pixels_first = a.output.channel != static_cast<int64_t>(sizeof(Value));
@@ -30,8 +31,8 @@ ESR_KERNEL(kThreads, 2) pointwise_kernel(ESR_ARGUMENT(PointwiseArgs) a) {
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
         if (c + k < a.channels) {
-          values[k] = (values[k] - device::load_global<float>(a.shift + c + k)) *
-                      device::load_global<float>(a.scale + c + k);
+          values[k] =
+              (values[k] - device::load_global<float>(a.shift + c + k)) * device::load_global<float>(a.scale + c + k);
         }
       }
     }
@@ -53,7 +54,8 @@ void launch_pointwise(PointwiseArgs args, Precision precision, int64_t batch, de
   device::LaunchShape shape;
   shape.threads = kThreads;
   constexpr int64_t kBlocksPerMultiprocessor = 8;
-  shape.blocks = std::min(ceil_div(args.items, kThreads), device::properties().multiprocessors * kBlocksPerMultiprocessor);
+  shape.blocks =
+      std::min(ceil_div(args.items, kThreads), device::properties().multiprocessors * kBlocksPerMultiprocessor);
   switch (precision) {
     case Precision::kFloat16:
       return device::launch("pointwise", &pointwise_kernel<device::float16>, shape, stream, overlap, args);

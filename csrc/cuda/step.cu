@@ -25,8 +25,8 @@ WeightView Step::weight_of(size_t k, const Weights& weights, const char* what,
   const WeightView& w = weights[static_cast<size_t>(layer_.weights[k])];
   bool fits = w.dimensions == static_cast<int32_t>(shape.size());
   for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] < 0 ? w.sizes[i] >= 1 : w.sizes[i] == shape[i];
-  STD_TORCH_CHECK(fits, layer_.name(), ": ", what, " has shape ",
-                  to_string(w.sizes, static_cast<size_t>(w.dimensions)), ", must be ", to_string(shape));
+  STD_TORCH_CHECK(fits, layer_.name(), ": ", what, " has shape ", to_string(w.sizes, static_cast<size_t>(w.dimensions)),
+                  ", must be ", to_string(shape));
   return w;
 }
 

@@ -64,8 +64,8 @@ class Step {
   // The layer's k-th weight, which must have this shape (-1: any); data null where the layer has none.
   WeightView weight_of(size_t k, const Weights& weights, const char* what, const std::vector<int64_t>& shape) const;
   void check_channels(const Shape& s, int64_t channels, const char* what) const {
-    STD_TORCH_CHECK(s.channels == channels, layer_.name(), ": ", what, " has ", s.channels,
-                    " channels, must have ", channels);
+    STD_TORCH_CHECK(s.channels == channels, layer_.name(), ": ", what, " has ", s.channels, " channels, must have ",
+                    channels);
   }
   void check_same_size(const Shape& a, const Shape& b, const char* what) const {
     STD_TORCH_CHECK(a.height == b.height && a.width == b.width, layer_.name(), ": ", what, " is ", b.height, "x",

@@ -5,7 +5,8 @@
 
 namespace esr::cuda {
 
-// What kernels compute in. float32 values are multiplied as tf32, or as three tf32 products, which is as exact as float32.
+// What kernels compute in. float32 values are multiplied as tf32, or as three tf32 products, which is as exact as
+// float32.
 enum class Precision : int32_t { kFloat16 = 0, kBFloat16 = 1, kTf32 = 2, kTf32x3 = 3 };
 inline constexpr int64_t kPrecisionCount = 4;
 

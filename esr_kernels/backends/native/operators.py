@@ -1,20 +1,31 @@
-"""The operators on the compiled CPU engine, each a plan of one to three layers."""
+"""The operators on the compiled engines, each a plan of one to three layers.
+
+The functions take an operator's arguments and return what an engine needs to run it, and what the caller gets.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ...library import feature_map, image, run_plan_outputs
+from ...library import feature_map, image
 from ...plan import ESA_WEIGHTS, Plan, PlanBuilder
-from .engine import compiled_plan
 
 
-def _execute(plan: Plan, weights: list[Tensor | None], inputs: list[Tensor], outputs: list[Tensor]) -> None:
-    present = [w for w in weights if w is not None]
-    compiled_plan(plan, present, compare=True).execute(inputs, outputs)
+class Call(NamedTuple):
+    """A plan with the tensors of one call; `result` is what the operator returns."""
+
+    plan: Plan
+    weights: list[Tensor]
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    result: Any
+
+
+def _present(*weights: Tensor | None) -> list[Tensor]:
+    return [w for w in weights if w is not None]
 
 
 def _names(**weights: Any) -> dict[str, Any]:
@@ -48,14 +59,13 @@ def conv3x3(
     activation: str,
     negative_slope: float,
     residual_mode: str,
-) -> Tensor:
+) -> Call:
     channels, out_channels = weight.shape[1], weight.shape[0]
     plan = _conv3x3_plan(
         channels, out_channels, bias is not None, residual is not None, activation, negative_slope, residual_mode
     )
     out = feature_map(x, out_channels)
-    _execute(plan, [weight, bias], [x] if residual is None else [x, residual], [out])
-    return out
+    return Call(plan, _present(weight, bias), _present(x, residual), [out], out)
 
 
 @lru_cache(maxsize=256)
@@ -80,13 +90,13 @@ def spab(
     w3: Tensor,
     b3: Tensor | None,
     return_mid: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Call:
     channels = (w1.shape[0], w2.shape[0], w3.shape[0])
     plan = _spab_plan(channels, (b1 is not None, b2 is not None, b3 is not None), return_mid)
     out = feature_map(x, channels[2])
     mid = feature_map(x, channels[0]) if return_mid else x.new_empty(0)
-    _execute(plan, [w1, b1, w2, b2, w3, b3], [x], [out, mid] if return_mid else [out])
-    return out, mid
+    outputs = [out, mid] if return_mid else [out]
+    return Call(plan, _present(w1, b1, w2, b2, w3, b3), [x], outputs, (out, mid))
 
 
 @lru_cache(maxsize=256)
@@ -99,12 +109,11 @@ def _tail_plan(channels: int, out: int, bias: bool, residual: bool, r: int) -> P
 
 def conv3x3_pixel_shuffle(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, upscale_factor: int
-) -> Tensor:
+) -> Call:
     colours = weight.shape[0] // upscale_factor**2
     plan = _tail_plan(weight.shape[1], colours, bias is not None, residual is not None, upscale_factor)
     out = image(x, colours, upscale_factor)
-    _execute(plan, [weight, bias], [x] if residual is None else [x, residual], [out])
-    return out
+    return Call(plan, _present(weight, bias), _present(x, residual), [out], out)
 
 
 @lru_cache(maxsize=256)
@@ -116,12 +125,11 @@ def _conv1x1_plan(channels: tuple[int, ...], out: int, bias: bool, activation: s
     return b.finish([y])
 
 
-def conv1x1(xs: list[Tensor], weight: Tensor, bias: Tensor | None, activation: str, negative_slope: float) -> Tensor:
+def conv1x1(xs: list[Tensor], weight: Tensor, bias: Tensor | None, activation: str, negative_slope: float) -> Call:
     channels = tuple(x.shape[1] for x in xs)
     plan = _conv1x1_plan(channels, weight.shape[0], bias is not None, activation, negative_slope)
     out = feature_map(xs[0], weight.shape[0])
-    _execute(plan, [weight, bias], list(xs), [out])
-    return out
+    return Call(plan, _present(weight, bias), list(xs), [out], out)
 
 
 @lru_cache(maxsize=256)
@@ -139,13 +147,12 @@ def _esa_plan(channels: int, hidden: int, present: tuple[str, ...]) -> Plan:
     return b.finish([y])
 
 
-def esa(x: Tensor, *weights: Tensor | None) -> Tensor:
+def esa(x: Tensor, *weights: Tensor | None) -> Call:
     present = tuple(name for name, w in zip(ESA_WEIGHTS, weights, strict=True) if w is not None)
     first = weights[0]
     assert first is not None
     out = feature_map(x, x.shape[1])
-    _execute(_esa_plan(x.shape[1], first.shape[0], present), list(weights), [x], [out])
-    return out
+    return Call(_esa_plan(x.shape[1], first.shape[0], present), _present(*weights), [x], [out], out)
 
 
 @lru_cache(maxsize=256)
@@ -173,15 +180,11 @@ def bsconv(
     padding_mode: str,
     activation: str,
     negative_slope: float,
-) -> Tensor:
+) -> Call:
     channels, out_channels = pointwise.shape[1], pointwise.shape[0]
     plan = _bsconv_plan(channels, out_channels, bias is not None, padding_mode, activation, negative_slope)
     out = feature_map(x, out_channels)
-    _execute(plan, [pointwise, depthwise, bias], [x], [out])
-    return out
+    return Call(plan, _present(pointwise, depthwise, bias), [x], [out], out)
 
 
-def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Tensor]:
-    outputs = run_plan_outputs(inputs, weights, plan)
-    compiled_plan(Plan.from_json(plan), weights, compare=False).execute(inputs, outputs)
-    return outputs
+FORWARD = (conv3x3, spab, conv3x3_pixel_shuffle, conv1x1, esa, bsconv)

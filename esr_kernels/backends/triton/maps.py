@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...dispatch import tf32_allowed
 from .recording import dense
 
 # Offsets inside one image are 32-bit up to here; a block of offsets may go beyond by its size.
@@ -88,8 +89,4 @@ def precision(dtype: torch.dtype) -> str:
     """
     if dtype != torch.float32:
         return "tf32"  # has no effect on half types
-    try:
-        allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    except AttributeError:
-        allowed = torch.backends.cudnn.allow_tf32
-    return "tf32" if allowed else "tf32x3"
+    return "tf32" if tf32_allowed() else "tf32x3"

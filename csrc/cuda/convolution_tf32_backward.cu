@@ -1,0 +1,9 @@
+#include "convolution_launch.h"
+
+namespace esr::cuda {
+
+void launch_tf32_backward(const Convolution& convolution, device::Stream stream, bool overlap) {
+  launch_instance<Tf32, true>("convolution_tf32_backward", convolution, stream, overlap);
+}
+
+}  // namespace esr::cuda

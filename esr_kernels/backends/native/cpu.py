@@ -1,0 +1,33 @@
+"""The operators on the compiled CPU engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from torch import Tensor
+
+from ...library import run_plan_outputs
+from ...plan import Plan
+from .engine import compiled_plan
+from .operators import FORWARD, Call
+
+
+def _on_cpu(operator: Callable[..., Call]) -> Callable[..., Any]:
+    @wraps(operator)
+    def run(*args: Any) -> Any:
+        call = operator(*args)
+        compiled_plan(call.plan, call.weights, compare=True).execute(call.inputs, call.outputs)
+        return call.result
+
+    return run
+
+
+def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Tensor]:
+    outputs = run_plan_outputs(inputs, weights, plan)
+    compiled_plan(Plan.from_json(plan), weights, compare=False).execute(inputs, outputs)
+    return outputs
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {f.__name__: _on_cpu(f) for f in FORWARD} | {"run_plan": run_plan}
