@@ -1,7 +1,5 @@
 #include "engine.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -13,11 +11,7 @@
 #include "../common/registry.h"
 #include "pointwise.h"
 #include "step.h"
-
-// In libtorch_cuda, which a process has only where torch has CUDA.
-#ifndef ESR_EMULATOR
-#pragma weak aoti_torch_get_current_cuda_stream
-#endif
+#include "tensors.h"
 
 namespace esr::cuda {
 namespace {
@@ -25,123 +19,6 @@ namespace {
 using device::AllowedMemory;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-ScalarType scalar_type(Precision p) {
-  return p == Precision::kFloat16 ? ScalarType::Half
-                                  : (p == Precision::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Float);
-}
-
-// The tensors' device and its current stream, for the duration of a call.
-class DeviceScope {
- public:
-#ifdef ESR_EMULATOR
-  explicit DeviceScope(const Tensor&) {}
-  device::Stream stream() const { return {}; }
-#else
-  explicit DeviceScope(const Tensor& t) : index_(t.get_device_index()) {
-    if (current_device() != index_) guard_.emplace(index_);
-  }
-  device::Stream stream() const {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
-    return static_cast<device::Stream>(stream);
-  }
-
- private:
-  static int current_device() {
-    int device = -1;
-    cudaGetDevice(&device);
-    return device;
-  }
-  int32_t index_;
-  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
-#endif
-};
-
-void check_device(const Tensor& t, const char* what, size_t index) {
-#ifdef ESR_EMULATOR
-  STD_TORCH_CHECK(t.is_cpu(), what, " ", index, " is not a CPU tensor");
-#else
-  STD_TORCH_CHECK(t.is_cuda(), what, " ", index, " is not a CUDA tensor");
-#endif
-  STD_TORCH_CHECK(t.layout() == torch::headeronly::Layout::Strided, what, " ", index, " is not a strided tensor");
-}
-
-// Bytes from the first element to behind the last.
-int64_t extent(const Tensor& t) {
-  int64_t last = 0;
-  const auto sizes = t.sizes(), strides = t.strides();
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    if (sizes[i] == 0) return 0;
-    last += (sizes[i] - 1) * strides[i];
-  }
-  return (last + 1) * static_cast<int64_t>(t.element_size());
-}
-
-Weights read_weights(const std::vector<Tensor>& tensors, bool shapes_only, AllowedMemory& memory) {
-  Weights weights;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const Tensor& t = tensors[i];
-    check_device(t, "weight", i);
-    WeightView w;
-    const ScalarType type = t.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, "weight ", i,
-                    " has an unsupported dtype, allowed are float32, float16 and bfloat16");
-    w.dtype =
-        type == ScalarType::Float ? Dtype::kFloat32 : (type == ScalarType::Half ? Dtype::kFloat16 : Dtype::kBFloat16);
-    STD_TORCH_CHECK(t.dim() <= 4, "weight ", i, " has ", t.dim(), " dimensions, allowed are up to 4");
-    w.dimensions = static_cast<int32_t>(t.dim());
-    for (int64_t d = 0; d < t.dim(); ++d) {
-      STD_TORCH_CHECK(t.size(d) < INT32_MAX, "weight ", i, " is too large");
-      w.sizes[d] = static_cast<int32_t>(t.size(d));
-      w.strides[d] = t.stride(d);
-    }
-    if (!shapes_only) {
-      w.data = static_cast<const unsigned char*>(t.const_data_ptr());
-      memory.add(w.data, extent(t), false, "a weight");
-    }
-    weights.push_back(w);
-  }
-  return weights;
-}
-
-// An input or output of a run.
-struct Outside {
-  View view;
-  Shape shape;
-  int64_t batch = 0;
-};
-
-Outside read_outside(const Tensor& t, const char* what, size_t index, Precision precision, bool written,
-                     AllowedMemory& memory) {
-  check_device(t, what, index);
-  STD_TORCH_CHECK(t.scalar_type() == scalar_type(precision), what, " ", index,
-                  " does not have the dtype that the plan was compiled for");
-  STD_TORCH_CHECK(t.dim() == 4, what, " ", index, " has ", t.dim(), " dimensions, must have 4: [N, C, H, W]");
-  Outside o;
-  const auto sizes = t.sizes(), strides = t.strides();
-  o.batch = sizes[0];
-  o.shape = {sizes[1], sizes[2], sizes[3]};
-  for (int d = 1; d < 4; ++d) {
-    STD_TORCH_CHECK(sizes[d] < INT32_MAX / 2, what, " ", index, " is too large: size ", sizes[d], " in dimension ", d);
-  }
-  const int64_t bytes = value_bytes(precision);
-  // The stride of a dimension of size 1 says nothing.
-  const auto stride = [&](int d) { return sizes[d] == 1 ? 0 : strides[d] * bytes; };
-  View& v = o.view;
-  v.data = static_cast<unsigned char*>(written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr()));
-  v.image = stride(0);
-  v.channel = stride(1);
-  v.row = stride(2);
-  v.pixel = stride(3);
-  v.channels = static_cast<int32_t>(sizes[1]);
-  v.blocked = v.channel == bytes && (sizes[1] * bytes) % kUnitBytes == 0 && v.pixel % kUnitBytes == 0 &&
-              v.row % kUnitBytes == 0 && v.image % kUnitBytes == 0 &&
-              reinterpret_cast<uintptr_t>(v.data) % kUnitBytes == 0;
-  memory.add(v.data, extent(t), written, what);
-  return o;
-}
 
 // Where everything lies in the workspace, for one size of the inputs.
 struct Geometry {
@@ -191,7 +68,7 @@ class CompiledPlan {
     std::vector<Outside> in, out;
     Shapes shapes;
     for (size_t i = 0; i < inputs.size(); ++i) {
-      in.push_back(read_outside(inputs[i], "input", i, precision_, false, memory));
+      in.push_back(read_outside(inputs[i], "input", i, precision_, Access::kRead, memory));
       shapes.push_back(in[i].shape);
       STD_TORCH_CHECK(in[i].batch == in[0].batch, "input ", i, " has ", in[i].batch, " images, input 0 has ",
                       in[0].batch);
@@ -199,7 +76,7 @@ class CompiledPlan {
     const int64_t batch = in[0].batch;
     const std::shared_ptr<const Geometry> geometry = geometry_for(shapes, batch);
     for (size_t i = 0; i < outputs.size(); ++i) {
-      out.push_back(read_outside(outputs[i], "output", i, precision_, true, memory));
+      out.push_back(read_outside(outputs[i], "output", i, precision_, Access::kWrite, memory));
       const Shape &got = out[i].shape, &want = geometry->shapes[static_cast<size_t>(program_.outputs[i])];
       const bool fits = out[i].batch == batch && got.channels == want.channels && got.height == want.height &&
                         got.width == want.width;
@@ -407,7 +284,8 @@ int64_t compile_plan(const std::vector<int64_t>& program, const std::vector<doub
   // Tiles depend on the device.
   std::optional<DeviceScope> scope;
   if (!weights.empty()) scope.emplace(weights[0]);
-  return Plans::instance().add(std::make_shared<CompiledPlan>(std::move(parsed), read_weights(weights, true, none),
+  return Plans::instance().add(std::make_shared<CompiledPlan>(std::move(parsed),
+                                                              read_weights(weights, Access::kShape, none),
                                                               input_channels, static_cast<Precision>(precision)));
 }
 
@@ -416,7 +294,7 @@ Tensor pack_plan(int64_t handle, const std::vector<Tensor>& weights) {
   STD_TORCH_CHECK(!weights.empty(), "pack_plan: no weights");
   const DeviceScope scope(weights[0]);
   AllowedMemory memory;
-  const Weights views = read_weights(weights, false, memory);
+  const Weights views = read_weights(weights, Access::kRead, memory);
   Tensor packed = torch::stable::new_empty(weights[0], {plan->packed_bytes()}, ScalarType::Byte);
   auto* data = static_cast<unsigned char*>(packed.mutable_data_ptr());
   memory.add(data, plan->packed_bytes(), true, "the packed weights");
@@ -433,7 +311,7 @@ void execute_plan(int64_t handle, const Tensor& packed, const std::vector<Tensor
 void run_plan(int64_t handle, const std::vector<Tensor>& weights, const std::vector<Tensor>& inputs,
               const std::vector<Tensor>& outputs) {
   AllowedMemory memory;
-  const Weights views = read_weights(weights, false, memory);
+  const Weights views = read_weights(weights, Access::kRead, memory);
   Plans::instance().get(handle)->execute(&views, nullptr, inputs, outputs, memory);
 }
 

@@ -1,4 +1,6 @@
 // The CUDA engine's operators, registered with PyTorch's dispatcher; in the emulator under a namespace of its own.
+#include "library.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -29,12 +31,6 @@ void run(int64_t handle, std::vector<Tensor> weights, std::vector<Tensor> inputs
 void release(int64_t handle) { release_plan(handle); }
 
 }  // namespace
-
-#ifdef ESR_EMULATOR
-#define ESR_LIBRARY esr_emulator
-#else
-#define ESR_LIBRARY esr_native_cuda
-#endif
 
 STABLE_TORCH_LIBRARY(ESR_LIBRARY, m) {
   m.def("compile_plan(int[] program, float[] constants, Tensor[] weights, int[] input_channels, int precision) -> int");
