@@ -43,12 +43,12 @@ struct StageLayout {
   int pitch, weights_at, table_at, zeros_at, bytes, shared_bytes;
 };
 
-StageLayout stage_layout(const Packing& p, const TileShape& t, int units, int stages) {
+StageLayout stage_layout(const Packing& p, const TileShape& t, int units, int stages, bool tail = false) {
   StageLayout s;
   // An odd number of units: eight pixels that ldmatrix reads at once fall on different banks.
   s.pitch = (units | 1) * kUnitBytes;
   const int pixels = t.in_height * t.in_width * s.pitch;
-  const int results = t.warps * 16 * result_pitch(p.channel_tiles) * 4;
+  const int results = t.warps * result_bytes(p.channel_tiles, static_cast<int>(value_bytes(p.precision)), tail);
   const int steps = Packing::steps(p.taps, units);
   s.weights_at = stages == 1 ? std::max(pixels, results) : pixels;
   s.table_at = s.weights_at + steps * p.step_bytes();
@@ -99,6 +99,20 @@ Packing plan_packing(Precision precision, int32_t taps, const int32_t* channels,
                   " bytes of shared memory");
 }
 
+bool plan_tail(const Packing& first, int32_t out_channels, Packing* tail) {
+  if (first.blocks > 1 || out_channels > first.channel_tiles * 8) return false;
+  tail->precision = first.precision;
+  tail->taps = 1;
+  tail->channel_tiles = first.channel_tiles;
+  tail->out_channels = out_channels;
+  tail->units[0] = tail->slab_units =
+      static_cast<int32_t>(ceil_div(first.out_channels, unit_channels(first.precision)));
+  const TileShape tile = largest_tile(first.channel_tiles, first.taps, 1);
+  const int stages = first.inputs == 1 && first.units[0] == first.slab_units ? 1 : 2;
+  return stage_layout(first, tile, first.slab_units, stages, true).shared_bytes + tail->weight_bytes() <=
+         device::properties().shared_bytes;
+}
+
 void prepare_convolution(Convolution& convolution, int64_t batch) {
   const Packing& p = convolution.packing;
   ConvolutionArgs& a = convolution.args;
@@ -132,7 +146,7 @@ void prepare_convolution(Convolution& convolution, int64_t batch) {
   STD_TORCH_CHECK(tiles < INT32_MAX, "a convolution of ", batch, " images of ", a.out_height, "x", a.out_width,
                   " is too large for one launch");
   a.tiles = static_cast<int32_t>(tiles);
-  const StageLayout stage = stage_layout(p, tile, p.slab_units, a.stages);
+  const StageLayout stage = stage_layout(p, tile, p.slab_units, a.stages, a.tail_weights != nullptr);
   a.pitch = stage.pitch;
   a.weights_at = stage.weights_at;
   a.table_at = stage.table_at;
@@ -141,6 +155,11 @@ void prepare_convolution(Convolution& convolution, int64_t batch) {
   device::LaunchShape& shape = convolution.shape;
   shape.threads = tile.warps * 32;
   shape.shared_bytes = stage.shared_bytes;
+  if (a.tail_weights != nullptr) {
+    a.tail_at = static_cast<int32_t>(round_up(shape.shared_bytes, kUnitBytes));
+    a.tail_channels = convolution.tail.out_channels;
+    shape.shared_bytes = a.tail_at + static_cast<int>(convolution.tail.weight_bytes());
+  }
   shape.rows = p.blocks;
   constexpr int kRegistersPerThread = 128;  // of __launch_bounds__(256, 2)
   const int64_t resident =
@@ -151,17 +170,15 @@ void prepare_convolution(Convolution& convolution, int64_t batch) {
 }
 
 void launch_convolution(const Convolution& c, device::Stream stream, bool overlap) {
+  using Launch = void (*)(const Convolution&, device::Stream, bool);
+  constexpr Launch kForward[] = {launch_float16, launch_bfloat16, launch_tf32, launch_tf32x3};
+  constexpr Launch kBackward[] = {launch_float16_backward, launch_bfloat16_backward, launch_tf32_backward,
+                                  launch_tf32x3_backward};
+  constexpr Launch kTail[] = {launch_float16_tail, launch_bfloat16_tail, launch_tf32_tail, launch_tf32x3_tail};
   const bool backward = c.args.pass != Pass::kForward || c.args.second.data != nullptr;
-  switch (c.packing.precision) {
-    case Precision::kFloat16:
-      return (backward ? launch_float16_backward : launch_float16)(c, stream, overlap);
-    case Precision::kBFloat16:
-      return (backward ? launch_bfloat16_backward : launch_bfloat16)(c, stream, overlap);
-    case Precision::kTf32:
-      return (backward ? launch_tf32_backward : launch_tf32)(c, stream, overlap);
-    case Precision::kTf32x3:
-      return (backward ? launch_tf32x3_backward : launch_tf32x3)(c, stream, overlap);
-  }
+  const bool tail = c.args.tail_weights != nullptr;
+  const Launch(&launches)[kPrecisionCount] = backward ? kBackward : (tail ? kTail : kForward);
+  launches[static_cast<int32_t>(c.packing.precision)](c, stream, overlap);
 }
 
 }  // namespace esr::cuda

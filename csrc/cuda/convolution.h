@@ -52,6 +52,9 @@ enum class Pass : int32_t {
   kChain = 2,     // (h + residual) act'(given): h is the gradient to act(given)
 };
 
+// What a kernel is compiled for.
+enum class Variant { kForward, kBackward, kTail };
+
 struct ConvolutionArgs {
   View inputs[kMostInputs];
   int32_t units[kMostInputs];
@@ -85,11 +88,19 @@ struct ConvolutionArgs {
   ResidualMode residual_mode;
   float slope;
   Pass pass;
+  // A 1x1 convolution of the result, in the same launch; null: none.
+  const unsigned char* tail_weights;
+  const float* tail_bias;
+  int32_t tail_channels;
+  int32_t tail_at;  // its weights, behind the stages
+  Activation tail_activation;
+  float tail_slope;
 };
 
 // What to compute; `prepare_convolution` chooses tiles and shared memory for it.
 struct Convolution {
   Packing packing;
+  Packing tail;  // where args.tail_weights are given
   ConvolutionArgs args = {};
   device::LaunchShape shape;
 };
@@ -97,6 +108,9 @@ struct Convolution {
 // The packing of a convolution whose inputs have these channels.
 Packing plan_packing(Precision precision, int32_t taps, const int32_t* channels, int32_t inputs, int32_t out_channels,
                      int32_t stride);
+
+// The packing of a 1x1 convolution of the result of `first` in the same launch; whether there is room for it.
+bool plan_tail(const Packing& first, int32_t out_channels, Packing* tail);
 
 // Fills in what follows from the packing, the sizes, and the device; the rest of `args` is the caller's.
 void prepare_convolution(Convolution& convolution, int64_t batch);

@@ -3,7 +3,7 @@
 namespace esr::cuda {
 
 void launch_float16(const Convolution& convolution, device::Stream stream, bool overlap) {
-  launch_instance<Float16, false>("convolution_float16", convolution, stream, overlap);
+  launch_instance<Float16, Variant::kForward>("convolution_float16", convolution, stream, overlap);
 }
 
 }  // namespace esr::cuda

@@ -40,7 +40,8 @@ struct Tile {
   int y, x;  // of its first output pixel
 };
 
-ESR_DEVICE Tile locate(const ConvolutionArgs& a, int tile) {
+template <typename Args>
+ESR_DEVICE Tile locate(const Args& a, int tile) {
   const int per_image = a.tiles_across * a.tiles_down;
   const int image = tile / per_image, rest = tile % per_image;
   const int down = rest / a.tiles_across;
@@ -84,9 +85,8 @@ ESR_DEVICE U32x4 gather_unit(const View& v, const unsigned char* pixel, int chan
 }
 
 // Brings units [first, first + units) of a tile's input pixels to shared memory.
-template <typename Value>
-ESR_DEVICE void load_input(const ConvolutionArgs& a, const View& v, const Tile& tile, int first, int units,
-                           unsigned char* stage) {
+template <typename Value, typename Args>
+ESR_DEVICE void load_input(const Args& a, const View& v, const Tile& tile, int first, int units, unsigned char* stage) {
   constexpr int kChannels = kUnitBytes / sizeof(Value);
   const int lane = device::thread_index() & 31, warp = device::thread_index() >> 5;
   const int warps = device::thread_count() >> 5;
@@ -139,6 +139,49 @@ ESR_DEVICE void load_weights(const ConvolutionArgs& a, int first_step, int units
   if (thread == 0) device::store_shared(stage + a.zeros_at, U32x4{0, 0, 0, 0});
 }
 
+// A lane's weights of one step, of all tiles of channels.
+template <typename P, int kN>
+ESR_DEVICE void load_fragments(const unsigned char* weights, uint32_t (&b)[kN][P::kWeights]) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    const unsigned char* p = weights + n * (32 * P::kWeights * 4);
+    if constexpr (P::kWeights == 4) {
+      const U32x4 v = device::load_shared<U32x4>(p);
+      b[n][0] = v.x, b[n][1] = v.y, b[n][2] = v.z, b[n][3] = v.w;
+    } else {
+      const U32x2 v = device::load_shared<U32x2>(p);
+      b[n][0] = v.x, b[n][1] = v.y;
+    }
+  }
+}
+
+// Adds one step's products of 16 pixels.
+template <typename P, int kN>
+ESR_DEVICE void multiply_rows(uint32_t (&rows)[4], const uint32_t (&b)[kN][P::kWeights], float (&sums)[kN][4]) {
+  if constexpr (P::kWeights == 4) {
+    // a b = ah bh + ah bl + al bh, the small products first.
+    uint32_t high[4], low[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      high[i] = device::round_tf32(device::bits_float(rows[i]));
+      low[i] = device::round_tf32(device::bits_float(rows[i]) - device::bits_float(high[i]));
+    }
+#pragma unroll
+    for (int n = 0; n < kN; ++n) device::multiply_add<device::tf32>(sums[n], low, b[n][0], b[n][1]);
+#pragma unroll
+    for (int n = 0; n < kN; ++n) device::multiply_add<device::tf32>(sums[n], high, b[n][2], b[n][3]);
+#pragma unroll
+    for (int n = 0; n < kN; ++n) device::multiply_add<device::tf32>(sums[n], high, b[n][0], b[n][1]);
+  } else {
+    if constexpr (sizeof(typename P::Value) == 4) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) rows[i] = device::round_tf32(device::bits_float(rows[i]));
+    }
+#pragma unroll
+    for (int n = 0; n < kN; ++n) device::multiply_add<typename P::Product>(sums[n], rows, b[n][0], b[n][1]);
+  }
+}
+
 // Adds the products of one slab.
 template <typename P, int kN, int kM>
 ESR_DEVICE void multiply_slab(const ConvolutionArgs& a, int steps, const unsigned char* stage, const int (&base)[kM],
@@ -150,93 +193,140 @@ ESR_DEVICE void multiply_slab(const ConvolutionArgs& a, int steps, const unsigne
   for (int step = 0; step < steps; ++step) {
     const int offset = device::load_shared<int>(table + step * 8);
     uint32_t b[kN][P::kWeights];
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      const unsigned char* p = weights + (step * kN + n) * (32 * P::kWeights * 4);
-      if constexpr (P::kWeights == 4) {
-        const U32x4 v = device::load_shared<U32x4>(p);
-        b[n][0] = v.x, b[n][1] = v.y, b[n][2] = v.z, b[n][3] = v.w;
-      } else {
-        const U32x2 v = device::load_shared<U32x2>(p);
-        b[n][0] = v.x, b[n][1] = v.y;
-      }
-    }
+    load_fragments<P, kN>(weights + step * (kN * 32 * P::kWeights * 4), b);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
       uint32_t rows[4];
       device::load_matrices(rows, stage + (offset == kLastTap ? a.zeros_at : base[m] + offset));
-      if constexpr (P::kWeights == 4) {
-        // a b = ah bh + ah bl + al bh, the small products first.
-        uint32_t high[4], low[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          high[i] = device::round_tf32(device::bits_float(rows[i]));
-          low[i] = device::round_tf32(device::bits_float(rows[i]) - device::bits_float(high[i]));
-        }
-#pragma unroll
-        for (int n = 0; n < kN; ++n) device::multiply_add<device::tf32>(sums[m][n], low, b[n][0], b[n][1]);
-#pragma unroll
-        for (int n = 0; n < kN; ++n) device::multiply_add<device::tf32>(sums[m][n], high, b[n][2], b[n][3]);
-#pragma unroll
-        for (int n = 0; n < kN; ++n) device::multiply_add<device::tf32>(sums[m][n], high, b[n][0], b[n][1]);
-      } else {
-        if constexpr (sizeof(typename P::Value) == 4) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) rows[i] = device::round_tf32(device::bits_float(rows[i]));
-        }
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {
-          device::multiply_add<typename P::Product>(sums[m][n], rows, b[n][0], b[n][1]);
-        }
-      }
+      multiply_rows<P, kN>(rows, b, sums[m]);
     }
   }
 }
 
-// Epilogue and stores of one warp; kBackward is for all but a plain forward pass, and knows no pixel shuffle. The
+// Lays 16 pixels' sums down, where rows of eight channels can be read.
+template <int kN>
+ESR_DEVICE void turn_around(const float (&sums)[kN][4], float* results) {
+  constexpr int kPitch = result_pitch(kN);
+  const int lane = device::thread_index() & 31, group = lane >> 2, pair = (lane & 3) * 2;
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      device::store_shared(results + (group + 8 * h) * kPitch + n * 8 + pair,
+                           U32x2{device::float_bits(sums[n][2 * h]), device::float_bits(sums[n][2 * h + 1])});
+    }
+  }
+}
+
+ESR_DEVICE void read_results(const float* results, float (&values)[8]) {
+#pragma unroll
+  for (int k = 0; k < 8; k += 4) {
+    const U32x4 v = device::load_shared<U32x4>(results + k);
+    values[k] = device::bits_float(v.x), values[k + 1] = device::bits_float(v.y);
+    values[k + 2] = device::bits_float(v.z), values[k + 3] = device::bits_float(v.w);
+  }
+}
+
+// Weights of the 1x1 convolution behind, for all tiles.
+template <typename P, int kN>
+ESR_DEVICE void load_tail(const ConvolutionArgs& a, unsigned char* shared) {
+  const int lane_bytes = P::kWeights * 4, units = (a.out_channels * int{sizeof(typename P::Value)} + 15) / 16;
+  const int count = (units + 1) / 2 * kN * 32 * lane_bytes / 16;
+  for (int i = device::thread_index(); i < count; i += device::thread_count()) {
+    device::copy_async<16>(shared + a.tail_at + i * 16, a.tail_weights + i * 16, true);
+  }
+}
+
+// The left operand of a tail: eight channels of a pixel as values of the map that is never stored.
+template <typename Value>
+ESR_DEVICE void write_operand(unsigned char* to, const float (&values)[8]) {
+  using device::float_bits;
+  using device::pack_pair;
+  if constexpr (sizeof(Value) == 4) {
+    device::store_shared(
+        to, U32x4{float_bits(values[0]), float_bits(values[1]), float_bits(values[2]), float_bits(values[3])});
+    device::store_shared(
+        to + 16, U32x4{float_bits(values[4]), float_bits(values[5]), float_bits(values[6]), float_bits(values[7])});
+  } else {
+    device::store_shared(to, U32x4{pack_pair<Value>(values[0], values[1]), pack_pair<Value>(values[2], values[3]),
+                                   pack_pair<Value>(values[4], values[5]), pack_pair<Value>(values[6], values[7])});
+  }
+}
+
+// The 1x1 convolution of 16 pixels whose results `operand` holds, turned around into `results`.
+template <typename P, int kN>
+ESR_DEVICE void multiply_tail(const ConvolutionArgs& a, const unsigned char* operand, const unsigned char* weights,
+                              float* results) {
+  constexpr int kOperandPitch = operand_pitch(kN, sizeof(typename P::Value));
+  const int lane = device::thread_index() & 31;
+  const int units = (a.out_channels * int{sizeof(typename P::Value)} + 15) / 16;
+  float sums[kN][4];
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    const float* bias = a.tail_bias + n * 8 + (lane & 3) * 2;
+    sums[n][0] = sums[n][2] = device::load_global<float>(bias);
+    sums[n][1] = sums[n][3] = device::load_global<float>(bias + 1);
+  }
+  const unsigned char* row = operand + (lane & 15) * kOperandPitch + (lane >> 4) * kUnitBytes;
+  weights += lane * (P::kWeights * 4);
+#pragma unroll 1
+  for (int step = 0; step < (units + 1) / 2; ++step) {
+    uint32_t b[kN][P::kWeights], rows[4];
+    load_fragments<P, kN>(weights + step * (kN * 32 * P::kWeights * 4), b);
+    device::load_matrices(rows, row + step * 2 * kUnitBytes);
+    multiply_rows<P, kN>(rows, b, sums);
+  }
+  turn_around<kN>(sums, results);
+}
+
+// Epilogue and stores of one warp; one for a backward pass knows no pixel shuffle. The
 // results pass through shared memory, 16 pixels at a time, from the layout of tensor-core products to eight channels of
 // a pixel for each lane.
-template <typename P, int kN, int kM, bool kBackward>
+template <typename P, int kN, int kM, Variant kVariant>
 ESR_DEVICE void store_results(const ConvolutionArgs& a, const Tile& tile, const float (&sums)[kM][kN][4],
                               unsigned char* shared) {
   using Value = typename P::Value;
   constexpr int kPitch = result_pitch(kN);
+  constexpr bool kBackward = kVariant == Variant::kBackward, kTail = kVariant == Variant::kTail;
   const int shuffle = kBackward ? 1 : a.shuffle;
   const int lane = device::thread_index() & 31, warp = device::thread_index() >> 5;
-  const int group = lane >> 2, pair = (lane & 3) * 2;
-  float* results = reinterpret_cast<float*>(shared) + warp * 16 * kPitch;
+  unsigned char* const own = shared + warp * result_bytes(kN, sizeof(Value), kTail);
+  float* const results = reinterpret_cast<float*>(own);
   const int first_channel = device::block_row() * kN * 8;
   const bool pixels_first = !a.output.blocked && (shuffle > 1 || a.output.channel != int64_t{sizeof(Value)});
   const int width_mask = (1 << a.tile_width_log2) - 1;
+  constexpr int kOperandPitch = operand_pitch(kN, sizeof(Value));
+  if constexpr (kTail) {
+    // The odd half of a last step is multiplied by zero weights, and must be a number.
+    constexpr int kUnits = kN * 8 * int{sizeof(Value)} / kUnitBytes;
+    if (kUnits % 2 == 1 && lane < 16) {
+      device::store_shared(own + 16 * kPitch * 4 + lane * kOperandPitch + kUnits * kUnitBytes, U32x4{0, 0, 0, 0});
+    }
+  }
 #pragma unroll 1
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int i = 0; i < kM; ++i) {  // unrolled, so that sums stay in registers
-      if (i != m) continue;
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          device::store_shared(results + (group + 8 * h) * kPitch + n * 8 + pair,
-                               U32x2{device::float_bits(sums[i][n][2 * h]), device::float_bits(sums[i][n][2 * h + 1])});
-        }
-      }
+      if (i == m) turn_around<kN>(sums[i], results);
     }
     device::sync_warp();
     for (int i = lane; i < 16 * kN; i += 32) {
       const int pixel = pixels_first ? i & 15 : i / kN, n = pixels_first ? i >> 4 : i - pixel * kN;
       const int q = (warp * kM + m) * 16 + pixel;
       const int y = tile.y + (q >> a.tile_width_log2), x = tile.x + (q & width_mask), c = first_channel + n * 8;
-      if (y >= a.out_height || x >= a.out_width || c >= a.out_channels) continue;
-      float values[8], residual[8] = {};
-#pragma unroll
-      for (int k = 0; k < 8; k += 4) {
-        const U32x4 v = device::load_shared<U32x4>(results + pixel * kPitch + n * 8 + k);
-        values[k] = device::bits_float(v.x), values[k + 1] = device::bits_float(v.y);
-        values[k + 2] = device::bits_float(v.z), values[k + 3] = device::bits_float(v.w);
+      const bool inside = y < a.out_height && x < a.out_width && c < a.out_channels;
+      if (!kTail && !inside) continue;
+      float values[8] = {}, residual[8] = {};
+      if (inside) {
+        read_results(results + pixel * kPitch + n * 8, values);
+        if (a.residual.data != nullptr) {
+          read_channels<Value>(a.residual, shuffle, tile.image, y, x, c, a.out_channels, residual);
+        }
       }
-      if (a.residual.data != nullptr) {
-        read_channels<Value>(a.residual, shuffle, tile.image, y, x, c, a.out_channels, residual);
+      if constexpr (kTail) {
+        finish(values, residual, a.activation, a.slope, a.residual_mode);
+        write_operand<Value>(own + 16 * kPitch * 4 + pixel * kOperandPitch + n * (8 * int{sizeof(Value)}), values);
+        continue;
       }
       if constexpr (!kBackward) {
         finish(values, residual, a.activation, a.slope, a.residual_mode);
@@ -264,11 +354,32 @@ ESR_DEVICE void store_results(const ConvolutionArgs& a, const Tile& tile, const 
       write_channels<Value>(a.output, shuffle, tile.image, y, x, c, a.out_channels, values);
     }
     device::sync_warp();
+    if constexpr (kTail) {
+      multiply_tail<P, kN>(a, own + 16 * kPitch * 4, shared + a.tail_at, results);
+      device::sync_warp();
+      for (int i = lane; i < 16 * kN; i += 32) {
+        const int pixel = pixels_first ? i & 15 : i / kN, n = pixels_first ? i >> 4 : i - pixel * kN;
+        const int q = (warp * kM + m) * 16 + pixel;
+        const int y = tile.y + (q >> a.tile_width_log2), x = tile.x + (q & width_mask);
+        if (y >= a.out_height || x >= a.out_width || n * 8 >= a.tail_channels) continue;
+        float values[8];
+        read_results(results + pixel * kPitch + n * 8, values);
+        activate(values, a.tail_activation, a.tail_slope);
+        write_channels<Value>(a.output, 1, tile.image, y, x, n * 8, a.tail_channels, values);
+      }
+      device::sync_warp();
+    }
   }
 }
 
-template <typename P, int kN, bool kBackward>
-ESR_KERNEL(256, 2)
+// Two blocks share a multiprocessor's registers, but for three products each and two convolutions they do not suffice.
+template <typename P>
+constexpr int blocks_at_once(Variant variant) {
+  return variant == Variant::kTail && P::kWeights == 4 ? 1 : 2;
+}
+
+template <typename P, int kN, Variant kVariant>
+ESR_KERNEL(256, blocks_at_once<P>(kVariant))
 convolution_kernel(ESR_ARGUMENT(ConvolutionArgs) a) {
   using Value = typename P::Value;
   constexpr int kM = row_tiles(kN);
@@ -285,10 +396,9 @@ convolution_kernel(ESR_ARGUMENT(ConvolutionArgs) a) {
     base[m] = (y * a.in_tile_width + x) * a.stride * a.pitch;
   }
 
-  if (a.weights_stay) {
-    load_weights<kN, P::kWeights>(a, 0, a.units[0], shared);
-    device::commit_copies();
-  }
+  if (a.weights_stay) load_weights<kN, P::kWeights>(a, 0, a.units[0], shared);
+  if constexpr (kVariant == Variant::kTail) load_tail<P, kN>(a, shared);
+  device::commit_copies();
   device::wait_for_previous_grid();
   device::allow_next_grid();
 
@@ -334,7 +444,7 @@ convolution_kernel(ESR_ARGUMENT(ConvolutionArgs) a) {
       multiply_slab<P, kN, kM>(a, steps, shared + (slab % a.stages) * a.stage_bytes, base, sums);
       device::sync_block();
     }
-    store_results<P, kN, kM, kBackward>(a, tile, sums, shared);
+    store_results<P, kN, kM, kVariant>(a, tile, sums, shared);
     device::sync_block();
   }
 }

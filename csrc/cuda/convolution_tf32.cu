@@ -3,7 +3,7 @@
 namespace esr::cuda {
 
 void launch_tf32(const Convolution& convolution, device::Stream stream, bool overlap) {
-  launch_instance<Tf32, false>("convolution_tf32", convolution, stream, overlap);
+  launch_instance<Tf32, Variant::kForward>("convolution_tf32", convolution, stream, overlap);
 }
 
 }  // namespace esr::cuda

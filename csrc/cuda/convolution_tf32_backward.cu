@@ -3,7 +3,7 @@
 namespace esr::cuda {
 
 void launch_tf32_backward(const Convolution& convolution, device::Stream stream, bool overlap) {
-  launch_instance<Tf32, true>("convolution_tf32_backward", convolution, stream, overlap);
+  launch_instance<Tf32, Variant::kBackward>("convolution_tf32_backward", convolution, stream, overlap);
 }
 
 }  // namespace esr::cuda

@@ -3,7 +3,7 @@
 namespace esr::cuda {
 
 void launch_tf32x3(const Convolution& convolution, device::Stream stream, bool overlap) {
-  launch_instance<Tf32x3, false>("convolution_tf32x3", convolution, stream, overlap);
+  launch_instance<Tf32x3, Variant::kForward>("convolution_tf32x3", convolution, stream, overlap);
 }
 
 }  // namespace esr::cuda

@@ -3,7 +3,7 @@
 namespace esr::cuda {
 
 void launch_tf32x3_backward(const Convolution& convolution, device::Stream stream, bool overlap) {
-  launch_instance<Tf32x3, true>("convolution_tf32x3_backward", convolution, stream, overlap);
+  launch_instance<Tf32x3, Variant::kBackward>("convolution_tf32x3_backward", convolution, stream, overlap);
 }
 
 }  // namespace esr::cuda

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <utility>
 
 #include "../common/arena.h"
@@ -42,19 +43,34 @@ class CompiledPlan {
     for (const Layer& layer : program_.layers) {
       steps_.push_back(make_step(layer, weights, shapes_of(layer, shapes)));
       shapes.push_back(steps_.back()->result(shapes_of(layer, shapes)));
-      packed_at_.push_back(packed_bytes_);
-      packed_bytes_ += round_up(steps_.back()->packed_bytes(), kAlignment);
     }
     weight_count_ = weights.size();
     find_uses();
+    for (size_t k = 0; k < steps_.size(); ++k) {
+      packed_at_.push_back(packed_bytes_);
+      if (!done_before(k)) packed_bytes_ += round_up(steps_[k]->packed_bytes(), kAlignment);
+    }
   }
 
   int64_t packed_bytes() const { return packed_bytes_; }
 
+  // What happens to each layer, a line each.
+  std::string describe() const {
+    std::string text;
+    for (size_t k = 0; k < steps_.size(); ++k) {
+      const Use& use = uses_[static_cast<size_t>(program_.inputs) + k];
+      text += steps_[k]->layer().name();
+      if (use.absorbed) text += ": applied by its readers";
+      if (use.passed_on) text += ": in the launch of layer " + std::to_string(k + 1);
+      text += "\n";
+    }
+    return text;
+  }
+
   void pack(const Weights& weights, unsigned char* packed, device::Stream stream) const {
     STD_TORCH_CHECK(weights.size() == weight_count_, weights.size(), " weights given, the plan has ", weight_count_);
     for (size_t k = 0; k < steps_.size(); ++k) {
-      if (steps_[k]->packed_bytes() > 0) steps_[k]->pack(weights, packed + packed_at_[k], stream);
+      if (!done_before(k) && steps_[k]->packed_bytes() > 0) steps_[k]->pack(weights, packed + packed_at_[k], stream);
     }
   }
 
@@ -117,6 +133,7 @@ class CompiledPlan {
     bool needs_map = false;       // some layer reads it, and it is not an input
     int64_t last = 0;             // the last layer that does
     bool absorbed = false;        // a normalisation that its readers apply
+    bool passed_on = false;       // the next layer alone reads it, and its work is done in the same launch
     std::vector<size_t> outputs;  // indices of the outputs it is
   };
 
@@ -166,10 +183,34 @@ class CompiledPlan {
       Use& u = uses_[static_cast<size_t>(program_.inputs + layer.index)];
       u.absorbed = absorbable(layer, program_.inputs + layer.index);
       // A result that nobody reads is computed nevertheless; the plan's maker is to leave such layers out.
-      if (u.absorbed)
-        u.needs_map = false;
-      else if (!u.needs_map && u.outputs.empty())
-        u.needs_map = true, u.last = layer.index;
+      if (u.absorbed) u.needs_map = false;
+      if (!u.absorbed && !u.needs_map && u.outputs.empty()) {
+        u.needs_map = true;
+        u.last = layer.index;
+      }
+    }
+  }
+
+  // Whether the layer before does layer k's work.
+  bool done_before(size_t k) const { return k > 0 && uses_[static_cast<size_t>(program_.inputs) + k - 1].passed_on; }
+
+  // Lets layers do the work of their only readers.
+  void merge() {
+    for (size_t k = 0; k + 1 < steps_.size(); ++k) {
+      const int64_t value = program_.inputs + static_cast<int64_t>(k);
+      Use& use = uses_[static_cast<size_t>(value)];
+      int64_t reads = 0;
+      for (const Layer& layer : program_.layers) reads += std::count(layer.inputs.begin(), layer.inputs.end(), value);
+      const std::vector<int64_t>& next = program_.layers[k + 1].inputs;
+      if (reads != 1 || next[0] != value || !use.outputs.empty() || done_before(k)) continue;
+      if (!steps_[k]->take_over(*steps_[k + 1])) continue;
+      use.passed_on = true;
+      use.needs_map = false;
+      // Its inputs are read when the next layer's turn has come.
+      for (const int64_t v : program_.layers[k].inputs) {
+        Use& input = uses_[static_cast<size_t>(v)];
+        input.last = std::max(input.last, static_cast<int64_t>(k) + 1);
+      }
     }
   }
 
@@ -226,9 +267,14 @@ class CompiledPlan {
     for (size_t k = 0; k < steps_.size(); ++k) {
       const size_t value = in.size() + k;
       const Use& use = uses_[value];
+      if (use.passed_on) {
+        maps.push_back({});
+        continue;
+      }
+      const size_t own = done_before(k) ? k - 1 : k;  // the step that does the work
       Run run;
-      for (const int64_t v : steps_[k]->layer().inputs) run.inputs.push_back(maps[static_cast<size_t>(v)]);
-      run.packed = packed + packed_at_[k];
+      for (const int64_t v : steps_[own]->layer().inputs) run.inputs.push_back(maps[static_cast<size_t>(v)]);
+      run.packed = packed + packed_at_[own];
       if (use.absorbed) {
         Map map = run.inputs[0];
         map.view.blocked = false;  // its values pass through registers
@@ -248,7 +294,7 @@ class CompiledPlan {
       run.batch = batch;
       run.stream = stream;
       run.overlap = !first;
-      steps_[k]->run(run);
+      steps_[own]->run(run);
       first = false;
       maps.push_back(run.output);
       for (const size_t i : use.outputs) {
@@ -314,6 +360,8 @@ void run_plan(int64_t handle, const std::vector<Tensor>& weights, const std::vec
   const Weights views = read_weights(weights, Access::kRead, memory);
   Plans::instance().get(handle)->execute(&views, nullptr, inputs, outputs, memory);
 }
+
+std::string describe_plan(int64_t handle) { return Plans::instance().get(handle)->describe(); }
 
 void release_plan(int64_t handle) { Plans::instance().remove(handle); }
 

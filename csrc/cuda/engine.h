@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace esr::cuda {
@@ -24,6 +25,9 @@ void execute_plan(int64_t handle, const torch::stable::Tensor& packed, const std
 // The same with weights that are packed for this run only.
 void run_plan(int64_t handle, const std::vector<torch::stable::Tensor>& weights,
               const std::vector<torch::stable::Tensor>& inputs, const std::vector<torch::stable::Tensor>& outputs);
+
+// How a plan's layers are executed, a line each.
+std::string describe_plan(int64_t handle);
 
 // Forgets a plan; executions under way end normally.
 void release_plan(int64_t handle);

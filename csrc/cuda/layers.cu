@@ -59,22 +59,21 @@ class ConvolutionStep : public Step {
     return out;
   }
 
-  int64_t packed_bytes() const override { return packing_.bytes(); }
+  bool take_over(const Step& next) override {
+    if (layer_.op != Op::kConv3x3 || next.layer().op != Op::kConv1x1 || next.layer().inputs.size() != 1) return false;
+    const auto& tail = static_cast<const ConvolutionStep&>(next);
+    if (!plan_tail(packing_, static_cast<int32_t>(tail.out_channels_), &tail_packing_)) return false;
+    tail_ = &tail;
+    return true;
+  }
+
+  int64_t packed_bytes() const override {
+    return tail_ == nullptr ? packing_.bytes() : tail_at() + tail_packing_.bytes();
+  }
 
   void pack(const Weights& weights, unsigned char* packed, device::Stream stream) const override {
-    PackArgs a = {};
-    a.packing = packing_;
-    a.maps = static_cast<int32_t>(channels_.size());
-    for (size_t i = 0; i < channels_.size(); ++i) a.channels[i] = channels_[i];
-    const auto weight = [&](size_t k) {
-      return layer_.weights[k] < 0 ? WeightView{} : weights[static_cast<size_t>(layer_.weights[k])];
-    };
-    a.weight = weight(separable_ ? 1 : 0);
-    if (separable_) a.inner = weight(0);
-    a.bias = weight(bias_index());
-    a.composition = separable_ ? Composition::kDepthwise : Composition::kPlain;
-    a.out = packed;
-    launch_pack(a, stream);
+    pack_as(packing_, weights, packed, stream);
+    if (tail_ != nullptr) tail_->pack_as(tail_packing_, weights, packed + tail_at(), stream);
   }
 
   int64_t temporary_bytes(const Shapes& inputs, int64_t batch) const override {
@@ -110,11 +109,35 @@ class ConvolutionStep : public Step {
     // A pixel shuffle's residual has no mode: it is added.
     a.residual_mode =
         layer_.has_residual && layer_.residual_mode == ResidualMode::kNone ? ResidualMode::kPost : layer_.residual_mode;
+    if (tail_ != nullptr) {
+      c.tail = tail_packing_;
+      a.tail_weights = run.packed + tail_at();
+      a.tail_bias = reinterpret_cast<const float*>(a.tail_weights + tail_packing_.weight_bytes());
+      a.tail_activation = tail_->layer_.activation;
+      a.tail_slope = tail_->layer_.slope;
+    }
     prepare_convolution(c, run.batch);
     launch_convolution(c, run.stream, overlap);
   }
 
  private:
+  void pack_as(const Packing& packing, const Weights& weights, unsigned char* packed, device::Stream stream) const {
+    PackArgs a = {};
+    a.packing = packing;
+    a.maps = static_cast<int32_t>(channels_.size());
+    for (size_t i = 0; i < channels_.size(); ++i) a.channels[i] = channels_[i];
+    const auto weight = [&](size_t k) {
+      return layer_.weights[k] < 0 ? WeightView{} : weights[static_cast<size_t>(layer_.weights[k])];
+    };
+    a.weight = weight(separable_ ? 1 : 0);
+    if (separable_) a.inner = weight(0);
+    a.bias = weight(bias_index());
+    a.composition = separable_ ? Composition::kDepthwise : Composition::kPlain;
+    a.out = packed;
+    launch_pack(a, stream);
+  }
+
+  int64_t tail_at() const { return round_up(packing_.bytes(), kAlignment); }
   size_t bias_index() const { return separable_ ? 2 : 1; }
   // More maps than one launch reads are copied into one.
   bool gathers() const { return channels_.size() > kMostInputs; }
@@ -152,6 +175,9 @@ class ConvolutionStep : public Step {
   int32_t taps_ = 9;
   int64_t out_channels_ = 0;
   Packing packing_;
+  // A 1x1 convolution of the result, done in the same launch.
+  const ConvolutionStep* tail_ = nullptr;
+  Packing tail_packing_;
 };
 
 class NormalizeStep : public Step {

@@ -4,9 +4,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <string>
+#include <string>
 #include <vector>
 
 #include "engine.h"
+#include "launch.h"
 
 namespace esr::cuda {
 namespace {
@@ -28,7 +31,18 @@ void run(int64_t handle, std::vector<Tensor> weights, std::vector<Tensor> inputs
   run_plan(handle, weights, inputs, outputs);
 }
 
+std::string describe(int64_t handle) { return describe_plan(handle); }
+
 void release(int64_t handle) { release_plan(handle); }
+
+#ifndef ESR_EMULATOR
+void begin_rehearsal(int64_t capability, int64_t multiprocessors, int64_t shared_bytes, int64_t shared_bytes_in_all) {
+  device::begin_rehearsal({static_cast<int>(capability), static_cast<int>(multiprocessors),
+                           static_cast<int>(shared_bytes), static_cast<int>(shared_bytes_in_all)});
+}
+
+std::string end_rehearsal() { return device::end_rehearsal(); }
+#endif
 
 }  // namespace
 
@@ -37,7 +51,13 @@ STABLE_TORCH_LIBRARY(ESR_LIBRARY, m) {
   m.def("pack_plan(int handle, Tensor[] weights) -> Tensor");
   m.def("execute_plan(int handle, Tensor packed, Tensor[] inputs, Tensor(a!)[] outputs) -> ()");
   m.def("run_plan(int handle, Tensor[] weights, Tensor[] inputs, Tensor(a!)[] outputs) -> ()");
+  m.def("describe_plan(int handle) -> str");
   m.def("release_plan(int handle) -> ()");
+#ifndef ESR_EMULATOR
+  // What calls would launch on a device that is described (launch.h), for `esr_kernels.native.kernel_info`.
+  m.def("begin_rehearsal(int capability, int multiprocessors, int shared_bytes, int shared_bytes_in_all) -> ()");
+  m.def("end_rehearsal() -> str");
+#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ESR_LIBRARY, CompositeExplicitAutograd, m) {
@@ -45,7 +65,12 @@ STABLE_TORCH_LIBRARY_IMPL(ESR_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("pack_plan", TORCH_BOX(&pack));
   m.impl("execute_plan", TORCH_BOX(&execute));
   m.impl("run_plan", TORCH_BOX(&run));
+  m.impl("describe_plan", TORCH_BOX(&describe));
   m.impl("release_plan", TORCH_BOX(&release));
+#ifndef ESR_EMULATOR
+  m.impl("begin_rehearsal", TORCH_BOX(&begin_rehearsal));
+  m.impl("end_rehearsal", TORCH_BOX(&end_rehearsal));
+#endif
 }
 
 }  // namespace esr::cuda

@@ -59,6 +59,8 @@ class Step {
   virtual void pack(const Weights&, unsigned char*, device::Stream) const {}
   virtual int64_t temporary_bytes(const std::vector<Shape>&, int64_t) const { return 0; }
   virtual void run(const Run& run) const = 0;
+  // Whether this layer can do the work of the one that alone reads its result; if so it does from now on.
+  virtual bool take_over(const Step&) { return false; }
 
  protected:
   // The layer's k-th weight, which must have this shape (-1: any); data null where the layer has none.
