@@ -40,6 +40,7 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import BaseError
 
 ROOT = Path(__file__).resolve().parent
+KERNEL_REPORT = ROOT / "csrc" / "nvcc_resources.py"
 PACKAGE = "esr_kernels"
 LIBRARY = f"{PACKAGE}._esr_native"
 EMULATOR = f"{PACKAGE}._esr_emulator"
@@ -402,11 +403,16 @@ class NinjaFile:
         self.folder = folder
         self.lines = [
             "ninja_required_version = 1.5",
+            f"python = {self._command([sys.executable])}",
             "rule compile",
             "  command = $tool -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = compile $in",
+            "rule kernels",
+            f"  command = $python {self._command([str(KERNEL_REPORT)])} table $out $in",
+            "  restat = 1",
+            "  description = list the kernels",
             "rule link",
             "  command = $tool $in -o $out $libraries",
             "  description = link $out",
@@ -426,6 +432,11 @@ class NinjaFile:
             f"  tool = {self._command(command)}",
         ]
         return output
+
+    def list_kernels(self, objects: Iterable[str], output: str) -> None:
+        """Writes C++ with the kernels that the objects' compilations told of."""
+        inputs = " ".join(map(self._path, objects))
+        self.lines += [f"build {self._path(output)}: kernels {inputs} | {self._path(str(KERNEL_REPORT))}"]
 
     def link(self, objects: Iterable[str], output: str, command: Iterable[str], libraries: Iterable[str]) -> None:
         self.lines += [
@@ -475,6 +486,7 @@ def plan_build(folder: Path, names: Iterable[str], tools: Toolchain, torch: Torc
     stamp_object = ninja.compile(stamp, "build_information.o", [*tools.cxx, *COMPILE_FLAGS, *tools.cxxflags])
 
     outputs = {}
+    kernels: list[str] = []  # objects with CUDA kernels
     if LIBRARY in names:
         objects = [stamp_object]
         for source in library_sources(ROOT):
@@ -485,6 +497,8 @@ def plan_build(folder: Path, names: Iterable[str], tools: Toolchain, torch: Torc
             if source.suffix == ".cu" and cuda:
                 command = [cuda.nvcc, *NVCC_FLAGS, *nvcc_host_compiler(tools.cxx), *gencode_flags(cuda.architectures)]
                 command += [f"-I{ROOT / 'csrc'}", *isystem, *macros, *tools.nvcc_flags]
+                command = [sys.executable, str(KERNEL_REPORT), "compile", output, *command]
+                kernels.append(output)
             else:
                 headers = ["-isystem", str(cuda.root / "include")] if cuda else []
                 command = [*cxx, *isystem, *headers, *macros, *tools.cxxflags]
@@ -517,9 +531,11 @@ def plan_build(folder: Path, names: Iterable[str], tools: Toolchain, torch: Torc
         command = [*cxx, *python, *isystem, *tools.cxxflags]
         compiled = ninja.compile(ROOT / "csrc" / "python_module.cpp", "python_module.o", command)
         outputs[MODULE] = folder / "_build_info.so"
+        ninja.list_kernels(kernels, "cuda_kernels.cpp")
+        table = ninja.compile(Path("cuda_kernels.cpp"), "cuda_kernels.o", [*tools.cxx, *COMPILE_FLAGS])
         # A module's Python symbols come from the interpreter that loads it.
         link = [word for word in shared if word != "-Wl,-z,defs"]
-        ninja.link([compiled, stamp_object], outputs[MODULE].name, link, tools.ldflags)
+        ninja.link([compiled, stamp_object, table], outputs[MODULE].name, link, tools.ldflags)
     ninja.write()
     return outputs
 

@@ -1,13 +1,18 @@
 // The Python module esr_kernels._build_info: what the compiler says of this build. Operators are not here: they are in
 // the library that torch.ops.load_library loads, which knows no Python.
 
+#include <cxxabi.h>
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
+#include <cstdlib>
+#include <memory>
 #include <string>
 
 // Written by setup.py, and linked into the operator library as well.
 extern "C" const char esr_kernels_build_information[];
+// Written by nvcc_resources.py: JSON.
+extern "C" const char esr_kernels_cuda_kernels[];
 
 namespace {
 
@@ -26,6 +31,19 @@ pybind11::dict facts() {
   return result;
 }
 
+std::string demangled(const std::string& symbol) {
+  int status = 0;
+  const std::unique_ptr<char, void (*)(void*)> name(abi::__cxa_demangle(symbol.c_str(), nullptr, nullptr, &status),
+                                                    &std::free);
+  return name == nullptr ? symbol : name.get();
+}
+
+pybind11::list kernels() {
+  const pybind11::list result = pybind11::module_::import("json").attr("loads")(std::string(esr_kernels_cuda_kernels));
+  for (const pybind11::handle kernel : result) kernel["name"] = demangled(kernel["symbol"].cast<std::string>());
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_build_info, m) {
@@ -34,4 +52,7 @@ PYBIND11_MODULE(_build_info, m) {
       "stamp", [] { return std::string(esr_kernels_build_information); },
       "The text setup.py wrote into the operator library and this module: a marker, then JSON.");
   m.def("facts", &facts, "What the compiler's own macros and the headers say, as a dict of str to str or int.");
+  m.def("kernels", &kernels,
+        "A dict for every CUDA kernel and architecture: symbol, name and architecture (str), registers, stack_bytes, "
+        "spilled_bytes, static_shared_bytes and minimum_blocks (int), threads (int or None).");
 }

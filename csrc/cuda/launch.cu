@@ -4,13 +4,21 @@
 
 #include <array>
 #include <mutex>
+#include <optional>
 #include <set>
+#include <sstream>
 #include <utility>
 
 namespace esr::device {
 namespace {
 
 constexpr int kMostDevices = 64;
+
+struct Rehearsal {
+  Properties device;
+  std::ostringstream launches;
+};
+thread_local std::optional<Rehearsal> rehearsal;
 
 int current_device() {
   int device = 0;
@@ -22,7 +30,29 @@ int current_device() {
 
 }  // namespace
 
+void begin_rehearsal(const Properties& device) {
+  rehearsal.emplace();
+  rehearsal->device = device;
+}
+
+std::string end_rehearsal() {
+  STD_TORCH_CHECK(rehearsing(), "no rehearsal has begun");
+  std::string launches = rehearsal->launches.str();
+  rehearsal.reset();
+  return launches;
+}
+
+bool rehearsing() { return rehearsal.has_value(); }
+
+bool detail::rehearse(const char* name, const LaunchShape& shape) {
+  if (!rehearsing()) return false;
+  rehearsal->launches << name << ' ' << shape.threads << ' ' << shape.rows << ' ' << shape.blocks << ' '
+                      << shape.shared_bytes << '\n';
+  return true;
+}
+
 const Properties& properties() {
+  if (rehearsing()) return rehearsal->device;
   static std::array<Properties, kMostDevices> known;
   static std::mutex mutex;
   const int device = current_device();

@@ -11,6 +11,8 @@
 
 #include <torch/headeronly/util/Exception.h>
 
+#include <string>
+
 namespace esr::device {
 
 using Stream = cudaStream_t;
@@ -32,6 +34,13 @@ struct Properties {
 // Of the current device.
 const Properties& properties();
 
+// A rehearsal: until it ends, this thread's launches are listed instead of started, properties() tells of a device that
+// need not be there, and tensors may be anywhere.
+void begin_rehearsal(const Properties& device);
+// A line for every launch: name, threads, rows, blocks, bytes of shared memory.
+std::string end_rehearsal();
+bool rehearsing();
+
 // Memory that kernels may touch; the emulator reports every other access.
 class AllowedMemory {
  public:
@@ -39,6 +48,8 @@ class AllowedMemory {
 };
 
 namespace detail {
+// Whether a rehearsal has taken the launch.
+bool rehearse(const char* name, const LaunchShape& shape);
 void prepare(const void* kernel, const char* name, int shared_bytes);
 void check(cudaError_t status, const char* name);
 }  // namespace detail
@@ -48,6 +59,7 @@ void check(cudaError_t status, const char* name);
 template <typename Args>
 void launch(const char* name, void (*kernel)(Args), const LaunchShape& shape, Stream stream, bool overlap,
             const Args& args) {
+  if (detail::rehearse(name, shape)) return;
   detail::prepare(reinterpret_cast<const void*>(kernel), name, shape.shared_bytes);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.rows));

@@ -24,7 +24,7 @@ void check_device(const Tensor& t, const char* what, size_t index) {
 #ifdef ESR_EMULATOR
   STD_TORCH_CHECK(t.is_cpu(), what, " ", index, " is not a CPU tensor");
 #else
-  STD_TORCH_CHECK(t.is_cuda(), what, " ", index, " is not a CUDA tensor");
+  STD_TORCH_CHECK(t.is_cuda() || device::rehearsing(), what, " ", index, " is not a CUDA tensor");
 #endif
   STD_TORCH_CHECK(t.layout() == torch::headeronly::Layout::Strided, what, " ", index, " is not a strided tensor");
 }
@@ -44,12 +44,14 @@ int64_t extent(const Tensor& t) {
 
 #ifndef ESR_EMULATOR
 DeviceScope::DeviceScope(const Tensor& t) : index_(t.get_device_index()) {
+  if (device::rehearsing()) return;
   int current = -1;
   cudaGetDevice(&current);
   if (current != index_) guard_.emplace(index_);
 }
 
 device::Stream DeviceScope::stream() const {
+  if (device::rehearsing()) return {};
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
