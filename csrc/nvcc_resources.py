@@ -45,7 +45,7 @@ def split_log(log: str) -> tuple[list[dict[str, Any]], str]:
         elif kernels and (match := _STACK.match(line)):
             # A kernel's own line comes first, then those of functions that it calls.
             kernels[-1]["stack_bytes"] += int(match[1])
-            kernels[-1]["spilled_bytes"] += max(int(match[2]), int(match[3]))
+            kernels[-1]["spilled_bytes"] += int(match[2])
         elif kernels and (match := _USED.match(line)):
             kernels[-1]["registers"] = int(match[1])
             shared = _SHARED.search(line)

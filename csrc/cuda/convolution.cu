@@ -161,6 +161,7 @@ void prepare_convolution(Convolution& convolution, int64_t batch) {
     shape.shared_bytes = a.tail_at + static_cast<int>(convolution.tail.weight_bytes());
   }
   shape.rows = p.blocks;
+  shape.instance = p.channel_tiles;
   constexpr int kRegistersPerThread = 128;  // of __launch_bounds__(256, 2)
   const int64_t resident =
       std::max<int64_t>(1, std::min<int64_t>(65536 / (kRegistersPerThread * shape.threads),

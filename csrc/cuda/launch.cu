@@ -46,8 +46,8 @@ bool rehearsing() { return rehearsal.has_value(); }
 
 bool detail::rehearse(const char* name, const LaunchShape& shape) {
   if (!rehearsing()) return false;
-  rehearsal->launches << name << ' ' << shape.threads << ' ' << shape.rows << ' ' << shape.blocks << ' '
-                      << shape.shared_bytes << '\n';
+  rehearsal->launches << name << ' ' << shape.instance << ' ' << shape.threads << ' ' << shape.rows << ' '
+                      << shape.blocks << ' ' << shape.shared_bytes << '\n';
   return true;
 }
 

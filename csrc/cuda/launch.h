@@ -22,6 +22,7 @@ struct LaunchShape {
   int rows = 1;        // block_row()
   int threads = 128;
   int shared_bytes = 0;
+  int instance = 0;  // what a kernel with a number in its template has there, for reports
 };
 
 struct Properties {
@@ -37,7 +38,7 @@ const Properties& properties();
 // A rehearsal: until it ends, this thread's launches are listed instead of started, properties() tells of a device that
 // need not be there, and tensors may be anywhere.
 void begin_rehearsal(const Properties& device);
-// A line for every launch: name, threads, rows, blocks, bytes of shared memory.
+// A line for every launch: name, instance, threads, rows, blocks, bytes of shared memory.
 std::string end_rehearsal();
 bool rehearsing();
 

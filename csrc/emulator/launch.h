@@ -21,6 +21,7 @@ struct LaunchShape {
   int rows = 1;
   int threads = 128;
   int shared_bytes = 0;
+  int instance = 0;  // what a kernel with a number in its template has there, for reports
 };
 
 struct Properties {
