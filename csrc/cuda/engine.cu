@@ -189,6 +189,7 @@ class CompiledPlan {
         u.last = layer.index;
       }
     }
+    merge();
   }
 
   // Whether the layer before does layer k's work.
