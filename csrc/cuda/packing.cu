@@ -3,45 +3,35 @@
 #include <utility>
 
 #include "../common/layout.h"
+#include "weight_access.h"
 
 namespace esr::cuda {
 namespace {
 
 constexpr int kThreads = 128;
 
-ESR_DEVICE float read(const WeightView& w, int64_t i0, int64_t i1, int tap) {
-  const int64_t element = i0 * w.strides[0] + i1 * w.strides[1] + (tap / 3) * w.strides[2] + (tap % 3) * w.strides[3];
-  const unsigned char* p = w.data + element * (w.dtype == Dtype::kFloat32 ? 4 : 2);
-  switch (w.dtype) {
-    case Dtype::kFloat16:
-      return device::to_float(device::load_global<device::float16>(p));
-    case Dtype::kBFloat16:
-      return device::to_float(device::load_global<device::bfloat16>(p));
-    default:
-      return device::load_global<float>(p);
-  }
-}
-
 ESR_DEVICE float weight_value(const PackArgs& a, int o, int i, int tap) {
   switch (a.composition) {
     case Composition::kDepthwise:
-      return read(a.weight, o, i, tap) * read(a.inner, o, i, 0);
+      return read_weight(a.weight, o, i, tap) * read_weight(a.inner, o, i, 0);
     case Composition::kProduct: {
       float sum = 0.0f;
-      for (int m = 0; m < a.weight.sizes[1]; ++m) sum = fmaf(read(a.weight, o, m, tap), read(a.inner, m, i, 0), sum);
+      for (int m = 0; m < a.weight.sizes[1]; ++m) {
+        sum = fmaf(read_weight(a.weight, o, m, tap), read_weight(a.inner, m, i, 0), sum);
+      }
       return sum;
     }
     default:
-      return read(a.weight, o, i, tap);
+      return read_weight(a.weight, o, i, tap);
   }
 }
 
 ESR_DEVICE float bias_value(const PackArgs& a, int o) {
-  float sum = a.bias.data == nullptr ? 0.0f : read(a.bias, o, 0, 0);
+  float sum = a.bias.data == nullptr ? 0.0f : read_weight(a.bias, o, 0, 0);
   if (a.composition == Composition::kProduct && a.inner_bias.data != nullptr) {
     for (int m = 0; m < a.weight.sizes[1]; ++m) {
       for (int tap = 0; tap < a.packing.taps; ++tap)
-        sum = fmaf(read(a.weight, o, m, tap), read(a.inner_bias, m, 0, 0), sum);
+        sum = fmaf(read_weight(a.weight, o, m, tap), read_weight(a.inner_bias, m, 0, 0), sum);
     }
   }
   return sum;
@@ -147,6 +137,12 @@ WeightView adjoint(WeightView w) {
     w.data += (w.sizes[d] - 1) * w.strides[d] * dtype_bytes(w.dtype);
     w.strides[d] = -w.strides[d];
   }
+  return w;
+}
+
+WeightView input_channels(WeightView w, int64_t first, int64_t count) {
+  w.data += first * w.strides[1] * dtype_bytes(w.dtype);
+  w.sizes[1] = static_cast<int32_t>(count);
   return w;
 }
 

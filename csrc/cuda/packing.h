@@ -22,6 +22,8 @@ struct WeightView {
 
 // The weight of the convolution that is this one's data gradient: taps in reverse, input and output channels swapped.
 WeightView adjoint(WeightView weight);
+// The part for input channels [first, first + count).
+WeightView input_channels(WeightView weight, int64_t first, int64_t count);
 
 // How the convolution's weight arises from those given.
 enum class Composition : int32_t {

@@ -26,7 +26,7 @@ pointwise_kernel(ESR_ARGUMENT(PointwiseArgs) a) {
     const int64_t image = row / a.height;
     const int y = static_cast<int>(row - image * a.height);
     float values[8];
-    read_channels<Value>(a.a, 1, image, y, x, c, a.channels, values);
+    read_channels<Value>(a.a, a.shuffle, image, y, x, c, a.channels, values);
     if (a.scale != nullptr) {
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
@@ -49,6 +49,7 @@ pointwise_kernel(ESR_ARGUMENT(PointwiseArgs) a) {
 }  // namespace
 
 void launch_pointwise(PointwiseArgs args, Precision precision, int64_t batch, device::Stream stream, bool overlap) {
+  args.shuffle = std::max(args.shuffle, 1);
   args.units = static_cast<int32_t>(ceil_div(args.channels, 8));
   args.items = batch * args.height * args.width * args.units;
   device::LaunchShape shape;

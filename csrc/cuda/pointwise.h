@@ -11,6 +11,7 @@ struct PointwiseArgs {
   const float* shift;  // (a - shift[c]) * scale[c] of every channel; null: as it is
   const float* scale;
   int32_t height, width, channels, units;  // units of 8 channels
+  int32_t shuffle;                         // more than 1: `a` is read as the map whose pixel shuffle it is
   int64_t items;                           // images x rows x units x pixels
 };
 

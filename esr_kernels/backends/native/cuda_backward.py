@@ -1,0 +1,137 @@
+"""The operators' gradients on the compiled CUDA engine (csrc/cuda/backward.cu)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ...library import bias_gradient, feature_map, gradient
+from .cuda import library, precision
+from .engine import ACTIVATION_CODES, PADDING_CODES, RESIDUAL_CODES
+
+
+def _is_empty(x: Tensor, gradients: list[Tensor]) -> bool:
+    """Whether there is nothing to sum up; the gradients are zeros then."""
+    if x.shape[0] > 0:
+        return False
+    for g in gradients:
+        g.zero_()
+    return True
+
+
+def conv3x3_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    residual_mode: str,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients to x, weight, bias and residual; the convolution's result is recomputed, not stored."""
+    gradients = [
+        gradient(x, output_mask[0]),
+        gradient(weight, output_mask[1]),
+        bias_gradient(bias, weight, output_mask[2]),
+        feature_map(x, weight.shape[0]) if output_mask[3] else x.new_empty(0),
+    ]
+    if not _is_empty(x, gradients):
+        epilogue = (ACTIVATION_CODES[activation], negative_slope, RESIDUAL_CODES[residual_mode])
+        library().conv3x3_backward(grad, x, weight, bias, residual, *epilogue, precision(x.dtype), gradients)
+    return tuple(gradients)
+
+
+def spab_backward(
+    grad: Tensor,
+    grad_mid: Tensor | None,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients to x, w1, b1, w2, b2, w3, b3; the intermediate maps are recomputed, not stored."""
+    weights, biases = [w1, w2, w3], [b1, b2, b3]
+    gradients = [gradient(x, output_mask[0])]
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        gradients.append(gradient(weight, output_mask[2 * i + 1]))
+        gradients.append(bias_gradient(bias, weight, output_mask[2 * i + 2]))
+    if not _is_empty(x, gradients):
+        given = [x.new_empty(0) if b is None else b for b in biases]
+        library().spab_backward(grad, grad_mid, x, weights, given, precision(x.dtype), gradients)
+    return tuple(gradients)
+
+
+def conv3x3_pixel_shuffle_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, upscale_factor: int, output_mask: list[bool]
+) -> tuple[Tensor, ...]:
+    """Gradients to x, weight, bias and residual."""
+    gradients = [
+        gradient(x, output_mask[0]),
+        gradient(weight, output_mask[1]),
+        bias_gradient(bias, weight, output_mask[2]),
+        x.new_empty(grad.shape if output_mask[3] else 0),
+    ]
+    if not _is_empty(x, gradients):
+        library().conv3x3_pixel_shuffle_backward(grad, x, weight, upscale_factor, precision(x.dtype), gradients)
+    return tuple(gradients)
+
+
+def conv1x1_backward(
+    grad: Tensor,
+    xs: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    output_mask: list[bool],
+) -> list[Tensor]:
+    """Gradients to each of xs, then to weight and bias; `output_mask` has an entry for each."""
+    gradients = [gradient(x, wanted) for x, wanted in zip(xs, output_mask[:-2], strict=True)]
+    gradients += [gradient(weight, output_mask[-2]), bias_gradient(bias, weight, output_mask[-1])]
+    if not _is_empty(xs[0], gradients):
+        epilogue = (ACTIVATION_CODES[activation], negative_slope)
+        library().conv1x1_backward(grad, list(xs), weight, bias, *epilogue, precision(xs[0].dtype), gradients)
+    return gradients
+
+
+def bsconv_backward(
+    grad: Tensor,
+    x: Tensor,
+    pointwise: Tensor,
+    depthwise: Tensor,
+    bias: Tensor | None,
+    padding_mode: str,
+    activation: str,
+    negative_slope: float,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients to x, pointwise, depthwise and bias."""
+    gradients = [
+        gradient(x, output_mask[0]),
+        gradient(pointwise, output_mask[1]),
+        gradient(depthwise, output_mask[2]),
+        bias_gradient(bias, depthwise, output_mask[3]),
+    ]
+    if not _is_empty(x, gradients):
+        settings = (PADDING_CODES[padding_mode] == 1, ACTIVATION_CODES[activation], negative_slope)
+        library().bsconv_backward(grad, x, pointwise, depthwise, bias, *settings, precision(x.dtype), gradients)
+    return tuple(gradients)
+
+
+OPERATORS: dict[str, Any] = {
+    f.__name__: f
+    for f in (
+        conv3x3_backward,
+        spab_backward,
+        conv3x3_pixel_shuffle_backward,
+        conv1x1_backward,
+        bsconv_backward,
+    )
+}
