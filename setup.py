@@ -8,8 +8,8 @@ Environment:
                           warning. 1: no compiler is an error. 0: pure Python.
     ESR_KERNELS_CUDA      auto (default): with CUDA when nvcc is found (CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda)
                           and there are CUDA sources. 1: no nvcc is an error. 0: without CUDA.
-    ESR_KERNELS_EMULATOR  1: also compile the CUDA kernels for the CPU emulator, as `esr_kernels/_esr_emulator.so`, with
-                          which the tests run them. Default 0.
+    ESR_KERNELS_EMULATOR  1: in-place builds also compile the CUDA kernels for the CPU emulator, as
+                          `esr_kernels/_esr_emulator.so`, with which the tests run them. Default 0.
     TORCH_CUDA_ARCH_LIST  default 8.0;8.6;8.9;9.0+PTX; entries below 8.0 are left out
     CXX, CXXFLAGS, LDFLAGS, NVCC_FLAGS, MAX_JOBS
 """
@@ -558,6 +558,11 @@ class BuildExt(build_ext):
     tools: Toolchain | None = None
     reason = ""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if not self.inplace:  # it is for the tests, and no part of a wheel
+            self.extensions = [e for e in self.extensions or [] if e.name != EMULATOR]
+
     def run(self) -> None:
         warn_pure_python(self.tools, self.reason)
         super().run()
@@ -639,11 +644,12 @@ def extensions(tools: Toolchain | None) -> list[Extension]:
 def main() -> None:
     try:
         tools, reason = find_toolchain(os.environ, library_sources(ROOT))
+        found = extensions(tools)
     except BuildError as error:
         sys.exit(f"error: {error}")
     BuildExt.tools = BuildPy.tools = tools
     BuildExt.reason = BuildPy.reason = reason
-    setup(ext_modules=extensions(tools), cmdclass={"build_ext": BuildExt, "build_py": BuildPy})
+    setup(ext_modules=found, cmdclass={"build_ext": BuildExt, "build_py": BuildPy})
 
 
 if __name__ == "__main__":

@@ -65,6 +65,13 @@ int64_t launch(torch::stable::Tensor x) {
 STABLE_TORCH_LIBRARY_FRAGMENT(esr_native, m) { m.def("negate(Tensor(a!) x) -> int"); }
 STABLE_TORCH_LIBRARY_IMPL(esr_native, CUDA, m) { m.impl("negate", TORCH_BOX(&launch)); }
 """
+EMULATED_SOURCE = """
+#ifndef ESR_EMULATOR
+#error "not for the emulator"
+#endif
+
+extern const char esr_kind[] __attribute__((visibility("default"))) = "emulated";
+"""
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +132,8 @@ def small_sources(project: Path) -> Path:
     (sources / "common").mkdir(parents=True)
     (sources / "library.cpp").write_text(PLAIN_LIBRARY)
     (sources / "common" / "answer.h").write_text('#define ANSWER "41"\n')
-    shutil.copy(ROOT / "csrc" / "python_module.cpp", sources)
+    for name in ("python_module.cpp", "nvcc_resources.py"):
+        shutil.copy(ROOT / "csrc" / name, sources)
     return project
 
 
@@ -366,6 +374,7 @@ def test_build_rebuild_and_failure(small_sources: Path) -> None:
     assert info["flags"][-1] == "-O0"
     assert (info["torch"], info["cuda"], info["git_commit"]) == (torch.__version__, None, None)
     assert info["cxx_standard"] >= 202002
+    assert report(project, "native.kernel_info()") == []
     assert torch.__version__.startswith(info["torch_headers"])
 
     # Only what a changed header reaches is compiled again.
@@ -407,9 +416,39 @@ def test_cuda_sources_compile_against_any_torch(script: ModuleType, small_source
     assert info["cuda_architectures"] == ["8.6"]
     assert info["features"]["cuda"] is True
     assert "python" not in info
+    (table,) = small_sources.glob("build/**/cuda_kernels.cpp")
+    assert re.search(r'"\{\\"symbol\\": \\"\w*negate\w*\\", \\"architecture\\": \\"8.6\\"', table.read_text())
+    assert not list(small_sources.glob("build/**/*.kept")), "what nvcc was asked to keep is not kept any longer"
     library = (small_sources / "esr_kernels" / "_esr_native.so").read_bytes()
     assert b".nv_fatbin" in library
     assert b"libcudart.so" not in library
+
+
+@pytest.mark.usefixtures("compiler")
+def test_the_emulator_is_compiled_where_it_is_asked_for(small_sources: Path) -> None:
+    """In place only: it is for the tests."""
+    library = small_sources / "esr_kernels" / "_esr_emulator.so"
+    (small_sources / "csrc" / "python_module.cpp").write_text("// a module that cannot be imported\n")
+    (small_sources / "csrc" / "cuda").mkdir()
+    (small_sources / "csrc" / "cuda" / "kernel.cu").write_text(EMULATED_SOURCE)
+    options = {"ESR_KERNELS_CUDA": "0", "CXXFLAGS": "-O0", "MAX_JOBS": "2"}
+    for switch in ("0", ""):
+        done = build(small_sources, ESR_KERNELS_EMULATOR=switch, **options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert not library.exists()
+    done = python(small_sources, "setup.py", "build_ext", "--build-lib", "built", ESR_KERNELS_EMULATOR="1", **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [p.name.partition(".")[0] for p in sorted((small_sources / "built").rglob("*.so"))] == [
+        "_build_info",
+        "_esr_native",
+    ]
+    done = build(small_sources, ESR_KERNELS_EMULATOR="1", **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert b"emulated\0" in library.read_bytes()
+    assert "no work to do" in build(small_sources, ESR_KERNELS_EMULATOR="1", **options).stdout
+    done = build(small_sources, ESR_KERNELS_EMULATOR="maybe", **options)
+    assert done.returncode != 0
+    assert "ESR_KERNELS_EMULATOR='maybe' is not allowed" in done.stderr
 
 
 def test_without_a_compiler_one_line_warns(small_sources: Path) -> None:
@@ -426,7 +465,8 @@ def test_without_a_compiler_one_line_warns(small_sources: Path) -> None:
 
 
 def test_pure_python_wheel(project: Path, tmp_path: Path) -> None:
-    (project / "esr_kernels" / "_esr_native.so").write_bytes(b"left over from an earlier build")
+    for name in ("_esr_native.so", "_esr_emulator.so"):
+        (project / "esr_kernels" / name).write_bytes(b"left over from an earlier build")
     arguments = ["-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(tmp_path), "."]
     done = python(project, *arguments, ESR_KERNELS_NATIVE="0")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -449,6 +489,9 @@ def test_pure_python_wheel(project: Path, tmp_path: Path) -> None:
 def test_an_sdist_holds_what_a_build_needs(small_sources: Path) -> None:
     (small_sources / "tests").mkdir()
     (small_sources / "tests" / "test_nothing.py").touch()
+    for name in ("cuda/kernel.cu", "cuda/kernel.h", "emulator/device.h"):
+        (small_sources / "csrc" / name).parent.mkdir(exist_ok=True)
+        (small_sources / "csrc" / name).touch()
     done = python(small_sources, "setup.py", "-q", "sdist", ESR_KERNELS_CUDA="0")
     assert done.returncode == 0, done.stderr
     (archive,) = (small_sources / "dist").glob("*.tar.gz")
@@ -456,6 +499,7 @@ def test_an_sdist_holds_what_a_build_needs(small_sources: Path) -> None:
     (unpacked,) = (small_sources / "unpacked").iterdir()
     names = {str(p.relative_to(unpacked)) for p in unpacked.rglob("*") if p.is_file()}
     needed = "setup.py pyproject.toml LICENSE csrc/library.cpp csrc/python_module.cpp csrc/common/answer.h"
+    needed += " csrc/nvcc_resources.py csrc/cuda/kernel.cu csrc/cuda/kernel.h csrc/emulator/device.h"
     assert set(needed.split()) | {"esr_kernels/native.py", "tests/test_nothing.py"} <= names
 
 
