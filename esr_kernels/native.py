@@ -11,6 +11,7 @@ import mmap
 import os
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # What the Python side and the library agree on: operator schemas and the plan encoding. Raised with either of them.
@@ -114,6 +115,24 @@ def load_emulator() -> str | None:
     return None
 
 
+def _stamp() -> dict[str, Any] | None:
+    """The stamp of the library that is here, None without one."""
+    path = library_path()
+    try:
+        return None if path is None else read_stamp(path)
+    except OSError:
+        return None
+
+
+def _build_module(stamp: dict[str, Any]) -> ModuleType | None:
+    """The module `_build_info`, None unless it was compiled for this Python by the build with this stamp."""
+    try:
+        module = importlib.import_module("._build_info", __package__)
+    except ImportError:
+        return None
+    return module if json.loads(module.stamp().removeprefix(_STAMP.decode())) == stamp else None
+
+
 @lru_cache(maxsize=1)
 def build_info() -> dict[str, Any]:
     """What the compiled library was built with; empty when nothing is compiled.
@@ -125,20 +144,34 @@ def build_info() -> dict[str, Any]:
         (dict[str, bool]). With the module `_build_info` compiled for this Python also cxx_standard (int),
         compiler_macro, python, pybind11 and torch_headers (str), which the compiler itself tells.
     """
-    path = library_path()
-    if path is None:
-        return {}
-    try:
-        stamp = read_stamp(path)
-    except OSError:
-        return {}
+    stamp = _stamp()
     if stamp is None:
         return {}
-    try:
-        module = importlib.import_module("._build_info", __package__)
-    except ImportError:
-        return stamp
-    # One compiled for this Python by another build says nothing about the library that is here now.
-    if json.loads(module.stamp().removeprefix(_STAMP.decode())) != stamp:
-        return stamp
-    return {**stamp, **module.facts()}
+    module = _build_module(stamp)
+    return stamp if module is None else {**stamp, **module.facts()}
+
+
+def compiled_kernels() -> list[dict[str, Any]]:
+    """The CUDA kernels of the library with what nvcc told of them; empty without CUDA or the module `_build_info`."""
+    stamp = _stamp()
+    module = None if stamp is None else _build_module(stamp)
+    return module.kernels() if module is not None and hasattr(module, "kernels") else []
+
+
+def kernel_info() -> list[dict[str, Any]]:
+    """What every CUDA kernel needs on every architecture that was compiled, without a GPU.
+
+    Returns:
+        A dict for each kernel and architecture; empty without CUDA or the module `_build_info`. kernel (str, such as
+        `convolution_kernel<Float16, 4, forward>`), architecture (str, such as "8.6"), registers, spilled_bytes,
+        stack_bytes, static_shared_bytes, minimum_blocks (int), threads (int | None: the bound of a launch),
+        dynamic_shared_bytes (int | None) of the launch in the layer named by `layer` (str | None: no typical layer
+        launches it, or the library does not load), blocks_per_multiprocessor (int | None) and occupancy (float | None:
+        the resident warps by those that there could be).
+    """
+    kernels = compiled_kernels()
+    if not kernels:
+        return []
+    from .backends.native import resources
+
+    return resources.kernel_info(kernels)

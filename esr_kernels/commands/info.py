@@ -19,6 +19,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="versions, devices and backends",
         description="Versions, devices, the compiled library and every backend with the reason when it cannot run.",
     )
+    parser.add_argument("--kernels", action="store_true", help="what the CUDA kernels need of a GPU, as Markdown")
     parser.add_argument("--json", action="store_true", help="as JSON")
     return parser
 
@@ -43,8 +44,27 @@ def _collect() -> dict[str, Any]:
     }
 
 
+def _kernels(as_json: bool) -> int:
+    from ..backends.native import resources
+
+    kernels = native.kernel_info()
+    if not kernels and not as_json:
+        print("No CUDA kernels: the library was compiled without them, or the module _build_info is missing.")
+        return 0
+    layers = resources.layer_info()
+    if as_json:
+        print(json.dumps({"kernels": kernels, "layers": layers}, indent=1))
+        return 0
+    architectures = " / ".join(dict.fromkeys(k["architecture"] for k in kernels))
+    print(f"Architectures {architectures}; layers at 256x256, one image.\n")
+    print(f"{resources.markdown(kernels)}\n\n{resources.markdown(layers)}")
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
+    if args.kernels:
+        return _kernels(args.json)
     info = _collect()
     if args.json:
         print(json.dumps(info, indent=1))

@@ -1,0 +1,431 @@
+"""What the CUDA kernels need of a GPU, without one: `esr-kernels info --kernels`.
+
+Registers and spills were written down when nvcc compiled the kernels (csrc/nvcc_resources.py). Shared memory and blocks
+are chosen at launch: in a `rehearsal` operators list their launches for a GPU that is described, and start none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ...errors import BackendError
+from ...plan import PlanBuilder
+from . import cuda_backward, operators
+from .engine import encode
+
+_REGISTERS = 65536  # of a multiprocessor
+_RESERVED = 1024  # shared memory that the runtime takes of every block
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A multiprocessor of an architecture, and how many of them its largest usual GPU has.
+
+    Attributes:
+        warps, blocks: that are resident at once.
+        shared_bytes: of one block, at most.
+        shared_bytes_in_all: of all resident blocks.
+        multiprocessors: of the GPU.
+    """
+
+    warps: int
+    blocks: int
+    shared_bytes: int
+    shared_bytes_in_all: int
+    multiprocessors: int
+
+    def resident(self, registers: int, threads: int, shared_bytes: int) -> int:
+        """How many blocks of a kernel are on a multiprocessor at once."""
+        warps = -(-threads // 32)
+        # Registers are given out to whole warps in units of 256, and to the four parts of a multiprocessor alike.
+        by_registers = _REGISTERS // (-(-registers // 8) * 8 * 32) // 4 * 4 // warps
+        by_shared = self.shared_bytes_in_all // (-(-(shared_bytes + _RESERVED) // 128) * 128)
+        return min(by_registers, by_shared, self.blocks, self.warps // warps)
+
+
+LIMITS = {
+    "8.0": Limits(64, 32, 163 << 10, 164 << 10, 108),
+    "8.6": Limits(48, 16, 99 << 10, 100 << 10, 84),
+    "8.7": Limits(48, 16, 163 << 10, 164 << 10, 16),
+    "8.9": Limits(48, 24, 99 << 10, 100 << 10, 128),
+    "9.0": Limits(64, 32, 227 << 10, 228 << 10, 132),
+    "10.0": Limits(64, 32, 227 << 10, 228 << 10, 148),
+    "10.3": Limits(64, 32, 227 << 10, 228 << 10, 148),
+    "12.0": Limits(48, 24, 99 << 10, 100 << 10, 170),
+    "12.1": Limits(48, 24, 99 << 10, 100 << 10, 48),
+}
+
+
+def limits(architecture: str) -> Limits | None:
+    """Of an architecture such as "9.0" or "9.0a", None where they are not known."""
+    return LIMITS.get(architecture.rstrip("af"))
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+_VARIANTS = ("forward", "backward", "tail")  # csrc/cuda/convolution.h
+_TYPES = {"__half": "float16", "__nv_bfloat16": "bfloat16"}
+# What a kernel's first template argument is: a precision, or the type of values in memory.
+_PRECISIONS = {
+    "float16": ("Float16", "float16"),
+    "bfloat16": ("BFloat16", "bfloat16"),
+    "tf32": ("Tf32", "float"),
+    "tf32x3": ("Tf32x3", "float"),
+}
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32, "tf32x3": torch.float32}
+
+
+def readable(name: str) -> str:
+    """`convolution_kernel<Float16, 4, forward>` of a demangled name."""
+    match = re.fullmatch(r"(?:void )?(.*)\([^()]*\)", name)
+    name = re.sub(r"\(anonymous namespace\)::|\b[a-z]\w*::", "", match[1] if match else name)
+    name = re.sub(r"\(Variant\)(\d)", lambda m: _VARIANTS[int(m[1])], name)
+    return re.sub("|".join(_TYPES), lambda m: _TYPES[m[0]], name)
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a rehearsal tells of one launch (csrc/cuda/launch.h)."""
+
+    name: str
+    instance: int
+    threads: int
+    rows: int
+    blocks: int
+    shared_bytes: int
+
+    def is_of(self, kernel: str, precision: str) -> bool:
+        """Whether this is a launch of the kernel with that readable name."""
+        base, _, arguments = kernel.partition("<")
+        name, variant = self.name, "forward"
+        for other in _VARIANTS[1:]:
+            if name.endswith(f"_{other}"):
+                name, variant = name.removesuffix(f"_{other}"), other
+        name = name.removesuffix(f"_{precision}")
+        if f"{name}_kernel" != base and (name, base) not in _OTHER_NAMES:
+            return False
+        for argument in filter(None, arguments.removesuffix(">").split(", ")):
+            if argument in ("true", "false"):
+                fits = self.instance == (argument == "true")
+            elif argument.isdecimal():
+                fits = self.instance == int(argument)
+            elif argument in _VARIANTS:
+                fits = variant == argument
+            else:
+                fits = argument in _PRECISIONS[precision]
+            if not fits:
+                return False
+        return True
+
+
+_OTHER_NAMES = {("esa_gate", "gate_kernel"), ("esa_low", "low_kernel"), ("weight_gradient_sum", "sum_kernel")}
+
+
+@contextmanager
+def rehearsal(architecture: str) -> Iterator[list[Launch]]:
+    """Inside, calls of the library's CUDA operators start nothing; the list is filled at the end.
+
+    Raises:
+        ValueError: nothing is known of the architecture.
+        BackendError: the library cannot be loaded, or was compiled without CUDA.
+    """
+    gpu = limits(architecture)
+    if gpu is None:
+        raise ValueError(f"nothing is known of architecture {architecture!r}, only of {', '.join(LIMITS)}")
+    reason = native.load()
+    if reason is not None:
+        raise BackendError(reason)
+    library = torch.ops.esr_native_cuda
+    if not hasattr(library, "begin_rehearsal"):
+        raise BackendError("the library was compiled without CUDA")
+    capability = int(architecture.rstrip("af").replace(".", ""))
+    library.begin_rehearsal(capability, gpu.multiprocessors, gpu.shared_bytes, gpu.shared_bytes_in_all)
+    launches: list[Launch] = []
+    text = ""
+    try:
+        yield launches
+    finally:
+        text = library.end_rehearsal()
+        for line in text.splitlines():
+            name, *numbers = line.split()
+            launches.append(Launch(name, *map(int, numbers)))
+
+
+def _run(call: operators.Call, precision: str) -> None:
+    """An operator, without the caches of `cuda`: what they hold is for the GPU that is there."""
+    library = torch.ops.esr_native_cuda
+    program, constants = encode(call.plan)
+    channels = [x.shape[1] for x in call.inputs]
+    handle = library.compile_plan(program, constants, call.weights, channels, list(_PRECISIONS).index(precision))
+    try:
+        library.run_plan(handle, call.weights, call.inputs, call.outputs)
+    finally:
+        library.release_plan(handle)
+
+
+def _gradients(function: Callable[..., Any], precision: str, *args: Any) -> None:
+    used: dict[str, Any] = {
+        "library": lambda: torch.ops.esr_native_cuda,
+        "precision": lambda dtype: list(_PRECISIONS).index(precision),
+    }
+    before = {name: getattr(cuda_backward, name) for name in used}
+    try:
+        vars(cuda_backward).update(used)
+        function(*args)
+    finally:
+        vars(cuda_backward).update(before)
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Something to launch: `run` takes its name in `_PRECISIONS` and a function that makes a tensor of some size."""
+
+    name: str
+    run: Callable[[str, Callable[..., Tensor]], None]
+    backward: bool = False
+
+
+def _conv3x3(channels: int, out: int, size: int = 256) -> Layer:
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        x = tensor(1, channels, size, size)
+        _run(operators.conv3x3(x, tensor(out, channels, 3, 3), tensor(out), None, "silu", 0.0, "pre"), precision)
+
+    return Layer(f"conv3x3 {channels}→{out}", run)
+
+
+def _conv3x3_backward(channels: int, out: int, size: int = 256) -> Layer:
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        x, weight, grad = tensor(1, channels, size, size), tensor(out, channels, 3, 3), tensor(1, out, size, size)
+        arguments = (grad, x, weight, tensor(out), None, "silu", 0.0, "pre", [True, True, True, False])
+        _gradients(cuda_backward.conv3x3_backward, precision, *arguments)
+
+    return Layer(f"gradients of conv3x3 {channels}→{out}", run, backward=True)
+
+
+def _tail(channels: int, out: int, size: int = 256) -> Layer:
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        x = tensor(1, channels, size, size)
+        weights = [tensor(out, channels, 3, 3), tensor(out), tensor(out, out, 1, 1), tensor(out)]
+        plan = PlanBuilder()
+        common = {"activation": "none", "negative_slope": 0.0}
+        names = [{"weight": f"w{i}", "bias": f"b{i}"} for i in range(2)]
+        y = plan.add("conv3x3", [plan.input(channels)], out, names[0], **common, residual_mode="pre")
+        y = plan.add("conv1x1", [y], out, names[1], **common)
+        result = tensor(1, out, size, size)
+        _run(operators.Call(plan.finish([y]), weights, [x], [result], result), precision)
+
+    return Layer(f"conv3x3 {channels}→{out}, conv1x1", run)
+
+
+def _shuffle(channels: int, out: int, scale: int, size: int = 256) -> Layer:
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        x, weight = tensor(1, channels, size, size), tensor(out, channels, 3, 3)
+        _run(operators.conv3x3_pixel_shuffle(x, weight, tensor(out), None, scale), precision)
+
+    return Layer(f"conv3x3 {channels}→{out}, shuffle", run)
+
+
+def _conv1x1(channels: Sequence[int], out: int, size: int = 256) -> Layer:
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        xs = [tensor(1, c, size, size) for c in channels]
+        weight = tensor(out, sum(channels), 1, 1)
+        _run(operators.conv1x1(xs, weight, tensor(out), "none", 0.0), precision)
+
+    return Layer(f"conv1x1 {'+'.join(map(str, channels))}→{out}", run)
+
+
+def _esa(channels: int, hidden: int, size: int = 256) -> Layer:
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        three = (hidden, hidden, 3, 3)
+        sizes = [(hidden, channels, 1, 1), (hidden,), three, (hidden,), three, (hidden,), (channels, hidden, 1, 1)]
+        sizes += [(channels,), (hidden, hidden, 1, 1), (hidden,)]
+        _run(
+            operators.esa(tensor(1, channels, size, size), *(tensor(*s) for s in sizes), None, None, None, None),
+            precision,
+        )
+
+    return Layer(f"esa {channels}, {hidden}", run)
+
+
+# Those of the networks in python_models and of published ones like them.
+TYPICAL = (
+    _conv3x3(3, 28),
+    _conv3x3(28, 28),
+    _conv3x3(46, 46),
+    _shuffle(46, 48, 4),
+    _conv3x3(52, 52),
+    _conv3x3(64, 64),
+    _conv1x1([28] * 4, 28),
+    _esa(46, 16),
+)
+# A layer for every instantiation.
+_EVERY = (
+    *(_conv3x3(8 * n, 8 * n) for n in range(1, 9)),
+    *(_tail(8 * n, 8 * n) for n in range(1, 9)),
+    *(_esa(48, hidden) for hidden in (16, 32, 48, 64)),
+    *(_conv3x3_backward(8 * n, 8 * n) for n in range(1, 9)),
+)
+
+
+@lru_cache(maxsize=256)
+def _rehearsed(layer: Layer, precision: str, architecture: str) -> tuple[Launch, ...]:
+    """The launches of a layer at 256x256, one image."""
+
+    def tensor(*size: int) -> Tensor:
+        made = torch.empty(size, dtype=_DTYPES[precision])
+        return made.contiguous(memory_format=torch.channels_last) if len(size) == 4 else made
+
+    with rehearsal(architecture) as launches:
+        layer.run(precision, tensor)
+    return tuple(launches)
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+
+def _with_occupancy(entry: dict[str, Any], threads: int | None, shared_bytes: int) -> dict[str, Any]:
+    gpu = limits(entry["architecture"])
+    blocks = None
+    if gpu is not None and threads is not None and entry["registers"] is not None:
+        blocks = gpu.resident(entry["registers"], threads, shared_bytes)
+    entry["blocks_per_multiprocessor"] = blocks
+    entry["occupancy"] = None if gpu is None or blocks is None else blocks * -(-(threads or 0) // 32) / gpu.warps
+    return entry
+
+
+def kernel_info(compiled: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The list of `native.kernel_info`, from what the module `_build_info` tells."""
+    entries = []
+    for kernel in compiled:
+        name, architecture = readable(kernel["name"]), kernel["architecture"]
+        found = _launch_of(name, architecture)
+        dynamic = found[1].shared_bytes if found else None
+        entry = {
+            "kernel": name,
+            "architecture": architecture,
+            **{k: kernel[k] for k in ("registers", "spilled_bytes", "stack_bytes", "static_shared_bytes")},
+            "dynamic_shared_bytes": dynamic,
+            "layer": found[0] if found else None,
+            "threads": kernel["threads"],
+            "minimum_blocks": kernel["minimum_blocks"],
+        }
+        threads = found[1].threads if found else kernel["threads"]
+        entries.append(_with_occupancy(entry, threads, kernel["static_shared_bytes"] + (dynamic or 0)))
+    return entries
+
+
+def _launch_of(kernel: str, architecture: str) -> tuple[str, Launch] | None:
+    """A layer that launches this kernel, and the launch; None where none of ours does, or the library does not load."""
+    for layer in (*TYPICAL, *_EVERY):
+        for precision in _PRECISIONS:
+            try:
+                launches = _rehearsed(layer, precision, architecture)
+            except (ValueError, RuntimeError):
+                return None
+            for launch in launches:
+                if launch.is_of(kernel, precision):
+                    return f"{layer.name} {precision}", launch
+    return None
+
+
+def layer_info(architectures: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Shared memory and occupancy of every launch of typical layers at 256x256.
+
+    Args:
+        architectures: such as "8.6"; None: those that were compiled.
+
+    Returns:
+        For every layer, precision, architecture and launch but those that pack weights: layer, precision, architecture,
+        kernel (str), threads, blocks, dynamic_shared_bytes, shared_bytes_limit (int), registers and
+        blocks_per_multiprocessor (int or None), occupancy (float or None).
+
+    Raises:
+        ValueError: nothing is known of an architecture.
+        BackendError: the library cannot be loaded, or was compiled without CUDA.
+    """
+    kernels = native.compiled_kernels()
+    if architectures is None:
+        architectures = list(dict.fromkeys(k["architecture"] for k in kernels))
+    entries = []
+    for architecture in architectures:
+        registers = {readable(k["name"]): k["registers"] for k in kernels if k["architecture"] == architecture}
+        for layer in TYPICAL:
+            for precision in _PRECISIONS:
+                for launch in _rehearsed(layer, precision, architecture):
+                    if launch.name.endswith("pack"):
+                        continue
+                    kernel = next((k for k in registers if launch.is_of(k, precision)), launch.name)
+                    gpu = limits(architecture)
+                    assert gpu is not None
+                    entry = {
+                        "layer": layer.name,
+                        "precision": precision,
+                        "architecture": architecture,
+                        "kernel": kernel,
+                        "threads": launch.threads,
+                        "blocks": launch.blocks * launch.rows,
+                        "dynamic_shared_bytes": launch.shared_bytes,
+                        "shared_bytes_limit": gpu.shared_bytes,
+                        "registers": registers.get(kernel),
+                    }
+                    entries.append(_with_occupancy(entry, launch.threads, launch.shared_bytes))
+    return entries
+
+
+def _percent(value: Any) -> str:
+    return f"{value:.0%}"
+
+
+def _kibibytes(value: Any) -> str:
+    return f"{value / 1024:.1f}".removesuffix(".0")
+
+
+# Column -> its title, and how a value is written.
+_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "kernel": ("kernel", str),
+    "layer": ("layer", str),
+    "precision": ("precision", str),
+    "registers": ("registers", str),
+    "spilled_bytes": ("spilled, bytes", str),
+    "threads": ("threads", str),
+    "blocks": ("blocks", str),
+    "dynamic_shared_bytes": ("shared, KiB", _kibibytes),
+    "blocks_per_multiprocessor": ("blocks/SM", str),
+    "occupancy": ("occupancy", _percent),
+}
+
+
+def markdown(entries: Sequence[dict[str, Any]]) -> str:
+    """A table of what `kernel_info` or `layer_info` returns, a row for all architectures.
+
+    Where they differ, a cell has a value for each in their order.
+    """
+    by_layer = "precision" in entries[0]
+    key = ("layer", "precision", "kernel") if by_layer else ("kernel",)
+    columns = [*key, *(c for c in _COLUMNS if c not in key and c in entries[0])]
+    rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for entry in entries:
+        rows.setdefault(tuple(entry[c] for c in key), []).append(entry)
+
+    def cell(group: list[dict[str, Any]], column: str) -> str:
+        texts = ["–" if e[column] is None else _COLUMNS[column][1](e[column]) for e in group]
+        return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
+
+    lines = ["| " + " | ".join(_COLUMNS[c][0] for c in columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cell(group, c) for c in columns) + " |" for group in rows.values()]
+    return "\n".join(lines)

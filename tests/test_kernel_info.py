@@ -1,0 +1,318 @@
+"""What the CUDA kernels need of a GPU: what is written down while compiling, and the limits it has to keep to."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from esr_kernels import native
+from esr_kernels.backends.native import resources
+from esr_kernels.cli import main
+from esr_kernels.errors import BackendError
+
+ROOT = Path(__file__).resolve().parent.parent
+MOST_BYTES = 30 << 20  # of the library
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("nvcc_resources", ROOT / "csrc" / "nvcc_resources.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# While compiling
+
+LOG = """\
+ptxas info    : 77 bytes gmem, 8 bytes cmem[4]
+ptxas info    : Compiling entry function '_Z1aPf' for 'sm_86'
+ptxas info    : Function properties for _Z1aPf
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 16 bytes cumulative stack size, 308 bytes smem, 400 bytes cmem[0]
+ptxas info    : Function properties for _Z6calledf
+    4 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads
+ptxas info    : Compile time = 1.862 ms
+kernels.cu(7): warning #177-D: variable "unused" was declared but never referenced
+ptxas info    : Compiling entry function '_Z1bPf' for 'sm_100a'
+ptxas info    : Function properties for _Z1bPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers
+ptxas warning : Value of threads per SM for entry _Z1bPf is out of range
+"""
+PTX = """\
+.target sm_86
+.visible .entry _Z1aPf(
+	.param .u64 _Z1aPf_param_0
+)
+.maxntid 128, 2, 1
+.minnctapersm 3
+{
+	ret; // .entry _Z1xPf()
+}
+.entry _Z1bPf() { ret; }
+"""
+
+
+def test_the_log_of_ptxas(script: ModuleType) -> None:
+    kernels, rest = script.split_log(LOG)
+    names = ("symbol", "architecture", "registers", "stack_bytes", "spilled_bytes", "static_shared_bytes")
+    assert [tuple(k[n] for n in names) for k in kernels] == [
+        ("_Z1aPf", "8.6", 40, 20, 12, 308),
+        ("_Z1bPf", "10.0a", 255, 0, 0, 0),
+    ]
+    # Nothing that somebody should read is lost.
+    assert [line[:20] for line in rest.splitlines()] == ["kernels.cu(7): warni", "ptxas warning : Valu"]
+
+
+def test_the_bounds_in_ptx(script: ModuleType) -> None:
+    assert script.launch_bounds(PTX) == {"_Z1aPf": (256, 3), "_Z1bPf": (None, 1)}
+
+
+def test_the_table_holds_each_kernel_once(script: ModuleType, tmp_path: Path) -> None:
+    kernels, _ = script.split_log(LOG)
+    for name, some in (("a.o", kernels[:1]), ("b.o", kernels), ("none.o", [])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(some))
+    objects = [str(tmp_path / name) for name in ("a.o", "b.o", "none.o", "missing.o")]
+    text = "".join(json.loads(line) for line in re.findall(r'"(?:[^"\\]|\\.)*"', script.table_source(objects))[1:])
+    assert json.loads(text) == kernels
+    output = tmp_path / "table.cpp"
+    assert script.main(["table", str(output), *objects]) == 0
+    before = output.stat().st_mtime_ns
+    assert script.main(["table", str(output), *objects]) == 0
+    assert output.stat().st_mtime_ns == before, "ninja compiles what is written anew"
+    assert '"[" "]"' in re.sub(r"\s+", " ", script.table_source([]))
+
+
+def test_a_failing_compiler_leaves_its_message_and_no_list(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert script.main(["compile", "a.o", "sh", "-c", "echo ptxas fatal; exit 3"]) == 3
+    assert "ptxas fatal" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names and occupancy
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        (
+            "void esr::cuda::convolution_kernel<esr::cuda::Float16, 4, (esr::cuda::Variant)2>(esr::cuda::Args)",
+            "convolution_kernel<Float16, 4, tail>",
+        ),
+        ("esr::cuda::(anonymous namespace)::pack_kernel(esr::cuda::PackArgs)", "pack_kernel"),
+        (
+            "void esr::cuda::(anonymous namespace)::low_kernel<__half, false>(esr::cuda::LowArgs)",
+            "low_kernel<float16, false>",
+        ),
+        ("_Z3odd", "_Z3odd"),
+    ],
+)
+def test_readable_names(name: str, short: str) -> None:
+    assert resources.readable(name) == short
+
+
+@pytest.mark.parametrize(
+    ("launch", "precision", "kernel"),
+    [
+        (("convolution_tf32x3_tail", 3), "tf32x3", "convolution_kernel<Tf32x3, 3, tail>"),
+        (("convolution_float16", 8), "float16", "convolution_kernel<Float16, 8, forward>"),
+        (("esa_gate", 4), "tf32", "gate_kernel<Tf32, 4>"),
+        (("esa_low", 1), "tf32x3", "low_kernel<float, true>"),
+        (("weight_gradient_bfloat16", 0), "bfloat16", "weight_gradient_kernel<BFloat16>"),
+        (("weight_gradient_sum", 0), "bfloat16", "sum_kernel"),
+        (("pack", 0), "float16", "pack_kernel"),
+    ],
+)
+def test_the_kernel_of_a_launch(launch: tuple[str, int], precision: str, kernel: str) -> None:
+    others = [
+        "convolution_kernel<Float16, 8, backward>",
+        "convolution_kernel<BFloat16, 8, forward>",
+        "convolution_kernel<Tf32, 3, tail>",
+        "convolution_kernel<Tf32x3, 4, tail>",
+        "gate_kernel<Tf32, 2>",
+        "low_kernel<float, false>",
+        "weight_gradient_kernel<Tf32>",
+        "esa_pack_kernel",
+    ]
+    found = resources.Launch(*launch, threads=256, rows=1, blocks=1, shared_bytes=0)
+    assert [k for k in [*others, kernel] if found.is_of(k, precision)] == [kernel]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "registers", "threads", "shared_bytes", "blocks"),
+    [
+        # As the occupancy calculator of the CUDA toolkit has it.
+        ("8.0", 32, 256, 0, 8),
+        ("8.0", 128, 256, 0, 2),
+        ("8.0", 129, 256, 0, 1),
+        ("8.6", 32, 256, 0, 6),
+        ("8.6", 16, 32, 0, 16),
+        ("8.9", 16, 32, 0, 24),
+        ("8.6", 64, 128, 48 * 1024, 2),
+        ("8.6", 64, 128, 49 * 1024 + 1, 1),
+        ("9.0a", 168, 384, 0, 1),
+        ("9.0", 64, 256, 113 * 1024, 2),
+    ],
+)
+def test_resident_blocks(architecture: str, registers: int, threads: int, shared_bytes: int, blocks: int) -> None:
+    limits = resources.limits(architecture)
+    assert limits is not None
+    assert limits.resident(registers, threads, shared_bytes) == blocks
+
+
+def test_a_rehearsal_of_an_unknown_architecture_is_refused() -> None:
+    assert resources.limits("7.5") is None
+    with pytest.raises(ValueError, match=r"nothing is known of architecture '7\.5'"), resources.rehearsal("7.5"):
+        pass
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The library of this checkout
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[dict[str, Any]]:
+    if native.library_path() is None:
+        pytest.skip(f"{native.load()}")
+    if native.build_info()["cuda"] is None:
+        pytest.skip("the library was compiled without CUDA")
+    if "python" not in native.build_info():
+        pytest.skip("the module _build_info is not compiled for this Python")
+    return native.kernel_info()
+
+
+def test_without_cuda_there_is_nothing_to_tell(capsys: pytest.CaptureFixture[str]) -> None:
+    if native.build_info().get("cuda") is not None:
+        pytest.skip("the library was compiled with CUDA")
+    assert native.kernel_info() == []
+    with pytest.raises(BackendError, match="compiled"), resources.rehearsal("8.6"):
+        pass
+    assert main(["info", "--kernels"]) == 0
+    assert capsys.readouterr().out.startswith("No CUDA kernels")
+
+
+def test_every_kernel_is_there_for_every_architecture(kernels: list[dict[str, Any]]) -> None:
+    architectures = [a.removesuffix("+PTX") for a in native.build_info()["cuda_architectures"]]
+    names = {a: {k["kernel"] for k in kernels if k["architecture"] == a} for a in architectures}
+    assert {k["architecture"] for k in kernels} == set(architectures)
+    assert len(kernels) == sum(map(len, names.values())), "no name stands for two kernels"
+    first = names[architectures[0]]
+    assert all(names[a] == first for a in architectures)
+    for precision in ("Float16", "BFloat16", "Tf32", "Tf32x3"):
+        assert {f"convolution_kernel<{precision}, {n}, forward>" for n in range(1, 9)} <= first
+
+
+def test_nothing_is_spilled_and_registers_leave_room(kernels: list[dict[str, Any]]) -> None:
+    spilling = [(k["kernel"], k["architecture"], k["spilled_bytes"]) for k in kernels if k["spilled_bytes"]]
+    assert spilling == []
+    for kernel in kernels:
+        assert kernel["threads"] is not None, f"{kernel['kernel']} has no launch bounds"
+        assert 0 < kernel["registers"] <= 65536 // (kernel["threads"] * kernel["minimum_blocks"]), kernel
+        assert kernel["blocks_per_multiprocessor"] >= 1, kernel
+
+
+def test_launches_keep_to_the_architecture(kernels: list[dict[str, Any]]) -> None:
+    for kernel in kernels:
+        limits = resources.limits(kernel["architecture"])
+        assert limits is not None
+        assert kernel["static_shared_bytes"] + (kernel["dynamic_shared_bytes"] or 0) <= limits.shared_bytes, kernel
+        if kernel["kernel"].startswith("convolution_kernel"):
+            assert kernel["layer"] is not None, kernel
+            assert kernel["occupancy"] > 0, kernel
+
+
+@pytest.mark.parametrize("architecture", resources.LIMITS)
+def test_typical_layers_keep_to_the_architecture(kernels: list[dict[str, Any]], architecture: str) -> None:
+    """Also to those that were not compiled: PTX serves later ones."""
+    layers = resources.layer_info([architecture])
+    assert {entry["layer"] for entry in layers} == {layer.name for layer in resources.TYPICAL}
+    for entry in layers:
+        assert entry["dynamic_shared_bytes"] <= entry["shared_bytes_limit"], entry
+        assert entry["threads"] % 32 == 0
+        assert entry["blocks"] >= 1
+        if entry["registers"] is not None:
+            assert entry["blocks_per_multiprocessor"] >= 1, entry
+
+
+def test_a_rehearsal_ends_with_an_error_too(kernels: list[dict[str, Any]]) -> None:
+    with pytest.raises(ZeroDivisionError), resources.rehearsal("8.6"):
+        1 / 0  # noqa: B018
+    with resources.rehearsal("9.0") as launches:
+        pass
+    assert launches == []
+
+
+def test_the_tables(kernels: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--kernels"]) == 0
+    text = capsys.readouterr().out
+    assert "| kernel | registers | spilled, bytes |" in text
+    assert text.count("\n| convolution_kernel<Float16, 4, forward> |") == 1
+    assert "\n| conv3x3 28→28 | float16 | convolution_kernel<Float16, 4, forward> |" in text
+    assert main(["info", "--kernels", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kernels"] == kernels
+
+
+def test_the_library_is_small(kernels: list[dict[str, Any]]) -> None:
+    path = native.library_path()
+    assert path is not None
+    assert path.stat().st_size < MOST_BYTES
+
+
+def cuobjdump() -> str | None:
+    """The toolkit's, else the one that Triton brings."""
+    spec = importlib.util.find_spec("triton")
+    triton = [str(Path(spec.origin).parent / "backends" / "nvidia" / "bin")] if spec and spec.origin else []
+    folders = [None, "/usr/local/cuda/bin", *triton]
+    return next(filter(None, (shutil.which("cuobjdump", path=folder) for folder in folders)), None)
+
+
+def test_products_are_those_of_tensor_cores(kernels: list[dict[str, Any]]) -> None:
+    """Read from the machine code of one architecture, a few kernels of every kind."""
+    tool, path = cuobjdump(), native.library_path()
+    if tool is None:
+        pytest.skip("cuobjdump is neither installed nor part of Triton here")
+    architecture = kernels[0]["architecture"]
+    wanted = {
+        k["symbol"]: resources.readable(k["name"])
+        for k in native.compiled_kernels()
+        if k["architecture"] == architecture
+        and re.match(
+            r"(convolution_kernel<\w+, 4, \w+|convolution_kernel<\w+, 8, forward|weight_gradient_kernel<\w+|"
+            r"gate_kernel<\w+, 2)>",
+            resources.readable(k["name"]),
+        )
+    }
+    done = subprocess.run(
+        [tool, "-sass", "-arch", f"sm_{architecture.replace('.', '')}", "-fun", ",".join(wanted), str(path)],
+        capture_output=True,
+        text=True,
+    )
+    code = dict(re.findall(r"Function : (\w+)\n(.*?)(?=Function : |\Z)", done.stdout, re.DOTALL))
+    if not code:
+        pytest.skip(f"{tool} does not read the library: {done.stderr.strip()}")
+    assert set(code) == set(wanted)
+    for symbol, text in code.items():
+        name = wanted[symbol]
+        counts = {i: len(re.findall(rf"\b{i}\b", text)) for i in ("HMMA", "LDSM", "LDGSTS", "STL", "LDL")}
+        assert counts["HMMA"] > 0, name
+        assert counts["STL"] + counts["LDL"] == 0, f"{name} keeps values in local memory"
+        if name.startswith("convolution_kernel"):
+            assert counts["LDSM"] > 0, name
+            assert counts["LDGSTS"] > 0, name
