@@ -58,7 +58,13 @@ COMPILE_FLAGS = (
     "-Wno-psabi",
     "-ffp-contract=off",  # which products are fused is written out, so that results do not depend on the compiler
 )
-NVCC_FLAGS = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "--expt-relaxed-constexpr")
+NVCC_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
+    "--expt-relaxed-constexpr",
+    "-Xfatbin=-compress-all",  # to a fifth; the driver unpacks a kernel when it is first used
+)
 CUDA_MINIMUM = (12, 0)  # the first nvcc with C++20
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
 ARCHITECTURE_NAMES = {
@@ -156,11 +162,19 @@ def cuda_architectures(text: str) -> tuple[str, ...]:
 
 
 def gencode_flags(architectures: Iterable[str]) -> list[str]:
+    """nvcc's choice of architectures.
+
+    Machine code comes from the PTX of the generation's first architecture: the front end runs once for all of them, and
+    no kernel makes a difference between them.
+    """
     flags = []
+    first: dict[str, str] = {}
     for entry in architectures:
         number = entry.removesuffix("+PTX").replace(".", "")
-        codes = [f"sm_{number}"] + [f"compute_{number}"] * entry.endswith("+PTX")
-        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+        virtual = number if not number.isdecimal() else first.setdefault(number[:-1], number)
+        flags.append(f"-gencode=arch=compute_{virtual},code=sm_{number}")
+        if entry.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
 
 
@@ -392,6 +406,22 @@ def library_sources(root: Path) -> list[Path]:
     return files
 
 
+def has_kernels(source: Path, seen: set[Path] | None = None) -> bool:
+    """Whether a source or a header of ours that it includes defines a CUDA kernel, so that nvcc is to compile it.
+
+    Other .cu files are host code. nvcc would read them again for every architecture.
+    """
+    seen = set() if seen is None else seen
+    source = source.resolve()
+    if source in seen or not source.is_file():
+        return False
+    seen.add(source)
+    text = source.read_text(encoding="utf-8")
+    if re.search(r"^(?!\s*(?:#|//)).*(?:\b__global__\b|\bESR_KERNEL\()", text, re.MULTILINE):
+        return True
+    return any(has_kernels(source.parent / name, seen) for name in re.findall(r'^#include "(.*)"', text, re.MULTILINE))
+
+
 def emulator_sources(root: Path) -> list[Path]:
     return sorted((root / "csrc" / "cuda").rglob("*.cu"))
 
@@ -494,7 +524,7 @@ def plan_build(folder: Path, names: Iterable[str], tools: Toolchain, torch: Torc
             if relative.parts[0] == "cuda" and cuda is None:
                 continue
             output = f"library/{relative}.o"
-            if source.suffix == ".cu" and cuda:
+            if cuda and source.suffix == ".cu" and has_kernels(source):
                 command = [cuda.nvcc, *NVCC_FLAGS, *nvcc_host_compiler(tools.cxx), *gencode_flags(cuda.architectures)]
                 command += [f"-I{ROOT / 'csrc'}", *isystem, *macros, *tools.nvcc_flags]
                 command = [sys.executable, str(KERNEL_REPORT), "compile", output, *command]
@@ -502,6 +532,7 @@ def plan_build(folder: Path, names: Iterable[str], tools: Toolchain, torch: Torc
             else:
                 headers = ["-isystem", str(cuda.root / "include")] if cuda else []
                 command = [*cxx, *isystem, *headers, *macros, *tools.cxxflags]
+                command += ["-x", "c++"] * (source.suffix == ".cu")
             objects.append(ninja.compile(source, output, command))
         # --no-as-needed: libtorch.so has no symbol of its own, but where torch has CUDA it brings libtorch_cuda.so.
         libraries = [f"-L{torch.lib}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]

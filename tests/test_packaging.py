@@ -202,6 +202,30 @@ def test_machine_code_and_ptx_are_asked_for_separately(script: ModuleType) -> No
     ]
 
 
+def test_one_front_end_serves_a_generation(script: ModuleType) -> None:
+    assert script.gencode_flags(["8.0", "8.6+PTX", "10.0", "12.0", "12.1a"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=sm_86",
+        "-gencode=arch=compute_86,code=compute_86",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_121a,code=sm_121a",
+    ]
+
+
+def test_nvcc_is_for_files_with_kernels(script: ModuleType, tmp_path: Path) -> None:
+    for name, text in {
+        "device.h": "#define ESR_KERNEL(threads) __global__ void\n// ESR_KERNEL(128) is a __global__ function\n",
+        "kernel.h": '#include "device.h"\ntemplate <int n>\nESR_KERNEL(128) kernel() {}\n',
+        "plain.cu": "__global__ void kernel() {}\n",
+        "far.cu": '#include <vector>\n\n#include "near.h"\n',
+        "near.h": '#include "near.h"\n#include "kernel.h"\n',
+        "host.cu": '#include "device.h"\n#include "missing.h"\nint f() { return 1; }\n',
+    }.items():
+        (tmp_path / name).write_text(text)
+    assert [f.name for f in sorted(tmp_path.glob("*.cu")) if script.has_kernels(f)] == ["far.cu", "plain.cu"]
+
+
 def test_cuda_is_off_without_nvcc_and_asking_for_it_is_an_error(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,10 +14,15 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+// Files without kernels are compiled by the host's compiler; what headers say of kernels they only read over.
+#ifdef __CUDACC__
 #define ESR_DEVICE __device__ __forceinline__
 // A kernel takes one argument, a structure of plain data.
 #define ESR_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define ESR_ARGUMENT(type) const __grid_constant__ type
+#else
+#define ESR_DEVICE inline
+#endif
 
 namespace esr::device {
 
@@ -30,6 +35,27 @@ struct alignas(8) U32x2 {
 struct alignas(16) U32x4 {
   uint32_t x, y, z, w;
 };
+
+// ---- memory -----------------------------------------------------------------------------------------------------
+
+template <typename T>
+ESR_DEVICE T load_shared(const void* p) {
+  return *static_cast<const T*>(p);
+}
+template <typename T>
+ESR_DEVICE void store_shared(void* p, T value) {
+  *static_cast<T*>(p) = value;
+}
+template <typename T>
+ESR_DEVICE T load_global(const void* p) {
+  return *static_cast<const T*>(p);
+}
+template <typename T>
+ESR_DEVICE void store_global(void* p, T value) {
+  *static_cast<T*>(p) = value;
+}
+
+#ifdef __CUDACC__
 
 // ---- where a thread is ------------------------------------------------------------------------------------------
 
@@ -57,29 +83,12 @@ ESR_DEVICE void allow_next_grid() {
 #endif
 }
 
-// ---- memory -----------------------------------------------------------------------------------------------------
+// ---- shared memory ----------------------------------------------------------------------------------------------
 
 extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
 
 // The block's dynamic shared memory, 128-byte aligned.
 ESR_DEVICE unsigned char* shared_memory() { return dynamic_shared_memory; }
-
-template <typename T>
-ESR_DEVICE T load_shared(const void* p) {
-  return *static_cast<const T*>(p);
-}
-template <typename T>
-ESR_DEVICE void store_shared(void* p, T value) {
-  *static_cast<T*>(p) = value;
-}
-template <typename T>
-ESR_DEVICE T load_global(const void* p) {
-  return *static_cast<const T*>(p);
-}
-template <typename T>
-ESR_DEVICE void store_global(void* p, T value) {
-  *static_cast<T*>(p) = value;
-}
 
 ESR_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
@@ -200,6 +209,8 @@ ESR_DEVICE float fast_divide(float a, float b) { return __fdividef(a, b); }
 
 // The value of lane (lane ^ mask).
 ESR_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+
+#endif
 
 }  // namespace esr::device
 

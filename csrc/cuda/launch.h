@@ -55,6 +55,7 @@ void prepare(const void* kernel, const char* name, int shared_bytes);
 void check(cudaError_t status, const char* name);
 }  // namespace detail
 
+#ifdef __CUDACC__
 // Starts a kernel. `overlap`: it may start before the kernels before it have finished, and calls
 // wait_for_previous_grid() before it touches what they write.
 template <typename Args>
@@ -74,6 +75,7 @@ void launch(const char* name, void (*kernel)(Args), const LaunchShape& shape, St
   config.numAttrs = overlap && properties().capability >= 90 ? 1 : 0;
   detail::check(cudaLaunchKernelEx(&config, kernel, args), name);
 }
+#endif
 
 }  // namespace esr::device
 
