@@ -5,6 +5,7 @@
 #include "convolution_kernels.h"
 #include "epilogue.h"
 #include "pixel.h"
+#include "tf32.h"
 
 namespace esr::cuda {
 
@@ -159,19 +160,23 @@ ESR_DEVICE void load_fragments(const unsigned char* weights, uint32_t (&b)[kN][P
 template <typename P, int kN>
 ESR_DEVICE void multiply_rows(uint32_t (&rows)[4], const uint32_t (&b)[kN][P::kWeights], float (&sums)[kN][4]) {
   if constexpr (P::kWeights == 4) {
-    // a b = ah bh + ah bl + al bh, the small products first.
-    uint32_t high[4], low[4];
+    // a b = ah bl + al bh + ah bh, the small products first; one part of a at a time spares registers.
+    uint32_t part[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) part[i] = finite_or_zero(device::round_tf32(device::bits_float(rows[i])));
+#pragma unroll
+    for (int n = 0; n < kN; ++n) device::multiply_add<device::tf32>(sums[n], part, b[n][2], b[n][3]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      high[i] = device::round_tf32(device::bits_float(rows[i]));
-      low[i] = device::round_tf32(device::bits_float(rows[i]) - device::bits_float(high[i]));
+      const float v = device::bits_float(rows[i]);
+      part[i] = left_over(v, device::round_tf32(v));
     }
 #pragma unroll
-    for (int n = 0; n < kN; ++n) device::multiply_add<device::tf32>(sums[n], low, b[n][0], b[n][1]);
+    for (int n = 0; n < kN; ++n) device::multiply_add<device::tf32>(sums[n], part, b[n][0], b[n][1]);
 #pragma unroll
-    for (int n = 0; n < kN; ++n) device::multiply_add<device::tf32>(sums[n], high, b[n][2], b[n][3]);
+    for (int i = 0; i < 4; ++i) part[i] = device::round_tf32(device::bits_float(rows[i]));
 #pragma unroll
-    for (int n = 0; n < kN; ++n) device::multiply_add<device::tf32>(sums[n], high, b[n][0], b[n][1]);
+    for (int n = 0; n < kN; ++n) device::multiply_add<device::tf32>(sums[n], part, b[n][0], b[n][1]);
   } else {
     if constexpr (sizeof(typename P::Value) == 4) {
 #pragma unroll

@@ -8,6 +8,7 @@
 
 #include "convolution_kernel.h"
 #include "esa.h"
+#include "tf32.h"
 
 namespace esr::cuda {
 namespace {
@@ -44,7 +45,7 @@ struct Left {
       } else {
         left.parts[0][i] = device::round_tf32(device::bits_float(rows[i]));
         if constexpr (kParts == 2) {
-          left.parts[1][i] = device::round_tf32(device::bits_float(rows[i]) - device::bits_float(left.parts[0][i]));
+          left.parts[1][i] = left_over(device::bits_float(rows[i]), left.parts[0][i]);
         }
       }
     }
@@ -72,8 +73,11 @@ ESR_DEVICE void multiply(const Left<P>& left, const unsigned char* weights, floa
     // The small products first.
 #pragma unroll
     for (int n = 0; n < kN; ++n) device::multiply_add<Product>(sums[n], left.parts[1], b[n][0], b[n][1]);
+    uint32_t finite[4];
 #pragma unroll
-    for (int n = 0; n < kN; ++n) device::multiply_add<Product>(sums[n], left.parts[0], b[n][2], b[n][3]);
+    for (int i = 0; i < 4; ++i) finite[i] = finite_or_zero(left.parts[0][i]);
+#pragma unroll
+    for (int n = 0; n < kN; ++n) device::multiply_add<Product>(sums[n], finite, b[n][2], b[n][3]);
   }
 #pragma unroll
   for (int n = 0; n < kN; ++n) device::multiply_add<Product>(sums[n], left.parts[0], b[n][0], b[n][1]);

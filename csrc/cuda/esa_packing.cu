@@ -1,5 +1,7 @@
 #include "esa.h"
 
+#include "tf32.h"
+
 namespace esr::cuda {
 namespace {
 
@@ -54,7 +56,7 @@ ESR_DEVICE void pack_gate(const EsaPackArgs& a, int index) {
       // In the order in which an accumulator's columns become a left operand's: 2 t for t, 2 t + 1 for t + 4.
       const float v = value(step * 8 + 2 * t + half);
       high[half] = device::round_tf32(v);
-      low[half] = device::round_tf32(v - device::bits_float(high[half]));
+      low[half] = left_over(v, high[half]);
     }
   }
   unsigned char* out = a.gate_out + int64_t{index} * p.lane_bytes();

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <string>
-#include <string>
 #include <vector>
 
 #include "engine.h"
@@ -33,6 +32,15 @@ void run(int64_t handle, std::vector<Tensor> weights, std::vector<Tensor> inputs
 
 std::string describe(int64_t handle) { return describe_plan(handle); }
 
+#ifdef ESR_EMULATOR
+// capability, multiprocessors, shared bytes of a block, of a multiprocessor
+void set_properties(std::vector<int64_t> p) {
+  STD_TORCH_CHECK(p.size() == 4, "set_properties takes 4 numbers");
+  device::set_properties(
+      {static_cast<int>(p[0]), static_cast<int>(p[1]), static_cast<int>(p[2]), static_cast<int>(p[3])});
+}
+#endif
+
 void release(int64_t handle) { release_plan(handle); }
 
 #ifndef ESR_EMULATOR
@@ -52,6 +60,9 @@ STABLE_TORCH_LIBRARY(ESR_LIBRARY, m) {
   m.def("execute_plan(int handle, Tensor packed, Tensor[] inputs, Tensor(a!)[] outputs) -> ()");
   m.def("run_plan(int handle, Tensor[] weights, Tensor[] inputs, Tensor(a!)[] outputs) -> ()");
   m.def("describe_plan(int handle) -> str");
+#ifdef ESR_EMULATOR
+  m.def("set_properties(int[] properties) -> ()");
+#endif
   m.def("release_plan(int handle) -> ()");
 #ifndef ESR_EMULATOR
   // What calls would launch on a device that is described (launch.h), for `esr_kernels.native.kernel_info`.
@@ -66,6 +77,9 @@ STABLE_TORCH_LIBRARY_IMPL(ESR_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("execute_plan", TORCH_BOX(&execute));
   m.impl("run_plan", TORCH_BOX(&run));
   m.impl("describe_plan", TORCH_BOX(&describe));
+#ifdef ESR_EMULATOR
+  m.impl("set_properties", TORCH_BOX(&set_properties));
+#endif
   m.impl("release_plan", TORCH_BOX(&release));
 #ifndef ESR_EMULATOR
   m.impl("begin_rehearsal", TORCH_BOX(&begin_rehearsal));

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "../common/layout.h"
+#include "tf32.h"
 #include "weight_access.h"
 
 namespace esr::cuda {
@@ -112,7 +113,7 @@ ESR_KERNEL(kThreads, 1) pack_kernel(ESR_ARGUMENT(PackArgs) a) {
     } else {
       const float v = value(t);
       high[half] = device::round_tf32(v);
-      low[half] = device::round_tf32(v - device::bits_float(high[half]));
+      low[half] = left_over(v, high[half]);
     }
   }
   unsigned char* out = a.out + index * p.lane_bytes();

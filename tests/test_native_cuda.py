@@ -1,0 +1,355 @@
+"""What the CUDA engine does besides the operators' own tests: launches, packing, memory, every tile and precision."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from helpers import LAYOUTS, check_close, kernel, lay_out, rand, to
+from torch.nn import functional as F
+
+import esr_kernels
+from esr_kernels.backends.native import cuda
+from esr_kernels.functional import bsconv, conv1x1, conv3x3, conv3x3_pixel_shuffle
+from esr_kernels.plan import PlanBuilder
+
+emulated = esr_kernels.native.emulated()
+DEVICE = "cpu" if emulated else "cuda"
+reason = next(b.reason for b in esr_kernels.list_backends() if b.name == "native-cuda")
+pytestmark = pytest.mark.skipif(reason is not None, reason=f"native-cuda: {reason}")
+only_emulated = pytest.mark.skipif(not emulated, reason="the emulator is not in use")
+
+PLAIN = {"activation": "none", "negative_slope": 0.05}
+LEAKY = {"activation": "leaky_relu", "negative_slope": 0.05}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Compute capability, multiprocessors, shared memory of a block and of a multiprocessor: other slabs and tiles.
+GPUS = {"sm_80": (80, 108, 163, 164), "sm_86": (86, 3, 99, 100), "sm_90": (90, 2, 227, 228)}
+
+
+@pytest.fixture(autouse=True)
+def on_cuda():
+    with esr_kernels.use_backend("native-cuda"):
+        yield
+
+
+@pytest.fixture(params=GPUS)
+def gpu(request):
+    if not emulated:
+        pytest.skip("the emulator is not in use")
+    capability, multiprocessors, block, whole = GPUS[request.param]
+    cuda._compiled.clear()
+    cuda.library().set_properties([capability, multiprocessors, block * 1024, whole * 1024])
+    yield request.param
+    cuda._compiled.clear()
+    cuda.library().set_properties([86, 3, 99 * 1024, 100 * 1024])
+
+
+def described(plan, weights, inputs) -> list[str]:
+    compiled = cuda._compile(plan, weights, inputs)
+    return cuda.library().describe_plan(compiled.handle).splitlines()
+
+
+def run(plan, weights, inputs):
+    return torch.ops.esr.run_plan(inputs, weights, plan.to_json())
+
+
+# --- every kernel at random ---------------------------------------------------------------------------------------
+
+
+def random_conv3x3(r, dtype):
+    cin, cout = r.randint(1, 90), r.randint(1, 90)
+    n, h, w = r.randint(1, 3), r.randint(1, 40), r.randint(1, 70)
+    x = lay_out(rand(n, cin, h, w, dtype=dtype), r.choice(LAYOUTS))
+    weight, bias = kernel(cout, cin, dtype=dtype), r.choice([None, rand(cout, dtype=dtype)])
+    residual = lay_out(rand(n, cout, h, w, dtype=dtype), r.choice(LAYOUTS))
+    mode = r.choice(["pre", "post", "attention"])
+    activation = (
+        "none" if mode == "attention" else r.choice(["none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh"])
+    )
+
+    def plain(x, weight, bias, residual):
+        h = F.conv2d(x, weight, bias, padding=1)
+        act = {
+            "none": lambda t: t,
+            "relu": F.relu,
+            "leaky_relu": lambda t: F.leaky_relu(t, 0.05),
+            "silu": F.silu,
+            "gelu": F.gelu,
+            "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+        }[activation]
+        if mode == "attention":
+            return (h + residual) * (torch.sigmoid(h) - 0.5)
+        return act(h + residual) if mode == "pre" else act(h) + residual
+
+    def fused(x, weight, bias, residual):
+        return conv3x3(x, weight, bias, activation=activation, residual=residual, residual_mode=mode)
+
+    return fused, plain, (x, weight, bias, residual)
+
+
+def random_pixel_shuffle(r, dtype):
+    cin, factor, colours = r.randint(1, 64), r.choice([1, 2, 3, 4]), r.randint(1, 4)
+    n, h, w = r.randint(1, 2), r.randint(1, 20), r.randint(1, 40)
+    x = lay_out(rand(n, cin, h, w, dtype=dtype), r.choice(LAYOUTS))
+    weight, bias = kernel(colours * factor**2, cin, dtype=dtype), rand(colours * factor**2, dtype=dtype)
+    residual = r.choice([None, lay_out(rand(n, colours, h * factor, w * factor, dtype=dtype), r.choice(LAYOUTS))])
+
+    def plain(x, weight, bias, residual):
+        y = F.pixel_shuffle(F.conv2d(x, weight, bias, padding=1), factor)
+        return y if residual is None else y + residual
+
+    def fused(x, weight, bias, residual):
+        return conv3x3_pixel_shuffle(x, weight, bias, upscale_factor=factor, residual=residual)
+
+    return fused, plain, (x, weight, bias, residual)
+
+
+def random_conv1x1(r, dtype):
+    n, h, w = r.randint(1, 2), r.randint(1, 30), r.randint(1, 50)
+    xs = [
+        lay_out(rand(n, r.randint(1, 40), h, w, dtype=dtype), r.choice(LAYOUTS)) for _ in range(r.choice([1, 2, 4, 19]))
+    ]
+    cout = r.randint(1, 90)
+    weight, bias = kernel(cout, sum(x.shape[1] for x in xs), 1, dtype), r.choice([None, rand(cout, dtype=dtype)])
+
+    def plain(weight, bias, *xs):
+        return F.silu(F.conv2d(torch.cat(xs, 1), weight, bias))
+
+    def fused(weight, bias, *xs):
+        return conv1x1(list(xs), weight, bias, activation="silu")
+
+    return fused, plain, (weight, bias, *xs)
+
+
+def random_bsconv(r, dtype):
+    cin, cout, mode = r.randint(1, 64), r.randint(1, 64), r.choice(["zeros", "reflect"])
+    x = lay_out(rand(r.randint(1, 2), cin, r.randint(2, 30), r.randint(2, 50), dtype=dtype), r.choice(LAYOUTS))
+    weights = (kernel(cout, cin, 1, dtype), kernel(cout, 1, 3, dtype), rand(cout, dtype=dtype))
+
+    def plain(x, pointwise, depthwise, bias):
+        y = F.pad(F.conv2d(x, pointwise), (1, 1, 1, 1), mode="constant" if mode == "zeros" else "reflect")
+        return F.conv2d(y, depthwise, bias, groups=cout)
+
+    def fused(x, pointwise, depthwise, bias):
+        return bsconv(x, pointwise, depthwise, bias, padding_mode=mode)
+
+    return fused, plain, (x, *weights)
+
+
+RANDOM = {
+    "conv3x3": random_conv3x3,
+    "conv3x3_pixel_shuffle": random_pixel_shuffle,
+    "conv1x1": random_conv1x1,
+    "bsconv": random_bsconv,
+}
+
+
+@only_emulated
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+@pytest.mark.parametrize("operator", RANDOM)
+def test_random_shapes(monkeypatch, gpu, operator, order):
+    seed = sum(map(ord, operator + order + gpu))
+    r = random.Random(seed)
+    torch.manual_seed(seed)
+    for i in range(4):
+        monkeypatch.setenv("ESR_EMULATOR_ORDER", f"random:{seed + i}" if order == "random" else order)
+        dtype = r.choice(DTYPES)
+        fused, plain, tensors = RANDOM[operator](r, dtype)
+        exact = plain(*to(tensors, torch.float64))
+        check_close(fused(*tensors), exact, lambda p=plain, t=tensors: p(*t), "native-cuda")
+
+
+# --- plans --------------------------------------------------------------------------------------------------------
+
+
+def tail_plan(cin, channels, out, activation):
+    b = PlanBuilder()
+    x = b.input(cin)
+    residual = b.input(channels)
+    y = b.add("conv3x3", [x, residual], channels, {"weight": 0, "bias": 1}, **LEAKY, residual_mode="post")
+    y = b.add("conv1x1", [y], out, {"weight": 2, "bias": 3}, **activation)
+    return b.finish([y])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("cin", "channels", "out"), [(16, 16, 16), (46, 46, 46), (20, 21, 24), (3, 12, 7), (60, 30, 5), (9, 8, 8)]
+)
+def test_a_1x1_convolution_joins_the_3x3_before_it(dtype, cin, channels, out):
+    torch.manual_seed(cin)
+    plan = tail_plan(cin, channels, out, LEAKY)
+    weights = [kernel(channels, cin), rand(channels), kernel(out, channels, 1), rand(out)]
+    weights = [w.to(DEVICE, dtype) for w in weights]
+    x = lay_out(rand(2, cin, 11, 37, dtype=dtype), "channels_last").to(DEVICE)
+    residual = rand(2, channels, 11, 37, dtype=dtype).to(DEVICE)
+
+    def plain(x, residual, w):
+        y = F.leaky_relu(F.conv2d(x, w[0], w[1], padding=1), 0.05) + residual
+        return F.leaky_relu(F.conv2d(y, w[2], w[3]), 0.05)
+
+    exact = plain(*to([x, residual, weights], torch.float64))
+    (got,) = run(plan, weights, [x, residual])
+    check_close(got, exact, lambda: plain(x, residual, weights), "native-cuda")
+    merged = described(plan, weights, [x, residual])[0].endswith("in the launch of layer 1")
+    # With 46 channels in float32 both weights do not fit into the shared memory that the emulator has.
+    assert merged == (channels != 46 or dtype != torch.float32 or not emulated)
+
+
+def test_a_result_that_others_read_stays_a_launch_of_its_own():
+    b = PlanBuilder()
+    x = b.input(8)
+    y = b.add("conv3x3", [x], 8, {"weight": 0}, **PLAIN, residual_mode="post")
+    z = b.add("conv1x1", [y], 8, {"weight": 1}, **PLAIN)
+    plan = b.finish([b.add("add", [y, z], 8)])
+    weights = [kernel(8, 8).to(DEVICE), kernel(8, 8, 1).to(DEVICE)]
+    x = rand(1, 8, 9, 9).to(DEVICE)
+    assert "in the launch" not in "".join(described(plan, weights, [x]))
+    y = F.conv2d(x.double(), weights[0].double(), padding=1)
+    exact = y + F.conv2d(y, weights[1].double())
+    check_close(run(plan, weights, [x])[0], exact, lambda: exact, "native-cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mean_and_range_are_applied_by_the_first_convolution(dtype, layout):
+    """Inside the image only: the zeros around it stay zeros."""
+    torch.manual_seed(1)
+    b = PlanBuilder()
+    x = b.input(8)
+    shift, scale = [float(c) for c in range(8)], [1.0 + c / 4 for c in range(8)]
+    n = b.add("normalize", [x], 8, shift=shift, scale=scale)
+    plan = b.finish([b.add("conv3x3", [n], 12, {"weight": 0}, **PLAIN, residual_mode="post")])
+    weights = [kernel(12, 8, dtype=dtype).to(DEVICE)]
+    x = lay_out(rand(2, 8, 9, 37, dtype=dtype), layout).to(DEVICE)
+    assert described(plan, weights, [x])[0] == "layer 0 (normalize): applied by its readers"
+
+    def plain(x, w):
+        n = (x - x.new_tensor(shift).view(1, 8, 1, 1)) * x.new_tensor(scale).view(1, 8, 1, 1)
+        return F.conv2d(n, w, padding=1)
+
+    exact = plain(x.double(), weights[0].double())
+    check_close(run(plan, weights, [x])[0], exact, lambda: plain(x, weights[0]), "native-cuda")
+
+
+def test_outputs_that_are_read_again():
+    torch.manual_seed(2)
+    b = PlanBuilder()
+    x = b.input(9)
+    y = b.add("conv3x3", [x], 9, {"weight": 0}, **PLAIN, residual_mode="post")
+    z = b.add("conv3x3", [y], 16, {"weight": 1}, **PLAIN, residual_mode="post")
+    u = b.add("conv3x3", [z], 3, {"weight": 2}, **PLAIN, residual_mode="post")
+    plan = b.finish([y, z, u])
+    weights = [kernel(9, 9).to(DEVICE), kernel(16, 9).to(DEVICE), kernel(3, 16).to(DEVICE)]
+    for layout in LAYOUTS:
+        x = lay_out(rand(2, 9, 7, 11), layout).to(DEVICE)
+        got = run(plan, weights, [x])
+        y = F.conv2d(x.double(), weights[0].double(), padding=1)
+        z = F.conv2d(y, weights[1].double(), padding=1)
+        u = F.conv2d(z, weights[2].double(), padding=1)
+        for g, e in zip(got, (y, z, u), strict=True):
+            check_close(g, e, lambda: None, "native-cuda")
+
+
+def test_weights_are_packed_once_and_again_after_a_change(monkeypatch):
+    b = PlanBuilder()
+    plan = b.finish([b.add("conv3x3", [b.input(4)], 4, {"weight": 0}, **PLAIN, residual_mode="post")])
+    weight = kernel(4, 4).to(DEVICE)
+    x = rand(1, 4, 5, 5).to(DEVICE)
+    compiled = cuda._compile(plan, [weight], [x])
+    packed = cuda._prepared(compiled, [weight])
+    assert cuda._prepared(compiled, [weight]) is packed
+    weight.mul_(2)
+    assert cuda._prepared(compiled, [weight]) is not packed
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    check_close(run(plan, [weight], [x])[0], exact, lambda: None, "native-cuda")
+
+
+def test_operators_see_values_written_through_data():
+    """Such a write changes no version, so operators pack in every call."""
+    x, weight = rand(1, 4, 5, 5).to(DEVICE), kernel(4, 4).to(DEVICE)
+    conv3x3(x, weight)
+    weight.data.mul_(3)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    check_close(conv3x3(x, weight), exact, lambda: None, "native-cuda")
+
+
+def test_released_plans_are_forgotten():
+    x, weight = rand(1, 4, 5, 5).to(DEVICE), kernel(4, 4).to(DEVICE)
+    conv3x3(x, weight)
+    handle = next(reversed(cuda._compiled.values())).handle
+    cuda._compiled.clear()
+    conv3x3(x, kernel(5, 4).to(DEVICE))  # compiling releases
+    with pytest.raises(RuntimeError, match=f"there is no plan with handle {handle}"):
+        cuda.library().describe_plan(handle)
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------
+
+
+def test_tf32_follows_pytorchs_setting():
+    torch.manual_seed(3)
+    x, weight = rand(1, 32, 16, 32).to(DEVICE), kernel(32, 32).to(DEVICE)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    error = {}
+    for allowed in (False, True):
+        torch.backends.cudnn.allow_tf32 = allowed
+        error[allowed] = float((conv3x3(x, weight).double() - exact).abs().max() / exact.abs().max())
+    assert error[False] < 3e-6
+    assert 3e-5 < error[True] < 2e-3  # eleven bits
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinity_and_nan_stay_where_they_belong(dtype):
+    """Channels and taps that only fill a product up must not turn an infinity into a NaN."""
+    for cin in (3, 7, 28):
+        x = rand(1, cin, 12, 40, dtype=dtype)
+        x[0, 1, 5, 20] = float("inf")
+        x[0, 2, 8, 33] = float("nan")
+        x, weight = lay_out(x, "channels_last").to(DEVICE), kernel(9, cin, dtype=dtype).abs().to(DEVICE)
+        got, expected = conv3x3(x, weight), F.conv2d(x, weight, padding=1)
+        assert torch.equal(torch.isnan(got), torch.isnan(expected))
+        assert torch.equal(torch.isinf(got), torch.isinf(expected))
+
+
+@only_emulated
+@pytest.mark.parametrize("dimension", ["row", "channel", "image"])
+def test_offsets_beyond_32_bits(dimension):
+    """A view over memory that is reserved, not used."""
+    n, c, h, w = 2, 3, 3, 5
+    far = 2**31 + 8
+    strides = {"row": (1 << 20, 1 << 18, far, 1), "channel": (w, far, w * n, 1), "image": (far, w * h, w, 1)}[dimension]
+    size = sum((s - 1) * t for s, t in zip((n, c, h, w), strides, strict=True)) + 1
+    x = torch.from_numpy(np.empty(size, np.float16)).as_strided((n, c, h, w), strides)
+    values = rand(n, c, h, w, dtype=torch.float16)
+    x.copy_(values)
+    weight = kernel(4, c, dtype=torch.float16)
+    got = conv3x3(x, weight)
+    assert torch.equal(got, conv3x3(values, weight))
+
+
+# --- misuse -------------------------------------------------------------------------------------------------------
+
+
+def test_errors_name_what_is_wrong():
+    library = cuda.library()
+    b = PlanBuilder()
+    plan = b.finish([b.add("conv3x3", [b.input(4)], 4, {"weight": 0}, **PLAIN, residual_mode="post")])
+    x, weight = rand(1, 4, 5, 5).to(DEVICE), kernel(4, 4).to(DEVICE)
+    compiled = cuda._compile(plan, [weight], [x])
+    with pytest.raises(RuntimeError, match="there is no plan with handle 123456"):
+        library.run_plan(123456, [weight], [x], [x.clone()])
+    with pytest.raises(RuntimeError, match="input 0 does not have the dtype"):
+        library.run_plan(compiled.handle, [weight], [x.half()], [x.clone()])
+    with pytest.raises(RuntimeError, match=r"output 0 is \[1, 4, 5, 6\], must be \[1, 4, 5, 5\]"):
+        library.run_plan(compiled.handle, [weight], [x], [rand(1, 4, 5, 6).to(DEVICE)])
+    with pytest.raises(RuntimeError, match="has 5 channels, must have 4"):
+        library.run_plan(compiled.handle, [weight], [rand(1, 5, 5, 5).to(DEVICE)], [x.clone()])
+    with pytest.raises(RuntimeError, match="2 weights given, the plan has 1"):
+        library.pack_plan(compiled.handle, [weight, weight])
+    with pytest.raises(RuntimeError, match="the packed weights are not this plan's"):
+        library.execute_plan(compiled.handle, weight, [x], [x.clone()])
+    program, constants = [2, 1, 1, 1], []
+    with pytest.raises(RuntimeError, match="format 2 is not supported"):
+        library.compile_plan(program, constants, [weight], [4], 0)
