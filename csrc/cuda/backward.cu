@@ -1,21 +1,17 @@
 // The operators' gradients, registered with PyTorch's dispatcher. Each takes the tensors its gradients go to, an empty
 // one where none is wanted.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
+#include "backward.h"
 
-#include <optional>
-#include <string>
-#include <vector>
+#include <torch/csrc/stable/library.h>
 
 #include "adjoint.h"
 #include "library.h"
-#include "sequence.h"
 
 namespace esr::cuda {
-namespace {
 
-using device::AllowedMemory;
 using torch::stable::Tensor;
+
+namespace {
 
 std::string to_string(const std::vector<int64_t>& shape) {
   std::string text = "[";
@@ -23,92 +19,54 @@ std::string to_string(const std::vector<int64_t>& shape) {
   return text + "]";
 }
 
-// The tensors of one call: checked, and their memory allowed to kernels.
-class Tensors {
- public:
-  Tensors(const char* name, int64_t precision) : name_(name), precision_(static_cast<Precision>(precision)) {
-    STD_TORCH_CHECK(precision >= 0 && precision < kPrecisionCount, name, ": precision is ", precision, ", must be 0..",
-                    kPrecisionCount - 1);
-  }
+}  // namespace
 
-  Precision precision() const { return precision_; }
-  AllowedMemory& memory() { return memory_; }
-
-  // A map; nothing is checked of the first one but what holds for all.
-  Map map(const Tensor& t, const char* what, Access access = Access::kRead) {
-    const Outside o = read_outside(t, what, 0, precision_, access, memory_);
-    if (batch_ < 0) batch_ = o.batch;
-    STD_TORCH_CHECK(o.batch == batch_, name_, ": ", what, " has ", o.batch, " images, x has ", batch_);
-    return {o.view, o.shape};
-  }
-  Map map(const Tensor& t, const char* what, const Shape& shape, Access access = Access::kRead) {
-    const Map m = map(t, what, access);
-    STD_TORCH_CHECK(
-        m.shape.channels == shape.channels && m.shape.height == shape.height && m.shape.width == shape.width, name_,
-        ": ", what, " is ", to_string({m.shape.channels, m.shape.height, m.shape.width}), ", must be ",
-        to_string({shape.channels, shape.height, shape.width}));
-    return m;
-  }
-  int64_t batch() const { return batch_; }
-
-  // -1 stands for any size.
-  WeightView weight(const Tensor& t, const char* what, const std::vector<int64_t>& shape,
-                    Access access = Access::kRead) {
-    const WeightView w = esr::cuda::read_weight(t, what, 0, access, memory_);
-    bool fits = w.dimensions == static_cast<int32_t>(shape.size());
-    for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] < 0 ? w.sizes[i] >= 1 : w.sizes[i] == shape[i];
-    STD_TORCH_CHECK(fits, name_, ": ", what, " is ", to_string(std::vector<int64_t>(w.sizes, w.sizes + w.dimensions)),
-                    ", must be ", to_string(shape));
-    return w;
-  }
-  WeightView bias(const std::optional<Tensor>& t, const char* what, int64_t channels) {
-    return t.has_value() ? weight(*t, what, {channels}) : WeightView{};
-  }
-
-  // Where a gradient goes; data null where it is not wanted.
-  WeightView to_weight(const Tensor& t, const char* what, const WeightView& like) {
-    if (t.numel() == 0) return {};
-    return weight(t, what, std::vector<int64_t>(like.sizes, like.sizes + like.dimensions), Access::kWrite);
-  }
-  WeightView to_bias(const Tensor& t, const char* what, int64_t channels) {
-    return t.numel() == 0 ? WeightView{} : weight(t, what, {channels}, Access::kWrite);
-  }
-  Map to_map(const Tensor& t, const char* what, const Shape& shape) {
-    return t.numel() == 0 ? Map{} : map(t, what, shape, Access::kWrite);
-  }
-
-  void check_count(const std::vector<Tensor>& gradients, size_t count) const {
-    STD_TORCH_CHECK(gradients.size() == count, name_, ": ", gradients.size(), " gradients given, must be ", count);
-  }
-
- private:
-  const char* name_;
-  const Precision precision_;
-  AllowedMemory memory_;
-  int64_t batch_ = -1;
-};
-
-Activation activation_of(const char* name, int64_t code) {
-  STD_TORCH_CHECK(code >= 0 && code < kActivationCount, name, ": activation is ", code, ", must be 0..",
-                  kActivationCount - 1);
-  return static_cast<Activation>(code);
+Tensors::Tensors(const char* name, int64_t precision) : name_(name), precision_(static_cast<Precision>(precision)) {
+  STD_TORCH_CHECK(precision >= 0 && precision < kPrecisionCount, name, ": precision is ", precision, ", must be 0..",
+                  kPrecisionCount - 1);
 }
 
-// The gradients of a convolution whose result's is `g`, where they are wanted; without stride.
-void convolution_gradients(Sequence& s, const Convolve& forward, const Map& g, const Map& to_x,
-                           const WeightView& to_weight, const WeightView& to_bias) {
-  if (to_x.view.data != nullptr) {
-    Convolve c;
-    c.inputs = {g};
-    c.weight = adjoint(forward.weight);
-    c.padding = forward.padding;
-    c.output = to_x;
-    s.convolve(c);
-  }
-  s.weight_gradient(forward, g, to_weight, to_bias);
+Map Tensors::map(const Tensor& t, const char* what, Access access) {
+  const Outside o = read_outside(t, what, 0, precision_, access, memory_);
+  if (batch_ < 0) batch_ = o.batch;
+  STD_TORCH_CHECK(o.batch == batch_, name_, ": ", what, " has ", o.batch, " images, x has ", batch_);
+  return {o.view, o.shape};
+}
+Map Tensors::map(const Tensor& t, const char* what, const Shape& shape, Access access) {
+  const Map m = map(t, what, access);
+  STD_TORCH_CHECK(m.shape.channels == shape.channels && m.shape.height == shape.height && m.shape.width == shape.width,
+                  name_, ": ", what, " is ", to_string({m.shape.channels, m.shape.height, m.shape.width}), ", must be ",
+                  to_string({shape.channels, shape.height, shape.width}));
+  return m;
 }
 
-// The gradient to a convolution's result before its activation and residual, from the one after them.
+WeightView Tensors::weight(const Tensor& t, const char* what, const std::vector<int64_t>& shape, Access access) {
+  const WeightView w = esr::cuda::read_weight(t, what, 0, access, memory_);
+  bool fits = w.dimensions == static_cast<int32_t>(shape.size());
+  for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] < 0 ? w.sizes[i] >= 1 : w.sizes[i] == shape[i];
+  STD_TORCH_CHECK(fits, name_, ": ", what, " is ", to_string(std::vector<int64_t>(w.sizes, w.sizes + w.dimensions)),
+                  ", must be ", to_string(shape));
+  return w;
+}
+WeightView Tensors::bias(const std::optional<Tensor>& t, const char* what, int64_t channels) {
+  return t.has_value() ? weight(*t, what, {channels}) : WeightView{};
+}
+
+WeightView Tensors::to_weight(const Tensor& t, const char* what, const WeightView& like) {
+  if (t.numel() == 0) return {};
+  return weight(t, what, std::vector<int64_t>(like.sizes, like.sizes + like.dimensions), Access::kWrite);
+}
+WeightView Tensors::to_bias(const Tensor& t, const char* what, int64_t channels) {
+  return t.numel() == 0 ? WeightView{} : weight(t, what, {channels}, Access::kWrite);
+}
+Map Tensors::to_map(const Tensor& t, const char* what, const Shape& shape) {
+  return t.numel() == 0 ? Map{} : map(t, what, shape, Access::kWrite);
+}
+
+void Tensors::check_count(const std::vector<Tensor>& gradients, size_t count) const {
+  STD_TORCH_CHECK(gradients.size() == count, name_, ": ", gradients.size(), " gradients given, must be ", count);
+}
+
 Map before_epilogue(Sequence& s, Convolve forward, const Map& g, const View& to_residual) {
   forward.output = s.map(g.shape);
   forward.pass = Pass::kBackward;
@@ -116,6 +74,25 @@ Map before_epilogue(Sequence& s, Convolve forward, const Map& g, const View& to_
   forward.second = to_residual;
   s.convolve(forward);
   return forward.output;
+}
+
+void data_gradient(Sequence& s, const Convolve& forward, const Map& g, const Map& to_x, Convolve c) {
+  c.inputs = {g};
+  c.weight = adjoint(forward.weight);
+  if (forward.inner.data != nullptr) c.inner = adjoint(forward.inner);
+  c.composition = forward.composition;
+  // As many zeros around as let every position see all that depend on it.
+  c.padding = (forward.weight.sizes[2] - 1) - forward.padding;
+  c.output = to_x;
+  s.convolve(c);
+}
+
+namespace {
+
+Activation activation_of(const char* name, int64_t code) {
+  STD_TORCH_CHECK(code >= 0 && code < kActivationCount, name, ": activation is ", code, ", must be 0..",
+                  kActivationCount - 1);
+  return static_cast<Activation>(code);
 }
 
 void conv3x3_backward(Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
@@ -147,10 +124,18 @@ void conv3x3_backward(Tensor grad, Tensor x, Tensor weight, std::optional<Tensor
   if (t.batch() == 0) return;
   const bool linear = forward.activation == Activation::kNone && forward.mode != ResidualMode::kAttention;
   Sequence::run(x, t.precision(), t.batch(), t.memory(), [&](Sequence& s) {
-    const bool apart = linear || forward.mode == ResidualMode::kNone;
-    if (apart && to_residual.view.data != nullptr) s.copy(g.view, to_residual);
-    const Map to_h = linear ? g : before_epilogue(s, forward, g, apart ? View{} : to_residual.view);
-    convolution_gradients(s, forward, to_h, to_x, to_weight, to_bias);
+    // The residual's gradient is the result's, or comes with the launch that recomputes the convolution.
+    View with_h = to_residual.view;
+    if (with_h.data != nullptr &&
+        (linear || forward.mode == ResidualMode::kPost || forward.mode == ResidualMode::kNone)) {
+      s.copy(g.view, to_residual);
+      with_h = {};
+    }
+    const bool others = to_x.view.data != nullptr || to_weight.data != nullptr || to_bias.data != nullptr;
+    if (!others && with_h.data == nullptr) return;
+    const Map to_h = linear ? g : before_epilogue(s, forward, g, with_h);
+    if (to_x.view.data != nullptr) data_gradient(s, forward, to_h, to_x);
+    s.weight_gradient(forward, to_h, to_weight, to_bias);
   });
 }
 
@@ -201,28 +186,23 @@ void spab_backward(Tensor grad, std::optional<Tensor> grad_mid, Tensor x, std::v
 
     Map to_h = to_h3;
     for (int i = 1; i >= 0; --i) {
-      Convolve c;
-      c.inputs = {to_h};
-      c.weight = adjoint(f[i + 1].weight);
-      c.padding = 1;
-      c.output = h[i];
-      c.given = h[i].view;
-      if (i == 0) c.residual = g_mid;
-      c.pass = Pass::kChain;
-      c.activation = Activation::kSilu;
-      s.convolve(c);
+      bool wanted = to_x.view.data != nullptr;
+      for (int k = 0; k <= i; ++k) wanted = wanted || to_weight[k].data != nullptr || to_bias[k].data != nullptr;
+      if (!wanted) return;
+      Convolve chain;
+      chain.given = h[i].view;
+      if (i == 0) chain.residual = g_mid;
+      chain.pass = Pass::kChain;
+      chain.activation = Activation::kSilu;
+      data_gradient(s, f[i + 1], to_h, h[i], chain);
       to_h = h[i];
       s.weight_gradient(f[i], to_h, to_weight[i], to_bias[i]);
     }
     if (to_x.view.data != nullptr) {
-      Convolve c;
-      c.inputs = {to_h};
-      c.weight = adjoint(f[0].weight);
-      c.padding = 1;
-      c.output = to_x;
-      c.residual = direct;
-      c.mode = ResidualMode::kPost;
-      s.convolve(c);
+      Convolve sum;
+      sum.residual = direct;
+      sum.mode = ResidualMode::kPost;
+      data_gradient(s, f[0], to_h, to_x, sum);
     }
   });
 }
@@ -254,7 +234,8 @@ void conv3x3_pixel_shuffle_backward(Tensor grad, Tensor x, Tensor weight, int64_
     if (to_x.view.data == nullptr && to_weight.data == nullptr && to_bias.data == nullptr) return;
     const Map g = s.map({out_channels, in.shape.height, in.shape.width});
     s.copy(g_image.view, g, static_cast<int32_t>(r));
-    convolution_gradients(s, forward, g, to_x, to_weight, to_bias);
+    if (to_x.view.data != nullptr) data_gradient(s, forward, g, to_x);
+    s.weight_gradient(forward, g, to_weight, to_bias);
   });
 }
 
@@ -290,16 +271,11 @@ void conv1x1_backward(Tensor grad, std::vector<Tensor> xs, Tensor weight, std::o
   Sequence::run(xs[0], t.precision(), t.batch(), t.memory(), [&](Sequence& s) {
     const Map to_h = forward.activation == Activation::kNone ? g : before_epilogue(s, forward, g, {});
     int64_t first = 0;
-    for (const Map& to_x : to_xs) {
-      const int64_t count = forward.inputs[static_cast<size_t>(&to_x - to_xs.data())].shape.channels;
-      if (to_x.view.data != nullptr) {
-        Convolve c;
-        c.inputs = {to_h};
-        c.weight = adjoint(input_channels(forward.weight, first, count));
-        c.output = to_x;
-        s.convolve(c);
-      }
-      first += count;
+    for (size_t i = 0; i < to_xs.size(); ++i) {
+      Convolve part = forward;
+      part.weight = input_channels(forward.weight, first, forward.inputs[i].shape.channels);
+      first += forward.inputs[i].shape.channels;
+      if (to_xs[i].view.data != nullptr) data_gradient(s, part, to_h, to_xs[i]);
     }
     s.weight_gradient(forward, to_h, to_weight, to_bias);
   });
@@ -333,19 +309,16 @@ void bsconv_backward(Tensor grad, Tensor x, Tensor pointwise, Tensor depthwise, 
   if (t.batch() == 0) return;
   Sequence::run(x, t.precision(), t.batch(), t.memory(), [&](Sequence& s) {
     const Map to_h = forward.activation == Activation::kNone ? g : before_epilogue(s, forward, g, {});
-    if (to_x.view.data != nullptr) {
-      Convolve c;
-      c.inputs = {to_h};
-      c.weight = adjoint(forward.weight);
-      c.inner = adjoint(forward.inner);
-      c.composition = Composition::kDepthwise;
-      c.padding = reflect ? 2 : 1;
-      c.output = reflect ? s.map({in.shape.channels, in.shape.height + 2, in.shape.width + 2}) : to_x;
-      s.convolve(c);
+    if (to_x.view.data != nullptr && !reflect) data_gradient(s, forward, to_h, to_x);
+    if (to_x.view.data != nullptr && reflect) {
+      // First to the padded map, which the convolution does not pad.
+      Convolve valid = forward;
+      valid.padding = 0;
+      const Map padded = s.map({in.shape.channels, in.shape.height + 2, in.shape.width + 2});
+      data_gradient(s, valid, to_h, padded);
       s.launch([&](device::Stream stream, bool overlap) {
-        if (!reflect) return;
         UnpadArgs a = {};
-        a.padded = c.output.view;
+        a.padded = padded.view;
         a.output = to_x.view;
         a.height = static_cast<int32_t>(in.shape.height);
         a.width = static_cast<int32_t>(in.shape.width);

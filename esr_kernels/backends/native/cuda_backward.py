@@ -125,6 +125,15 @@ def bsconv_backward(
     return tuple(gradients)
 
 
+def esa_backward(grad: Tensor, x: Tensor, *weights: Tensor | None) -> list[Tensor]:
+    """Gradients to x and to the fourteen weights and biases in order, empty where there is no tensor."""
+    gradients = [gradient(x), *(x.new_empty(0) if w is None else gradient(w) for w in weights)]
+    if not _is_empty(x, gradients):
+        given = [x.new_empty(0) if w is None else w for w in weights]
+        library().esa_backward(grad, x, given, precision(x.dtype), gradients)
+    return gradients
+
+
 OPERATORS: dict[str, Any] = {
     f.__name__: f
     for f in (
@@ -133,5 +142,6 @@ OPERATORS: dict[str, Any] = {
         conv3x3_pixel_shuffle_backward,
         conv1x1_backward,
         bsconv_backward,
+        esa_backward,
     )
 }
