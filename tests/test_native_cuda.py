@@ -300,6 +300,21 @@ def test_tf32_follows_pytorchs_setting():
     assert 3e-5 < error[True] < 2e-3  # eleven bits
 
 
+@pytest.mark.parametrize("channels", [(3, 9), (28, 28), (46, 48), (64, 60)])
+def test_float16_sums_stay_within_the_contract(monkeypatch, channels):
+    """ESR_KERNELS_CUDA_HALF_SUMS: float16 over two steps, float32 from there on."""
+    torch.manual_seed(4)
+    cin, cout = channels
+    x = lay_out(rand(1, cin, 19, 45, dtype=torch.float16), "channels_last").to(DEVICE)
+    weight, bias = kernel(cout, cin, dtype=torch.float16).to(DEVICE), rand(cout, dtype=torch.float16).to(DEVICE)
+    exact = F.silu(F.conv2d(x.double(), weight.double(), bias.double(), padding=1))
+    usual = conv3x3(x, weight, bias, activation="silu")
+    monkeypatch.setenv("ESR_KERNELS_CUDA_HALF_SUMS", "1")
+    got = conv3x3(x, weight, bias, activation="silu")
+    assert not torch.equal(got, usual)
+    check_close(got, exact, lambda: F.silu(F.conv2d(x, weight, bias, padding=1)), "native-cuda")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_infinity_and_nan_stay_where_they_belong(dtype):
     """Channels and taps that only fill a product up must not turn an infinity into a NaN."""

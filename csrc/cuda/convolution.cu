@@ -178,6 +178,9 @@ void launch_convolution(const Convolution& c, device::Stream stream, bool overla
   constexpr Launch kTail[] = {launch_float16_tail, launch_bfloat16_tail, launch_tf32_tail, launch_tf32x3_tail};
   const bool backward = c.args.pass != Pass::kForward || c.args.second.data != nullptr;
   const bool tail = c.args.tail_weights != nullptr;
+  if (c.half_sums && c.packing.precision == Precision::kFloat16 && !backward && !tail) {
+    return launch_float16_half_sums(c, stream, overlap);
+  }
   const Launch(&launches)[kPrecisionCount] = backward ? kBackward : (tail ? kTail : kForward);
   launches[static_cast<int32_t>(c.packing.precision)](c, stream, overlap);
 }

@@ -53,7 +53,9 @@ enum class Pass : int32_t {
 };
 
 // What a kernel is compiled for.
-enum class Variant { kForward, kBackward, kTail };
+// kHalfSums: float16 products are summed in float16 over two steps, then in float32. GeForce cards of sm_86 and sm_89
+// do the former at twice the rate.
+enum class Variant { kForward, kBackward, kTail, kHalfSums };
 
 struct ConvolutionArgs {
   View inputs[kMostInputs];
@@ -100,7 +102,8 @@ struct ConvolutionArgs {
 // What to compute; `prepare_convolution` chooses tiles and shared memory for it.
 struct Convolution {
   Packing packing;
-  Packing tail;  // where args.tail_weights are given
+  bool half_sums = false;  // where the variant exists: float16, forward, no tail
+  Packing tail;            // where args.tail_weights are given
   ConvolutionArgs args = {};
   device::LaunchShape shape;
 };

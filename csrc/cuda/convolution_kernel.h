@@ -208,6 +208,50 @@ ESR_DEVICE void multiply_slab(const ConvolutionArgs& a, int steps, const unsigne
   }
 }
 
+// The same with float16 sums of two steps at a time, which is as far as they stay within the accuracy of float16
+// results.
+template <int kN, int kM>
+ESR_DEVICE void multiply_slab_in_halves(const ConvolutionArgs& a, int steps, const unsigned char* stage,
+                                        const int (&base)[kM], float (&sums)[kM][kN][4]) {
+  const int lane = device::thread_index() & 31;
+  const unsigned char* table = stage + a.table_at + (lane >> 4) * 4;
+  const unsigned char* weights = stage + a.weights_at + lane * 8;
+#pragma unroll 1
+  for (int step = 0; step < steps; step += 2) {
+    const bool both = step + 1 < steps;
+    int offsets[2];
+    uint32_t b[2][kN][2];
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      if (s == 1 && !both) continue;
+      offsets[s] = device::load_shared<int>(table + (step + s) * 8);
+      load_fragments<Float16, kN>(weights + (step + s) * (kN * 32 * 8), b[s]);
+    }
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      uint32_t halves[kN][2] = {};
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        if (s == 1 && !both) continue;
+        uint32_t rows[4];
+        device::load_matrices(rows, stage + (offsets[s] == kLastTap ? a.zeros_at : base[m] + offsets[s]));
+#pragma unroll
+        for (int n = 0; n < kN; ++n) device::multiply_add_half(halves[n], rows, b[s][n][0], b[s][n][1]);
+      }
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float low, high;
+          device::unpack_pair<device::float16>(halves[n][h], low, high);
+          sums[m][n][2 * h] += low;
+          sums[m][n][2 * h + 1] += high;
+        }
+      }
+    }
+  }
+}
+
 // Lays 16 pixels' sums down, where rows of eight channels can be read.
 template <int kN>
 ESR_DEVICE void turn_around(const float (&sums)[kN][4], float* results) {
@@ -377,10 +421,11 @@ ESR_DEVICE void store_results(const ConvolutionArgs& a, const Tile& tile, const 
   }
 }
 
-// Two blocks share a multiprocessor's registers, but for three products each and two convolutions they do not suffice.
+// Two blocks share a multiprocessor's registers, but for three products each and two convolutions, or for sums in two
+// types, those do not suffice.
 template <typename P>
 constexpr int blocks_at_once(Variant variant) {
-  return variant == Variant::kTail && P::kWeights == 4 ? 1 : 2;
+  return (variant == Variant::kTail && P::kWeights == 4) || variant == Variant::kHalfSums ? 1 : 2;
 }
 
 template <typename P, int kN, Variant kVariant>
@@ -446,7 +491,12 @@ convolution_kernel(ESR_ARGUMENT(ConvolutionArgs) a) {
         device::wait_for_copies<0>();
       }
       device::sync_block();
-      multiply_slab<P, kN, kM>(a, steps, shared + (slab % a.stages) * a.stage_bytes, base, sums);
+      const unsigned char* stage = shared + (slab % a.stages) * a.stage_bytes;
+      if constexpr (kVariant == Variant::kHalfSums) {
+        multiply_slab_in_halves<kN, kM>(a, steps, stage, base, sums);
+      } else {
+        multiply_slab<P, kN, kM>(a, steps, stage, base, sums);
+      }
       device::sync_block();
     }
     store_results<P, kN, kM, kVariant>(a, tile, sums, shared);

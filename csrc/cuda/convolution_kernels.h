@@ -30,6 +30,7 @@ void launch_float16_backward(const Convolution& convolution, device::Stream stre
 void launch_bfloat16_backward(const Convolution& convolution, device::Stream stream, bool overlap);
 void launch_tf32_backward(const Convolution& convolution, device::Stream stream, bool overlap);
 void launch_tf32x3_backward(const Convolution& convolution, device::Stream stream, bool overlap);
+void launch_float16_half_sums(const Convolution& convolution, device::Stream stream, bool overlap);
 // With a 1x1 convolution behind.
 void launch_float16_tail(const Convolution& convolution, device::Stream stream, bool overlap);
 void launch_bfloat16_tail(const Convolution& convolution, device::Stream stream, bool overlap);

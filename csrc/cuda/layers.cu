@@ -1,11 +1,18 @@
 // The layers that are one launch: convolutions, and what happens pixel by pixel.
 #include <algorithm>
+#include <cstdlib>
 
 #include "pointwise.h"
 #include "step.h"
 
 namespace esr::cuda {
 namespace {
+
+// Off until a measurement shows on which cards it pays.
+bool half_sums_wanted() {
+  const char* setting = std::getenv("ESR_KERNELS_CUDA_HALF_SUMS");
+  return setting != nullptr && setting[0] == '1';
+}
 
 // conv3x3, conv3x3_pixel_shuffle, bsconv and conv1x1.
 //
@@ -116,6 +123,7 @@ class ConvolutionStep : public Step {
       a.tail_activation = tail_->layer_.activation;
       a.tail_slope = tail_->layer_.slope;
     }
+    c.half_sums = half_sums_wanted();
     prepare_convolution(c, run.batch);
     launch_convolution(c, run.stream, overlap);
   }

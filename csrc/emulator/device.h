@@ -285,4 +285,15 @@ inline float shuffle_xor(float v, int mask, emulator::Site site = emulator::Site
   return warp.values[lane];
 }
 
+// Summed in float32 and rounded once, which the hardware does not promise.
+inline void multiply_add_half(uint32_t (&d)[2], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                              emulator::Site site = emulator::Site::current()) {
+  float sums[4];
+  unpack_pair<float16>(d[0], sums[0], sums[1]);
+  unpack_pair<float16>(d[1], sums[2], sums[3]);
+  multiply_add<float16>(sums, a, b0, b1, site);
+  d[0] = pack_pair<float16>(sums[0], sums[1]);
+  d[1] = pack_pair<float16>(sums[2], sums[3]);
+}
+
 }  // namespace esr::device

@@ -1,0 +1,112 @@
+"""What a model's launches on the CUDA engine should take on a GPU nobody has measured yet.
+
+    python -m bench.predict --model span --size 256x256
+
+Arithmetic, to hold the first measurement against: for each kind of launch the larger of its products over the rate that
+`mma.sync` reaches and its bytes over the memory's rate, and once per launch the gap to the one before.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+
+import esr_kernels
+import python_models
+from esr_kernels.plan import Layer, Plan, layer_flops
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Assumed, not measured: float16 products with float32 sums, bytes per second of maps of a few megabytes, and the
+    gap between launches of a CUDA graph (with programmatic dependent launch where there is one)."""
+
+    tflops: float
+    bandwidth: float
+    gap_us: float
+
+
+# Hopper through mma.sync: 0.63 of the tensor cores' peak; maps stay in its L2.
+GPUS = {
+    "h100": Gpu(620, 5.5e12, 0.5),
+    "h200": Gpu(620, 5.5e12, 0.5),
+    "a100": Gpu(280, 1.5e12, 1.3),
+    "a6000": Gpu(140, 0.69e12, 1.3),
+    "rtx3090": Gpu(64, 0.84e12, 1.3),
+    "rtx4090": Gpu(150, 0.91e12, 1.3),
+}
+UNIT = 8  # channels of a unit in half types
+TILE = (8, 32)
+
+
+def padded(channels: int) -> int:
+    return -(-channels // UNIT) * UNIT
+
+
+def products(layer: Layer, cin: list[int], height: int, width: int) -> float:
+    """Floating-point operations with channels and steps padded as the kernel pads them."""
+    cout = padded(layer.channels * layer.scale**2)
+    if layer.op in ("conv3x3", "conv3x3_pixel_shuffle", "bsconv"):
+        units = 9 * padded(cin[0]) // UNIT
+        return 2 * (units + units % 2) * UNIT * cout * height * width
+    if layer.op == "conv1x1":
+        return 2 * sum(map(padded, cin)) * cout * height * width
+    if layer.op == "esa":
+        return 1.3 * layer_flops("esa", cin, layer.channels, layer.attributes, height, width)
+    return 0
+
+
+def traffic(layer: Layer, cin: list[int], height: int, width: int) -> float:
+    """Bytes read and written, the halo of a tile counted as often as it is read."""
+    halo = (TILE[0] + 2) * (TILE[1] + 2) / (TILE[0] * TILE[1]) if layer.halo else 1
+    first = (cin[0] if cin[0] < UNIT else padded(cin[0])) * halo
+    rest = sum(padded(c) for c in cin[1:])
+    out = layer.channels * layer.scale**2 if layer.scale > 1 else padded(layer.channels)
+    passes = 2 if layer.op == "esa" else 1  # the stride-2 convolution and the gate both read x
+    return 2 * (passes * first + rest + out) * height * width
+
+
+LAUNCHES = {"normalize": 0, "esa": 3}
+
+
+def rows(plan: Plan, gpu: Gpu, height: int, width: int) -> list[tuple[str, int, float, float, float]]:
+    """Kind, how often, GFLOP, MB and microseconds of each kind of layer."""
+    found: dict[tuple[object, ...], list[float]] = {}
+    for k, layer in enumerate(plan.layers):
+        launches = LAUNCHES.get(layer.op, 1)
+        if launches == 0:
+            continue
+        # A 1x1 convolution right behind a 3x3 one adds products to its launch, and no traffic.
+        behind = layer.op == "conv1x1" and len(layer.inputs) == 1 and plan.layers[k - 1].op == "conv3x3"
+        launches = 0 if behind else launches
+        cin = [plan.channels[i] for i in layer.inputs]
+        operations, size = products(layer, cin, height, width), traffic(layer, cin, height, width)
+        size = 0 if behind else size
+        us = max(operations / gpu.tflops / 1e6, size / gpu.bandwidth * 1e6) + launches * gpu.gap_us
+        suffix = "in the same launch, " if behind else ""
+        name = f"{layer.op} {suffix}{'+'.join(map(str, cin))} -> {layer.channels * layer.scale**2}"
+        found.setdefault((name, operations / 1e9, size / 1e6, us), []).append(1)
+    return [(str(k[0]), len(n), float(k[1]), float(k[2]), float(k[3])) for k, n in found.items()]  # type: ignore[arg-type]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default="span", choices=python_models.list_models())
+    parser.add_argument("--size", default="256x256", help="height x width of the small image (default 256x256)")
+    parser.add_argument("--gpu", default="h200", choices=GPUS)
+    arguments = parser.parse_args()
+    height, width = map(int, arguments.size.split("x"))
+    plan = esr_kernels.optimize(python_models.create(arguments.model), dtype=torch.float16).plan
+    assert plan is not None
+    table = rows(plan, GPUS[arguments.gpu], height, width)
+    print(f"{arguments.model}, {arguments.size}, float16, {arguments.gpu}: predicted, not measured\n")
+    print("| launch | times | GFLOP | MB | us each |\n|---|---|---|---|---|")
+    for name, count, operations, size, us in table:
+        print(f"| {name} | {count} | {operations:.2f} | {size:.1f} | {us:.1f} |")
+    print(f"\nIn all {sum(count * us for _, count, _, _, us in table):.0f} us.")
+
+
+if __name__ == "__main__":
+    main()
