@@ -72,7 +72,7 @@ def limits(architecture: str) -> Limits | None:
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
-_VARIANTS = ("forward", "backward", "tail")  # csrc/cuda/convolution.h
+_VARIANTS = ("forward", "backward", "tail", "half_sums")  # csrc/cuda/convolution.h
 _TYPES = {"__half": "float16", "__nv_bfloat16": "bfloat16"}
 # What a kernel's first template argument is: a precision, or the type of values in memory.
 _PRECISIONS = {
@@ -86,9 +86,10 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.f
 
 def readable(name: str) -> str:
     """`convolution_kernel<Float16, 4, forward>` of a demangled name."""
+    name = re.sub(r"\(anonymous namespace\)::|\b[a-z]\w*::", "", name)
     match = re.fullmatch(r"(?:void )?(.*)\([^()]*\)", name)
-    name = re.sub(r"\(anonymous namespace\)::|\b[a-z]\w*::", "", match[1] if match else name)
-    name = re.sub(r"\(Variant\)(\d)", lambda m: _VARIANTS[int(m[1])], name)
+    name = match[1] if match else name
+    name = re.sub(r"\(Variant\)(\d)", lambda m: dict(enumerate(_VARIANTS)).get(int(m[1]), m[0]), name)
     return re.sub("|".join(_TYPES), lambda m: _TYPES[m[0]], name)
 
 
@@ -276,7 +277,7 @@ TYPICAL = (
 # A layer for every instantiation.
 _EVERY = (
     *(_conv3x3(8 * n, 8 * n) for n in range(1, 9)),
-    *(_tail(8 * n, 8 * n) for n in range(1, 9)),
+    *(_tail(c, 8 * n) for n in range(1, 9) for c in (8, 8 * n)),
     *(_esa(48, hidden) for hidden in (16, 32, 48, 64)),
     *(_conv3x3_backward(8 * n, 8 * n) for n in range(1, 9)),
 )
@@ -287,8 +288,8 @@ def _rehearsed(layer: Layer, precision: str, architecture: str) -> tuple[Launch,
     """The launches of a layer at 256x256, one image."""
 
     def tensor(*size: int) -> Tensor:
-        made = torch.empty(size, dtype=_DTYPES[precision])
-        return made.contiguous(memory_format=torch.channels_last) if len(size) == 4 else made
+        layout = torch.channels_last if len(size) == 4 else torch.contiguous_format
+        return torch.empty(size, dtype=_DTYPES[precision], memory_format=layout)
 
     with rehearsal(architecture) as launches:
         layer.run(precision, tensor)
@@ -311,36 +312,49 @@ def _with_occupancy(entry: dict[str, Any], threads: int | None, shared_bytes: in
 def kernel_info(compiled: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The list of `native.kernel_info`, from what the module `_build_info` tells."""
     entries = []
-    for kernel in compiled:
-        name, architecture = readable(kernel["name"]), kernel["architecture"]
-        found = _launch_of(name, architecture)
-        dynamic = found[1].shared_bytes if found else None
-        entry = {
-            "kernel": name,
-            "architecture": architecture,
-            **{k: kernel[k] for k in ("registers", "spilled_bytes", "stack_bytes", "static_shared_bytes")},
-            "dynamic_shared_bytes": dynamic,
-            "layer": found[0] if found else None,
-            "threads": kernel["threads"],
-            "minimum_blocks": kernel["minimum_blocks"],
-        }
-        threads = found[1].threads if found else kernel["threads"]
-        entries.append(_with_occupancy(entry, threads, kernel["static_shared_bytes"] + (dynamic or 0)))
-    return entries
+    for architecture in sorted({k["architecture"] for k in compiled}, key=lambda a: float(a.rstrip("af"))):
+        kernels = {readable(k["name"]): k for k in compiled if k["architecture"] == architecture}
+        launches = _most_demanding(tuple(kernels), architecture)
+        for name, kernel in kernels.items():
+            layer, launch = launches.get(name, (None, None))
+            dynamic = None if launch is None else launch.shared_bytes
+            entry = {
+                "kernel": name,
+                "architecture": architecture,
+                **{k: kernel[k] for k in ("registers", "spilled_bytes", "stack_bytes", "static_shared_bytes")},
+                "dynamic_shared_bytes": dynamic,
+                "layer": layer,
+                "threads": kernel["threads"],
+                "minimum_blocks": kernel["minimum_blocks"],
+            }
+            threads = kernel["threads"] if launch is None else launch.threads
+            entries.append(_with_occupancy(entry, threads, kernel["static_shared_bytes"] + (dynamic or 0)))
+    return sorted(entries, key=lambda e: e["kernel"])
 
 
-def _launch_of(kernel: str, architecture: str) -> tuple[str, Launch] | None:
-    """A layer that launches this kernel, and the launch; None where none of ours does, or the library does not load."""
+def _most_demanding(kernels: Sequence[str], architecture: str) -> dict[str, tuple[str, Launch]]:
+    """Kernel -> the layer whose launch of it takes most shared memory, and the launch.
+
+    Empty where the library does not load, or nothing is known of the architecture.
+    """
+    found: dict[str, tuple[str, Launch]] = {}
     for layer in (*TYPICAL, *_EVERY):
         for precision in _PRECISIONS:
             try:
                 launches = _rehearsed(layer, precision, architecture)
-            except (ValueError, RuntimeError):
-                return None
+            except (ValueError, BackendError):
+                return {}
             for launch in launches:
-                if launch.is_of(kernel, precision):
-                    return f"{layer.name} {precision}", launch
-    return None
+                kernel = _kernel_of(launch, precision, kernels)
+                if kernel is not None:
+                    before = found.get(kernel)
+                    if before is None or before[1].shared_bytes < launch.shared_bytes:
+                        found[kernel] = f"{layer.name} {precision}", launch
+    return found
+
+
+def _kernel_of(launch: Launch, precision: str, kernels: Sequence[str]) -> str | None:
+    return next((k for k in kernels if launch.is_of(k, precision)), None)
 
 
 def layer_info(architectures: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -369,7 +383,7 @@ def layer_info(architectures: Sequence[str] | None = None) -> list[dict[str, Any
                 for launch in _rehearsed(layer, precision, architecture):
                     if launch.name.endswith("pack"):
                         continue
-                    kernel = next((k for k in registers if launch.is_of(k, precision)), launch.name)
+                    kernel = _kernel_of(launch, precision, tuple(registers)) or launch.name
                     gpu = limits(architecture)
                     assert gpu is not None
                     entry = {
