@@ -1,0 +1,252 @@
+"""Gradients of the CUDA engine against float64: every operator, precision and layout, sizes at random."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from helpers import HALF, LAYOUTS, check_gradients, kernel, largest_error, lay_out, rand, to
+from test_native_cuda import DEVICE, gpu, on_cuda, only_emulated, pytestmark  # noqa: F401
+from test_triton import CASE_NAMES, gradient_cases
+from torch.nn import functional as F
+
+from esr_kernels import functional
+from esr_kernels.backends import reference
+from esr_kernels.backends.native import cuda
+
+PRECISIONS = {"float32": (torch.float32, 1e-5), "tf32": (torch.float32, 5e-3), "float16": (torch.float16, 4e-3),
+              "bfloat16": (torch.bfloat16, 3e-2)}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def on_device():
+    with torch.device(DEVICE):
+        yield
+
+
+def backward(case, arguments):
+    return getattr(torch.ops.esr, case.split()[0] + "_backward")(*arguments)
+
+
+def check(case, arguments, tolerance, exact=None):
+    got = backward(case, arguments)
+    if exact is None:
+        exact = reference.OPERATORS[case.split()[0] + "_backward"](*to(arguments, torch.float64))
+    for i, (g, e) in enumerate(zip(got, exact, strict=True)):
+        assert g.shape == e.shape
+        if e.numel():
+            error = largest_error(g, e) / max(float(e.abs().max()), 1e-30)
+            assert error <= tolerance, f"gradient {i}: relative error {error:.2e}"
+    return got
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASE_NAMES)
+def test_backward(case, layout, precision):
+    torch.manual_seed(4)
+    dtype, tolerance = PRECISIONS[precision]
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    check(case, gradient_cases(dtype, layout)[case], tolerance)
+
+
+EPILOGUES = [
+    (a, m)
+    for a in ("none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh")
+    for m in (None, "pre", "post", "attention")
+    if m != "attention" or a == "none"
+]
+
+
+@pytest.mark.parametrize(("activation", "mode"), EPILOGUES)
+def test_epilogues(activation, mode):
+    torch.manual_seed(5)
+    residual = None if mode is None else rand(1, 12, 6, 7)
+    mask = [True, True, True, residual is not None]
+    tensors = (rand(1, 12, 6, 7), rand(1, 9, 6, 7, scale=3), kernel(12, 9), rand(12), residual)
+    check("conv3x3", (*tensors, activation, 0.1, mode or "post", mask), 1e-5)
+
+
+def twice_pytorch(call, tensors, grad, arguments, operator):
+    """Half types: at most twice as far off as PyTorch's own gradients in that type."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    plain = torch.autograd.grad(call(*leaves), leaves, grad)
+    got = getattr(torch.ops.esr, operator)(*arguments)
+    exact = reference.OPERATORS[operator](*to(arguments, torch.float64))
+    for g, p, e in zip(got, plain, exact, strict=True):
+        largest = float(e.abs().max())
+        assert largest_error(g, e) <= max(2 * largest_error(p, e), torch.finfo(g.dtype).eps / 2 * largest)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_types_against_pytorch(dtype):
+    torch.manual_seed(6)
+    for channels, out in ((3, 28), (28, 28), (46, 48), (84, 5)):
+        x, grad = (lay_out(rand(2, c, 13, 21, dtype=dtype), LAYOUTS[out % 2]) for c in (channels, out))
+        tensors = (x, kernel(out, channels, dtype=dtype), rand(out, dtype=dtype), grad * 2)
+        twice_pytorch(
+            lambda x, w, b, r: F.silu(F.conv2d(x, w, b, padding=1) + r),
+            tensors, grad, (grad, *tensors, "silu", 0.0, "pre", [True] * 4), "conv3x3_backward",
+        )  # fmt: skip
+        weight = kernel(out, channels, 1, dtype=dtype)
+        twice_pytorch(
+            lambda x, w, b: F.gelu(F.conv2d(x, w, b)),
+            (x, weight, tensors[2]), grad, (grad, [x], weight, tensors[2], "gelu", 0.0, [True] * 3), "conv1x1_backward",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("seed", range(6))
+def test_weight_gradients_at_random(seed, precision):
+    r = random.Random(f"{seed} {precision}")
+    torch.manual_seed(seed)
+    dtype, tolerance = PRECISIONS[precision]
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    n, h, w = r.randint(1, 4), r.randint(2, 40), r.randint(2, 70)
+    cin, cout = r.randint(1, 90), r.randint(1, 90)
+
+    def feature(channels):
+        return lay_out(rand(n, channels, h, w, dtype=dtype), r.choice(LAYOUTS))
+
+    mask = [False, True, r.random() < 0.5, False]
+    weight = kernel(cout, cin, dtype=dtype)
+    check("conv3x3", (feature(cout), feature(cin), weight, None, None, "none", 0.0, "post", mask), tolerance)
+    channels = [r.randint(1, 70) for _ in range(r.randint(1, 6))]
+    weight = kernel(cout, sum(channels), 1, dtype=dtype)
+    mask = [False] * len(channels) + [True, r.random() < 0.5]
+    check("conv1x1", (feature(cout), [feature(c) for c in channels], weight, None, "none", 0.0, mask), tolerance)
+    weights = (kernel(cout, cin, 1, dtype=dtype), kernel(cout, 1, dtype=dtype))
+    mask = [r.random() < 0.5, True, True, False]
+    check("bsconv", (feature(cout), feature(cin), *weights, None, "reflect", "none", 0.0, mask), tolerance)
+
+
+def test_more_inputs_than_one_launch_reads():
+    torch.manual_seed(7)
+    xs = [lay_out(rand(1, c, 5, 6), "channels_last") for c in (3, 8, 17, 4) * 5]
+    weight = kernel(10, sum(x.shape[1] for x in xs), 1)
+    check("conv1x1", (rand(1, 10, 5, 6), xs, weight, rand(10), "silu", 0.0, [True] * 22), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "bsconv"])
+def test_unwanted_gradients_are_empty(name):
+    torch.manual_seed(8)
+    cases = {"conv3x3": ["conv3x3 pre", "conv3x3 post", "conv3x3 attention"], "bsconv": ["bsconv reflect"]}
+    for case in cases.get(name, [name]):
+        *arguments, mask = gradient_cases(torch.float32, "channels_last")[case]
+        for i in range(len(mask)):
+            single = [k == i for k in range(len(mask))]
+            got = check(case, (*arguments, single), 1e-5)
+            assert [g.numel() > 0 for g in got] == single
+
+
+@only_emulated
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_weight_gradients_are_the_same_on_every_gpu(precision, gpu):  # noqa: F811
+    """Their parts depend on sizes only."""
+    dtype, _ = PRECISIONS[precision]
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.manual_seed(9)
+    arguments = (rand(2, 40, 31, 37, dtype=dtype), rand(2, 28, 31, 37, dtype=dtype), kernel(40, 28, dtype=dtype))
+    arguments = (*arguments, rand(40, dtype=dtype), None, "none", 0.0, "post", [False, True, True, False])
+    here = backward("conv3x3", arguments)
+    cuda.library().set_properties([86, 3, 99 * 1024, 100 * 1024])
+    for g, e in zip(here, backward("conv3x3", arguments), strict=True):
+        assert torch.equal(g, e)
+
+
+@only_emulated
+@pytest.mark.parametrize("case", ["spab", "conv3x3_pixel_shuffle", "conv1x1", "esa rfdn", "bsconv reflect"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_gpus(case, dtype, gpu):  # noqa: F811
+    torch.manual_seed(10)
+    check(case, gradient_cases(dtype, "channels_last")[case], 1e-5 if dtype == torch.float32 else 4e-3)
+
+
+@only_emulated
+@pytest.mark.parametrize("order", ["reverse", "random:1"])
+@pytest.mark.parametrize("case", CASE_NAMES)
+def test_order_of_threads(case, order, monkeypatch):
+    torch.manual_seed(11)
+    arguments = gradient_cases(torch.float16, "nchw")[case]
+    expected = backward(case, arguments)
+    monkeypatch.setenv("ESR_EMULATOR_ORDER", order)
+    for g, e in zip(backward(case, arguments), expected, strict=True):
+        assert torch.equal(g, e)
+
+
+def test_repeats_are_bit_equal():
+    torch.manual_seed(12)
+    for case in CASE_NAMES:
+        arguments = gradient_cases(torch.float32, "channels_last")[case]
+        for a, b in zip(backward(case, arguments), backward(case, arguments), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("strides", ["every other element", "expanded", "channels_last"])
+@pytest.mark.parametrize("case", ["conv3x3 pre", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv zeros"])
+def test_parameters_of_any_strides(case, strides):
+    torch.manual_seed(13)
+
+    def change(t):
+        if not isinstance(t, torch.Tensor) or (t.dim() == 4 and t.shape[2] > 3):
+            return t
+        if strides == "channels_last":
+            return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+        if strides == "expanded":
+            return t[:1].expand(t.shape)
+        return torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0]
+
+    arguments = tuple(change(t) for t in gradient_cases(torch.float32, "nchw")[case])
+    check(case, arguments, 1e-5)
+
+
+def test_gradient_without_a_stride():
+    """What `sum().backward()` hands in."""
+    torch.manual_seed(14)
+    x, weight = rand(2, 8, 9, 10), kernel(12, 8)
+    ones = torch.ones(()).expand(2, 12, 9, 10)
+    for activation in ("none", "silu"):
+        check("conv3x3", (ones, x, weight, None, None, activation, 0.0, "post", [True, True, True, False]), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv"])
+def test_empty_batch(name):
+    case = {"conv3x3": "conv3x3 pre", "bsconv": "bsconv zeros"}.get(name, name)
+    arguments = gradient_cases(torch.float32, "nchw")[case]
+
+    def empty(value):
+        if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+            return [v[:0] for v in value]
+        is_map = isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[2] > 3
+        return value[:0] if is_map else value
+
+    for g in backward(case, [empty(a) for a in arguments]):
+        assert torch.equal(g, torch.zeros_like(g))
+
+
+def test_through_autograd():
+    torch.manual_seed(15)
+    tensors = [rand(2, 20, 8, 9), kernel(30, 20), rand(30)]
+    plain = lambda x, w, b: F.silu(F.conv2d(x, w, b, padding=1))  # noqa: E731
+    check_gradients(lambda *a: functional.conv3x3(*a, activation="silu"), plain, tensors, 1e-5)
+
+
+def test_wrong_shapes_are_refused():
+    x, weight, g = rand(1, 4, 5, 6), kernel(8, 4), rand(1, 8, 5, 6)
+    call = cuda.library().conv3x3_backward
+    gradients = [torch.empty_like(x), torch.empty_like(weight), weight.new_empty(8), x.new_empty(0)]
+    call(g, x, weight, None, None, 0, 0.0, 1, 3, gradients)
+    for wrong, message in (
+        ((g[:, :7], x, weight), "grad is"),
+        ((g, x[:, :3], weight), "weight is"),
+        ((torch.cat([g, g]), x, weight), "grad has 2 images"),
+        ((g, x, weight.double()), "unsupported dtype"),
+        ((g.half(), x, weight), "dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call(*wrong, None, None, 0, 0.0, 1, 3, gradients)
+    with pytest.raises(RuntimeError, match="gradients given"):
+        call(g, x, weight, None, None, 0, 0.0, 1, 3, gradients[:3])
+    with pytest.raises(RuntimeError, match="the gradient to weight is"):
+        call(g, x, weight, None, None, 0, 0.0, 1, 3, [gradients[0], gradients[1][:, :3], *gradients[2:]])
