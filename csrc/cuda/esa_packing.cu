@@ -1,6 +1,7 @@
 #include "esa.h"
 
 #include "tf32.h"
+#include "weight_access.h"
 
 namespace esr::cuda {
 namespace {
@@ -8,17 +9,7 @@ namespace {
 constexpr int kThreads = 128;
 
 ESR_DEVICE float read(const WeightView& w, int i0, int i1, int tap) {
-  if (w.data == nullptr) return 0.0f;
-  const int64_t element = i0 * w.strides[0] + i1 * w.strides[1] + (tap / 3) * w.strides[2] + (tap % 3) * w.strides[3];
-  const unsigned char* p = w.data + element * (w.dtype == Dtype::kFloat32 ? 4 : 2);
-  switch (w.dtype) {
-    case Dtype::kFloat16:
-      return device::to_float(device::load_global<device::float16>(p));
-    case Dtype::kBFloat16:
-      return device::to_float(device::load_global<device::bfloat16>(p));
-    default:
-      return device::load_global<float>(p);
-  }
+  return w.data == nullptr ? 0.0f : read_weight(w, i0, i1, tap);
 }
 
 // One float of LowWeights.
