@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import reference
+from .dispatch import use_backend
 from .errors import OptimizeError
 from .graphs import GraphCache
 from .plan import ESA_WEIGHTS, Plan, PlanBuilder
@@ -262,7 +263,8 @@ def _example(network: nn.Module) -> Tensor:
     for channels in candidates:
         example = torch.zeros(2, channels, *_EXAMPLE_SIZE, dtype=like.dtype, device=like.device)
         try:
-            with torch.no_grad():
+            # The kernels of separate operators are not those of a plan: nothing is compiled for them.
+            with torch.no_grad(), use_backend("reference"):
                 network(example)
         except Exception as error:
             failure = failure or error

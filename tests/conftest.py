@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Products in Triton's interpreter are too small for NumPy's threads, which wait for each other busily.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 import torch
 import triton_interpreter
@@ -14,6 +17,8 @@ import triton_interpreter
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("ESR_KERNELS_CUDA_EMULATOR", "1")
+    # On images this small a second thread costs more than it does; tests of threads choose their number.
+    torch.set_num_threads(1)
 triton_interpreter.install()
 
 import esr_kernels  # noqa: E402

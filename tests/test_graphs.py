@@ -157,7 +157,7 @@ def test_what_needs_a_graph_of_its_own(fake, change):
     elif change == "backend":
         context = esr_kernels.use_backend("reference")
     elif change == "convolutions":
-        context = torch.backends.cudnn.flags(allow_tf32=False)
+        context = torch.backends.cudnn.flags(allow_tf32=not torch.backends.cudnn.allow_tf32)
     elif change == "products":
         other = "ieee" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32"
         context = setting(torch.backends.cuda.matmul, "fp32_precision", other)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -80,15 +80,6 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Any], i
     "upsampler": (lambda: PixelShuffleUpsampler(28), plain_upsampler, 28),
     "upsampler-x2": (lambda: PixelShuffleUpsampler(12, 1, 2, bias=False), plain_upsampler, 12),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On images this small a second thread costs more than it does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=BLOCKS)

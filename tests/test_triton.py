@@ -83,7 +83,9 @@ def only(name, config):
 def test_convolution_configurations(config, channels, out, layout):
     torch.manual_seed(0)
     choose, seen = only("convolution", config)
-    x, residual = (lay_out(rand(1, c, 17, 35), layout) for c in (channels, out))
+    # Three by three tiles: the middle one has all its input inside the image.
+    height, width = (2 * n + 1 for n in config.tile)
+    x, residual = (lay_out(rand(1, c, height, width), layout) for c in (channels, out))
     arguments = (x, kernel(out, channels), rand(out), residual, "none", 0.05, "attention")
     with configs.chosen_by(choose):
         got = torch.ops.esr.conv3x3(*arguments)
@@ -107,7 +109,7 @@ def test_conv1x1_configurations(config):
 def test_weight_gradient_configurations(config, layout):
     torch.manual_seed(2)
     choose, seen = only("weight_gradient", config)
-    grad, x = lay_out(rand(3, 21, 11, 19), layout), lay_out(rand(3, 28, 11, 19), layout)
+    grad, x = (lay_out(rand(2, c, 2 * config.tile[0] + 1, 19), layout) for c in (21, 28))
     arguments = (grad, x, kernel(21, 28), rand(21), None, "none", 0.0, "post", [False, True, True, False])
     with configs.chosen_by(choose):
         _, gw, gb, _ = torch.ops.esr.conv3x3_backward(*arguments)

@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter treat bfloat16, masks and loop bounds the way compiled kernels do."""
+"""Makes Triton's interpreter treat bfloat16, masks and loop bounds the way compiled kernels do, and makes it faster."""
 
 from __future__ import annotations
 
@@ -68,8 +68,13 @@ def install() -> None:
 
     def dot(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def method(self: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
-            return original(self, decode(a), decode(b), *args, **kwargs)
+        def method(self: Any, a: Any, b: Any, d: Any, *args: Any, **kwargs: Any) -> Any:
+            a, b = decode(a), decode(b)
+            if d.data.dtype == np.float32 and {a.data.dtype.char, b.data.dtype.char} <= {"e", "f"}:
+                # matmul(dtype=), which the interpreter calls, does without BLAS.
+                product = np.matmul(a.data.astype(np.float32, copy=False), b.data.astype(np.float32, copy=False))
+                return handle(product + d.data, d.dtype.scalar)
+            return original(self, a, b, d, *args, **kwargs)
 
         return method
 
@@ -95,6 +100,33 @@ def install() -> None:
 
         return patch_lang_tensor
 
+    patched: set[frozenset[int]] = set()
+
+    def once(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def patch_lang(fn: Any) -> Any:
+            # Every call of a device function would look through the whole language again.
+            modules = frozenset(id(v) for v in fn.__globals__.values() if v is tl or v is tl.core)
+            if modules in patched:
+                return interpreter._LangPatchScope()
+            patched.add(modules)
+            return original(fn)
+
+        return patch_lang
+
+    def numpy_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
+        known: dict[str, Any] = {}
+
+        @functools.wraps(original)
+        def get(dtype: Any) -> Any:
+            scalar = dtype.scalar
+            name = "pointer" if scalar.is_ptr() else scalar.name
+            if name not in known:
+                known[name] = original(dtype)
+            return known[name]
+
+        return get
+
     def replace(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         ORIGINALS[f"{owner.__name__.rpartition('.')[2]}.{name}"] = getattr(owner, name)
         setattr(owner, name, wrap(getattr(owner, name)))
@@ -106,10 +138,13 @@ def install() -> None:
     for owner in (interpreter.ReduceOps, interpreter.ScanOps):
         replace(owner, "apply_impl", reduction)
     replace(interpreter, "_patch_lang_tensor", language)
+    replace(interpreter, "_patch_lang", once)
+    replace(interpreter, "_get_np_dtype", numpy_dtype)
 
     def silenced(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def run(*args: Any, **kwargs: Any) -> Any:
+            patched.clear()
             # A GPU's infinities and NaNs come without a word.
             with np.errstate(all="ignore"):
                 return original(*args, **kwargs)
