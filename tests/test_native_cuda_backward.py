@@ -121,6 +121,18 @@ def test_weight_gradients_at_random(seed, precision):
     check("bsconv", (feature(cout), feature(cin), *weights, None, "reflect", "none", 0.0, mask), tolerance)
 
 
+@only_emulated
+@pytest.mark.parametrize(("channels", "out"), [(8, 16), (40, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_parts_of_several_tiles(channels, out, dtype, gpu):  # noqa: F811
+    """One stage or two, as shared memory allows."""
+    torch.manual_seed(7)
+    n = 3 if dtype == torch.float16 and channels == 40 else 6
+    grad, x = (lay_out(rand(n, c, 60, 130, dtype=dtype), "channels_last") for c in (out, channels))
+    arguments = (grad, x, kernel(out, channels, dtype=dtype), None, None, "none", 0.0, "post")
+    check("conv3x3", (*arguments, [False, True, True, False]), 1e-5 if dtype == torch.float32 else 1e-3)
+
+
 def test_more_inputs_than_one_launch_reads():
     torch.manual_seed(7)
     xs = [lay_out(rand(1, c, 5, 6), "channels_last") for c in (3, 8, 17, 4) * 5]

@@ -221,8 +221,8 @@ weight_gradient_kernel(ESR_ARGUMENT(WeightGradientArgs) a) {
   device::wait_for_previous_grid();
   device::allow_next_grid();
 
-  const auto load = [&](int64_t t, unsigned char* stage) {
-    const Tile tile = locate(a, static_cast<int>(t));
+  const auto load = [&](int t, unsigned char* stage) {
+    const Tile tile = locate(a, t);
 #pragma unroll 1
     for (int i = 0; i < blocks; ++i) {
       const InputBlock b = find_block<Value>(a, first_block + i);
@@ -235,10 +235,11 @@ weight_gradient_kernel(ESR_ARGUMENT(WeightGradientArgs) a) {
   float sums[kProducts][kM][kN][4] = {}, bias_sums[kM][4] = {};
   const int steps = (a.tile_height << a.tile_width_log2) / kStep;
   const int steps_across_log2 = a.tile_width_log2 - 4;
-  load(device::block_index(), shared);
-  int turn = 0;
-  for (int64_t t = device::block_index(); t < a.tiles; t += device::grid_size(), ++turn) {
-    const int64_t next = t + device::grid_size();
+  const int parts = static_cast<int>(device::grid_size());
+  int t = static_cast<int>(device::block_index()), turn = 0;
+  load(t, shared);
+  for (; t < a.tiles; t += parts, ++turn) {
+    const int next = t + parts;
     if (a.stages > 1 && next < a.tiles) {
       load(next, shared + ((turn + 1) & 1) * a.stage_bytes);
       device::wait_for_copies<1>();
@@ -420,8 +421,8 @@ Division divide(const WeightGradient& w) {
     a.tiles_down = static_cast<int32_t>(down);
   }
   const int64_t tiles = w.batch * fewest;
-  STD_TORCH_CHECK(tiles < INT32_MAX, "a weight gradient of ", w.batch, " images of ", w.out_height, "x", w.out_width,
-                  " is too large for one launch");
+  STD_TORCH_CHECK(tiles < INT32_MAX / 2, "a weight gradient of ", w.batch, " images of ", w.out_height, "x",
+                  w.out_width, " is too large for one launch");
   a.tiles = static_cast<int32_t>(tiles);
   constexpr int64_t kBlocks = 256, kLeastParts = 16;
   const int64_t most_parts = std::min(tiles, std::max(kBlocks / d.grid_rows, kLeastParts));
