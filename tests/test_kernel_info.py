@@ -271,6 +271,11 @@ def test_the_tables(kernels: list[dict[str, Any]], capsys: pytest.CaptureFixture
     assert main(["info", "--kernels", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["kernels"] == kernels
+    # A cell has a value for each architecture, in the order of the heading.
+    architectures = list(dict.fromkeys(k["architecture"] for k in kernels))
+    assert text.startswith(f"Architectures {' / '.join(architectures)};")
+    assert list(dict.fromkeys(e["architecture"] for e in found["layers"])) == architectures
+    assert architectures == sorted(architectures, key=lambda a: float(a.rstrip("af")))
 
 
 def test_the_library_is_small(kernels: list[dict[str, Any]]) -> None:

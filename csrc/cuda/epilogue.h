@@ -45,19 +45,13 @@ ESR_DEVICE void activate(float (&h)[Count], Activation activation, float slope) 
 template <int Count>
 ESR_DEVICE void finish(float (&h)[Count], const float (&residual)[Count], Activation activation, float slope,
                        ResidualMode mode) {
+  if (mode == ResidualMode::kPre) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) h[i] += residual[i];
+  }
   switch (mode) {
-    case ResidualMode::kNone:
-      activate(h, activation, slope);
-      break;
-    case ResidualMode::kPre:
-#pragma unroll
-      for (int i = 0; i < Count; ++i) h[i] += residual[i];
-      activate(h, activation, slope);
-      break;
-    case ResidualMode::kPost:
-      activate(h, activation, slope);
-#pragma unroll
-      for (int i = 0; i < Count; ++i) h[i] += residual[i];
+    default:
+      activate(h, activation, slope);  // once for all modes: it is most of a kernel's code
       break;
     case ResidualMode::kAttention:
 #pragma unroll
@@ -67,6 +61,10 @@ ESR_DEVICE void finish(float (&h)[Count], const float (&residual)[Count], Activa
 #pragma unroll
       for (int i = 0; i < Count; ++i) h[i] = residual[i] * sigmoid(h[i]);
       break;
+  }
+  if (mode == ResidualMode::kPost) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) h[i] += residual[i];
   }
 }
 
@@ -118,21 +116,15 @@ ESR_DEVICE void differentiate(float (&h)[Count], const float (&g)[Count], Activa
 template <int Count>
 ESR_DEVICE void finish_backward(float (&h)[Count], float (&residual)[Count], const float (&g)[Count],
                                 Activation activation, float slope, ResidualMode mode) {
+  if (mode == ResidualMode::kPre) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) h[i] += residual[i];
+  }
   switch (mode) {
-    case ResidualMode::kNone:
-      differentiate(h, g, activation, slope);
-      break;
-    case ResidualMode::kPre:
-#pragma unroll
-      for (int i = 0; i < Count; ++i) h[i] += residual[i];
+    default:
       differentiate(h, g, activation, slope);
 #pragma unroll
-      for (int i = 0; i < Count; ++i) residual[i] = h[i];
-      break;
-    case ResidualMode::kPost:
-      differentiate(h, g, activation, slope);
-#pragma unroll
-      for (int i = 0; i < Count; ++i) residual[i] = g[i];
+      for (int i = 0; i < Count; ++i) residual[i] = mode == ResidualMode::kPre ? h[i] : g[i];
       break;
     case ResidualMode::kAttention:
 #pragma unroll

@@ -198,7 +198,6 @@ class Layer:
 
     name: str
     run: Callable[[str, Callable[..., Tensor]], None]
-    backward: bool = False
 
 
 def _conv3x3(channels: int, out: int, size: int = 256) -> Layer:
@@ -215,7 +214,7 @@ def _conv3x3_backward(channels: int, out: int, size: int = 256) -> Layer:
         arguments = (grad, x, weight, tensor(out), None, "silu", 0.0, "pre", [True, True, True, False])
         _gradients(cuda_backward.conv3x3_backward, precision, *arguments)
 
-    return Layer(f"gradients of conv3x3 {channels}→{out}", run, backward=True)
+    return Layer(f"gradients of conv3x3 {channels}→{out}", run)
 
 
 def _tail(channels: int, out: int, size: int = 256) -> Layer:
@@ -250,17 +249,26 @@ def _conv1x1(channels: Sequence[int], out: int, size: int = 256) -> Layer:
     return Layer(f"conv1x1 {'+'.join(map(str, channels))}→{out}", run)
 
 
+def _esa_weights(channels: int, hidden: int, tensor: Callable[..., Tensor]) -> list[Tensor | None]:
+    sizes = [(hidden, channels, 1, 1), (hidden, hidden, 3, 3), (hidden, hidden, 3, 3), (channels, hidden, 1, 1)]
+    sizes.append((hidden, hidden, 1, 1))
+    return [t for size in sizes for t in (tensor(*size), tensor(size[0]))] + [None] * 4
+
+
 def _esa(channels: int, hidden: int, size: int = 256) -> Layer:
     def run(precision: str, tensor: Callable[..., Tensor]) -> None:
-        three = (hidden, hidden, 3, 3)
-        sizes = [(hidden, channels, 1, 1), (hidden,), three, (hidden,), three, (hidden,), (channels, hidden, 1, 1)]
-        sizes += [(channels,), (hidden, hidden, 1, 1), (hidden,)]
-        _run(
-            operators.esa(tensor(1, channels, size, size), *(tensor(*s) for s in sizes), None, None, None, None),
-            precision,
-        )
+        weights = _esa_weights(channels, hidden, tensor)
+        _run(operators.esa(tensor(1, channels, size, size), *weights), precision)
 
     return Layer(f"esa {channels}, {hidden}", run)
+
+
+def _esa_backward(channels: int, hidden: int, size: int = 256) -> Layer:
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        x, weights = tensor(1, channels, size, size), _esa_weights(channels, hidden, tensor)
+        _gradients(cuda_backward.esa_backward, precision, torch.empty_like(x), x, *weights)
+
+    return Layer(f"gradients of esa {channels}, {hidden}", run)
 
 
 # Those of the networks in python_models and of published ones like them.
@@ -280,6 +288,7 @@ _EVERY = (
     *(_tail(c, 8 * n) for n in range(1, 9) for c in (8, 8 * n)),
     *(_esa(48, hidden) for hidden in (16, 32, 48, 64)),
     *(_conv3x3_backward(8 * n, 8 * n) for n in range(1, 9)),
+    _esa_backward(46, 16),
 )
 
 
@@ -312,7 +321,7 @@ def _with_occupancy(entry: dict[str, Any], threads: int | None, shared_bytes: in
 def kernel_info(compiled: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The list of `native.kernel_info`, from what the module `_build_info` tells."""
     entries = []
-    for architecture in sorted({k["architecture"] for k in compiled}, key=lambda a: float(a.rstrip("af"))):
+    for architecture in _architectures(compiled):
         kernels = {readable(k["name"]): k for k in compiled if k["architecture"] == architecture}
         launches = _most_demanding(tuple(kernels), architecture)
         for name, kernel in kernels.items():
@@ -330,6 +339,10 @@ def kernel_info(compiled: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             threads = kernel["threads"] if launch is None else launch.threads
             entries.append(_with_occupancy(entry, threads, kernel["static_shared_bytes"] + (dynamic or 0)))
     return sorted(entries, key=lambda e: e["kernel"])
+
+
+def _architectures(compiled: Sequence[dict[str, Any]]) -> list[str]:
+    return sorted({k["architecture"] for k in compiled}, key=lambda a: float(a.rstrip("af")))
 
 
 def _most_demanding(kernels: Sequence[str], architecture: str) -> dict[str, tuple[str, Launch]]:
@@ -374,7 +387,7 @@ def layer_info(architectures: Sequence[str] | None = None) -> list[dict[str, Any
     """
     kernels = native.compiled_kernels()
     if architectures is None:
-        architectures = list(dict.fromkeys(k["architecture"] for k in kernels))
+        architectures = _architectures(kernels)
     entries = []
     for architecture in architectures:
         registers = {readable(k["name"]): k["registers"] for k in kernels if k["architecture"] == architecture}
