@@ -421,11 +421,10 @@ ESR_DEVICE void store_results(const ConvolutionArgs& a, const Tile& tile, const 
   }
 }
 
-// Two blocks share a multiprocessor's registers, but for three products each and two convolutions, or for sums in two
-// types, those do not suffice.
+// Two blocks share a multiprocessor's registers, but for float32, and for sums in two types, those do not suffice.
 template <typename P>
 constexpr int blocks_at_once(Variant variant) {
-  return (variant == Variant::kTail && P::kWeights == 4) || variant == Variant::kHalfSums ? 1 : 2;
+  return sizeof(typename P::Value) == 4 || variant == Variant::kHalfSums ? 1 : 2;
 }
 
 template <typename P, int kN, Variant kVariant>

@@ -22,6 +22,7 @@ constexpr int kMostUnits = 256;  // i units < 2^20 for i < 16 units
 
 // Blocks of a multiprocessor, by the registers that accumulators and left operands need.
 constexpr int blocks_of(int lane_bytes, int hidden_tiles) {
+  if (hidden_tiles > 4 && lane_bytes == 16) return 1;
   return hidden_tiles <= 2 ? 4 : (hidden_tiles <= 4 && lane_bytes == 8 ? 3 : 2);
 }
 // Whether the weights lie at the start of shared memory. Those of the most hidden channels may be too many.

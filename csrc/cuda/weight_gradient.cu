@@ -16,6 +16,12 @@ namespace {
 // taps and pixels among themselves.
 constexpr int kWarps = 6;
 constexpr int kThreads = kWarps * 32;
+// On sm_80 the compiler needs a few registers more than two blocks leave it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
+constexpr int kBlocksAtOnce = 1;
+#else
+constexpr int kBlocksAtOnce = 2;
+#endif
 constexpr int kBlock = 32;
 constexpr int kProducts = 3;
 constexpr int kM = kBlock / 16;
@@ -176,7 +182,7 @@ struct Multiplier {
 };
 
 template <typename P>
-ESR_KERNEL(kThreads, 2)
+ESR_KERNEL(kThreads, kBlocksAtOnce)
 weight_gradient_kernel(ESR_ARGUMENT(WeightGradientArgs) a) {
   using Value = typename P::Value;
   constexpr int kTileUnits = 8 * static_cast<int>(sizeof(Value)) / kUnitBytes;  // of 8 channels
