@@ -421,14 +421,24 @@ ESR_DEVICE void store_results(const ConvolutionArgs& a, const Tile& tile, const 
   }
 }
 
-// Two blocks share a multiprocessor's registers, but for float32, and for sums in two types, those do not suffice.
+// The bounds of a launch, such that nothing is spilled. Two blocks of 256 threads share a multiprocessor's registers,
+// but for three products each and two convolutions, or for sums in two types, those do not suffice. Three products of
+// few channels have shared memory for three blocks of 128 at most, those of many, before sm_90, for one of 256.
+constexpr int most_threads(int channel_tiles) { return channel_tiles <= 4 ? 128 : 256; }
+
 template <typename P>
-constexpr int blocks_at_once(Variant variant) {
-  return sizeof(typename P::Value) == 4 || variant == Variant::kHalfSums ? 1 : 2;
+constexpr int blocks_at_once(int channel_tiles, Variant variant) {
+  const bool three_products = P::kWeights == 4, few = channel_tiles <= 4;
+  if ((variant == Variant::kTail && three_products) || variant == Variant::kHalfSums) return few ? 2 : 1;
+  if (three_products && few) return 3;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if (three_products && channel_tiles == kMostTiles) return 1;
+#endif
+  return few ? 4 : 2;
 }
 
 template <typename P, int kN, Variant kVariant>
-ESR_KERNEL(256, blocks_at_once<P>(kVariant))
+ESR_KERNEL(most_threads(kN), blocks_at_once<P>(kN, kVariant))
 convolution_kernel(ESR_ARGUMENT(ConvolutionArgs) a) {
   using Value = typename P::Value;
   constexpr int kM = row_tiles(kN);
@@ -470,7 +480,7 @@ convolution_kernel(ESR_ARGUMENT(ConvolutionArgs) a) {
     const auto load_next = [&] {
       const int left = a.units[input] - unit, units = left < a.slab_units ? left : a.slab_units;
       const int steps = Packing::steps(taps, units);
-      unsigned char* stage = shared + (loaded % a.stages) * a.stage_bytes;
+      unsigned char* stage = shared + (loaded & (a.stages - 1)) * a.stage_bytes;
       if (!a.weights_stay) load_weights<kN, P::kWeights>(a, first_step, units, stage);
       load_input<Value>(a, a.inputs[input], tile, unit, units, stage);
       device::commit_copies();
@@ -480,17 +490,21 @@ convolution_kernel(ESR_ARGUMENT(ConvolutionArgs) a) {
       if (unit == a.units[input]) ++input, unit = 0;
       return steps;
     };
-    int next_steps = load_next();
-    for (int slab = 0; slab < loaded; ++slab) {
-      const int steps = next_steps;
-      if (a.stages > 1 && input < a.input_count) {
+    int next_steps = 0;
+    for (int slab = 0; slab < loaded || input < a.input_count; ++slab) {
+      int steps = next_steps;
+#pragma unroll 1  // one place that loads: a second one costs registers
+      while (loaded < slab + a.stages && input < a.input_count) {
         next_steps = load_next();
+        if (loaded == slab + 1) steps = next_steps;
+      }
+      if (loaded > slab + 1) {
         device::wait_for_copies<1>();
       } else {
         device::wait_for_copies<0>();
       }
       device::sync_block();
-      const unsigned char* stage = shared + (slab % a.stages) * a.stage_bytes;
+      const unsigned char* stage = shared + (slab & (a.stages - 1)) * a.stage_bytes;
       if constexpr (kVariant == Variant::kHalfSums) {
         multiply_slab_in_halves<kN, kM>(a, steps, stage, base, sums);
       } else {

@@ -16,12 +16,6 @@ namespace {
 // taps and pixels among themselves.
 constexpr int kWarps = 6;
 constexpr int kThreads = kWarps * 32;
-// On sm_80 the compiler needs a few registers more than two blocks leave it.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
-constexpr int kBlocksAtOnce = 1;
-#else
-constexpr int kBlocksAtOnce = 2;
-#endif
 constexpr int kBlock = 32;
 constexpr int kProducts = 3;
 constexpr int kM = kBlock / 16;
@@ -182,7 +176,7 @@ struct Multiplier {
 };
 
 template <typename P>
-ESR_KERNEL(kThreads, kBlocksAtOnce)
+ESR_KERNEL(kThreads, 2)
 weight_gradient_kernel(ESR_ARGUMENT(WeightGradientArgs) a) {
   using Value = typename P::Value;
   constexpr int kTileUnits = 8 * static_cast<int>(sizeof(Value)) / kUnitBytes;  // of 8 channels
@@ -242,18 +236,19 @@ weight_gradient_kernel(ESR_ARGUMENT(WeightGradientArgs) a) {
   const int steps = (a.tile_height << a.tile_width_log2) / kStep;
   const int steps_across_log2 = a.tile_width_log2 - 4;
   const int parts = static_cast<int>(device::grid_size());
-  int t = static_cast<int>(device::block_index()), turn = 0;
-  load(t, shared);
-  for (; t < a.tiles; t += parts, ++turn) {
-    const int next = t + parts;
-    if (a.stages > 1 && next < a.tiles) {
-      load(next, shared + ((turn + 1) & 1) * a.stage_bytes);
+  int next = static_cast<int>(device::block_index()), loaded = 0;
+  for (int turn = 0; turn < loaded || next < a.tiles; ++turn) {
+#pragma unroll 1  // one place that loads: a second one costs registers
+    for (; loaded < turn + a.stages && next < a.tiles; ++loaded, next += parts) {
+      load(next, shared + (loaded & (a.stages - 1)) * a.stage_bytes);
+    }
+    if (loaded > turn + 1) {
       device::wait_for_copies<1>();
     } else {
       device::wait_for_copies<0>();
     }
     device::sync_block();
-    const unsigned char* stage = shared + (a.stages > 1 ? (turn & 1) * a.stage_bytes : 0);
+    const unsigned char* stage = shared + (turn & (a.stages - 1)) * a.stage_bytes;
     for (int step = group; step < steps; step += groups) {
       const int y = step >> steps_across_log2, x = (step - (y << steps_across_log2)) * kStep;
       const unsigned char* g = stage + a.gradient_at + ((y << a.tile_width_log2) + x) * a.g.pitch;
@@ -261,7 +256,6 @@ weight_gradient_kernel(ESR_ARGUMENT(WeightGradientArgs) a) {
       multiplier.step(g, in, sums, bias_sums);
     }
     device::sync_block();
-    if (a.stages == 1 && next < a.tiles) load(next, shared);
   }
 
   const int64_t part = device::block_index() * groups + group;
