@@ -422,8 +422,8 @@ ESR_DEVICE void store_results(const ConvolutionArgs& a, const Tile& tile, const 
 }
 
 // The bounds of a launch, such that nothing is spilled. Two blocks of 256 threads share a multiprocessor's registers,
-// but for three products each and two convolutions, or for sums in two types, those do not suffice. Three products of
-// few channels have shared memory for three blocks of 128 at most, those of many, before sm_90, for one of 256.
+// but for three products each of most channels or with two convolutions, or for sums in two types, those do not
+// suffice. Three products of few channels have shared memory for three blocks of 128 at most.
 constexpr int most_threads(int channel_tiles) { return channel_tiles <= 4 ? 128 : 256; }
 
 template <typename P>
@@ -431,9 +431,7 @@ constexpr int blocks_at_once(int channel_tiles, Variant variant) {
   const bool three_products = P::kWeights == 4, few = channel_tiles <= 4;
   if ((variant == Variant::kTail && three_products) || variant == Variant::kHalfSums) return few ? 2 : 1;
   if (three_products && few) return 3;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if (three_products && channel_tiles == kMostTiles) return 1;
-#endif
   return few ? 4 : 2;
 }
 
@@ -461,7 +459,9 @@ convolution_kernel(ESR_ARGUMENT(ConvolutionArgs) a) {
   device::wait_for_previous_grid();
   device::allow_next_grid();
 
-  for (int64_t t = device::block_index(); t < a.tiles; t += device::grid_size()) {
+  // 32 bits, unsigned: there are fewer than 2^31 tiles, and not more blocks.
+  const auto tiles = static_cast<uint32_t>(a.tiles), blocks = static_cast<uint32_t>(device::grid_size());
+  for (auto t = static_cast<uint32_t>(device::block_index()); t < tiles; t += blocks) {
     const Tile tile = locate(a, static_cast<int>(t));
     float sums[kM][kN][4];
 #pragma unroll
