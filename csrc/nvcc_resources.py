@@ -55,8 +55,12 @@ def split_log(log: str) -> tuple[list[dict[str, Any]], str]:
     return kernels, "".join(rest)
 
 
-def launch_bounds(ptx: str) -> dict[str, tuple[int | None, int]]:
-    """Kernel -> the most threads of a block, None where nothing is said, and the blocks that are to fit."""
+def launch_bounds(ptx: str) -> tuple[int, dict[str, tuple[int | None, int]]]:
+    """The PTX's architecture, such as 86, and kernel -> the most threads of a block and the blocks that are to fit.
+
+    The threads are None where nothing is said.
+    """
+    target = re.search(r"^\.target sm_(\d+)", ptx, re.MULTILINE)
     found = {}
     for name, directives in _BOUNDS.findall(re.sub(r"//[^\n]*", "", ptx)):
         threads = re.search(r"\.(?:max|req)ntid\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?", directives)
@@ -65,7 +69,7 @@ def launch_bounds(ptx: str) -> dict[str, tuple[int | None, int]]:
         for size in threads.groups() if threads else ():
             count *= int(size or 1)
         found[name] = (count if threads else None, int(blocks[1]) if blocks else 1)
-    return found
+    return int(target[1]) if target else 0, found
 
 
 def compile_object(output: str, command: list[str]) -> int:
@@ -84,14 +88,18 @@ def compile_object(output: str, command: list[str]) -> int:
         )
         kernels, rest = split_log(done.stdout)
         sys.stderr.write(rest)
-        bounds: dict[str, tuple[int | None, int]] = {}
-        for file in sorted(kept.glob("*.ptx")):
-            bounds |= launch_bounds(file.read_text(encoding="utf-8", errors="replace"))
+        files = kept.glob("*.ptx")
+        bounds = sorted((launch_bounds(f.read_text(encoding="utf-8")) for f in files), key=lambda b: b[0])
     finally:
         shutil.rmtree(kept, ignore_errors=True)
     if done.returncode == 0:
         for kernel in kernels:
-            kernel["threads"], kernel["minimum_blocks"] = bounds.get(kernel["symbol"], (None, 1))
+            kernel["threads"], kernel["minimum_blocks"] = None, 1
+            # Machine code comes from the PTX of its own architecture or of an earlier one.
+            architecture = int(re.sub(r"\D", "", kernel["architecture"]))
+            for target, found in bounds:
+                if target <= architecture and kernel["symbol"] in found:
+                    kernel["threads"], kernel["minimum_blocks"] = found[kernel["symbol"]]
         Path(f"{output}.json").write_text(json.dumps(kernels), encoding="utf-8")
     return done.returncode
 

@@ -77,7 +77,27 @@ def test_the_log_of_ptxas(script: ModuleType) -> None:
 
 
 def test_the_bounds_in_ptx(script: ModuleType) -> None:
-    assert script.launch_bounds(PTX) == {"_Z1aPf": (256, 3), "_Z1bPf": (None, 1)}
+    assert script.launch_bounds(PTX) == (86, {"_Z1aPf": (256, 3), "_Z1bPf": (None, 1)})
+
+
+def test_bounds_are_those_of_the_architecture(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for nvcc writes PTX for two architectures, and machine code of three from it."""
+    monkeypatch.chdir(tmp_path)
+    entry = ".target sm_{}\n.entry _Z1aPf() .maxntid {}, 1, 1 .minnctapersm {} {{ ret; }}\n"
+    (tmp_path / "80.ptx").write_text(entry.format(80, 256, 1))
+    (tmp_path / "90.ptx").write_text(entry.format(90, 128, 4))
+    log = "ptxas info : Compiling entry function '_Z1aPf' for 'sm_{}'\nptxas info : Used 40 registers\n"
+    (tmp_path / "log").write_text("".join(log.format(a) for a in ("80", "86", "90a")))
+    assert script.main(["compile", "a.o", "sh", "-c", "cp 80.ptx 90.ptx a.o.kept && cat log"]) == 0
+    kernels = json.loads((tmp_path / "a.o.json").read_text())
+    assert [(k["architecture"], k["threads"], k["minimum_blocks"]) for k in kernels] == [
+        ("8.0", 256, 1),
+        ("8.6", 256, 1),
+        ("9.0a", 128, 4),
+    ]
+    assert not (tmp_path / "a.o.kept").exists()
 
 
 def test_the_table_holds_each_kernel_once(script: ModuleType, tmp_path: Path) -> None:
@@ -246,7 +266,9 @@ def test_typical_layers_keep_to_the_architecture(kernels: list[dict[str, Any]], 
     """Also to those that were not compiled: PTX serves later ones."""
     layers = resources.layer_info([architecture])
     assert {entry["layer"] for entry in layers} == {layer.name for layer in resources.TYPICAL}
+    bounds = {(k["kernel"], k["architecture"]): k["threads"] for k in kernels}
     for entry in layers:
+        assert entry["threads"] <= bounds.get((entry["kernel"], architecture), 1024), entry
         assert entry["dynamic_shared_bytes"] <= entry["shared_bytes_limit"], entry
         assert entry["threads"] % 32 == 0
         assert entry["blocks"] >= 1
