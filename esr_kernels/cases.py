@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import dispatch, functional
+from . import dispatch, functional, native
 from .backends import triton
 from .errors import BackendError
 
@@ -32,7 +32,7 @@ _ROUNDINGS_WITHOUT_MEASURE = 16
 BACKEND_DEVICES = {
     "reference": ("cpu", "cuda"),
     "native-cpu": ("cpu",),
-    "native-cuda": ("cuda",),
+    "native-cuda": ("cpu",) if native.emulated() else ("cuda",),
     "triton": ("cpu",) if triton.interpreted() else ("cuda",),
 }
 # The order in which a call of its own accord tries the backends.

@@ -322,6 +322,7 @@ def test_the_headers_of_pybind11_that_torch_carries_serve_as_well(
     monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
     assert script.pybind11_include() is None
     tools = script.Toolchain(("c++",), (), (), (), None)
+    monkeypatch.delenv("ESR_KERNELS_EMULATOR", raising=False)
     assert [extension.name for extension in script.extensions(tools)] == ["esr_kernels._esr_native"]
     assert script.extensions(None) == []
 
