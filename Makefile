@@ -39,7 +39,7 @@ $(VENV)/.esr-requirements: $(VENV)/.esr-python constraints.txt pyproject.toml
 	@echo 'installing the pinned requirements into $(VENV) (a few minutes the first time)'
 	@$(PIP_INSTALL) setuptools wheel ninja pybind11
 	@$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
-	@ESR_KERNELS_NATIVE=0 $(PIP_INSTALL) --no-build-isolation --editable '.[test,bench,lint,demo,triton]'
+	@ESR_KERNELS_NATIVE=0 $(PIP_INSTALL) --no-build-isolation --editable '.[test,bench,lint,demo,triton,train,onnx,plot]'
 	@touch $@
 
 build: $(VENV)/.esr-requirements
