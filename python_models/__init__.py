@@ -14,5 +14,9 @@ from .registry import ModelCard, card, create, list_models, plain
 __all__ = ["ModelCard", "card", "create", "list_models", "plain"]
 
 # Each file registers its models; `list_models` has this order.
-for _name in ("span", "rlfn"):
+_MODULES = (
+    *("span", "rlfn"),
+    *("smfan", "egfmn", "gfmn"),  # pointwise, depthwise and attention
+)
+for _name in _MODULES:
     import_module(f".{_name}", __name__)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Mean of DIV2K's pixels in [0, 1].
+RGB_MEAN = (0.4488, 0.4371, 0.4040)
 
 
 class Network(nn.Module):
@@ -29,6 +32,11 @@ class Network(nn.Module):
     scale: int = 4
     in_channels: int = 3
     options: dict[str, Any]
+    mean: Tensor
+
+    def set_mean(self, rgb_mean: Sequence[float] = RGB_MEAN) -> None:
+        """Register `mean`, [1, 3, 1, 1] in the images' range; it is not in the state dict."""
+        self.register_buffer("mean", torch.tensor(rgb_mean).view(1, -1, 1, 1), persistent=False)
 
     @classmethod
     def infer_options(cls, state: Mapping[str, Tensor], slim: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -6,8 +6,80 @@ fused modules in deploy form.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "none": _same,
+    "relu": partial(F.relu, inplace=True),
+    "silu": partial(F.silu, inplace=True),
+    "gelu": F.gelu,
+}
+
+
+class PlainConv(nn.Conv2d):
+    """Convolution that keeps the size, activation, residual: three steps."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, activation: str, slope: float, **conv: Any
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, **conv)
+        leaky = partial(F.leaky_relu, negative_slope=slope, inplace=True)
+        self._act = leaky if activation == "leaky_relu" else _ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, residual_mode: str = "post") -> Tensor:
+        y = super().forward(x)
+        if residual is None:
+            return self._act(y)
+        return self._act(y + residual) if residual_mode == "pre" else self._act(y) + residual
+
+
+class PlainConv3x3(PlainConv):
+    def __init__(
+        self, cin: int, cout: int, *, bias: bool = True, activation: str = "none", negative_slope: float = 0.05
+    ) -> None:
+        super().__init__(cin, cout, 3, activation, negative_slope, bias=bias)
+
+
+class PlainConv1x1(PlainConv):
+    def __init__(
+        self, cin: int, cout: int, *, bias: bool = True, activation: str = "none", negative_slope: float = 0.05
+    ) -> None:
+        super().__init__(cin, cout, 1, activation, negative_slope, bias=bias)
+
+    def forward(self, xs: Tensor | Sequence[Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward(xs if isinstance(xs, Tensor) else torch.cat(list(xs), 1))
+
+
+class PlainBSConv(nn.Module):
+    def __init__(
+        self,
+        cin: int,
+        cout: int,
+        *,
+        padding_mode: str = "zeros",
+        stride: int = 1,
+        activation: str = "none",
+        negative_slope: float = 0.05,
+    ) -> None:
+        super().__init__()
+        self.pw = nn.Conv2d(cin, cout, 1, bias=False)
+        self.dw = PlainConv(
+            cout, cout, 3, activation, negative_slope, stride=stride, groups=cout, padding_mode=padding_mode
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dw(self.pw(x))
 
 
 class PlainConv3XC(nn.Module):
@@ -66,7 +138,16 @@ class PlainRLFB(nn.Module):
         return self.esa(self.c5(y + x))
 
 
-def plain_upsampler(channels: int, out_channels: int, upscale: int, bias: bool = True) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels, out_channels * upscale**2, 3, padding=1, bias=bias), nn.PixelShuffle(upscale)
-    )
+class PlainUpsampler(nn.Sequential):
+    def __init__(self, channels: int, out_channels: int = 3, upscale: int = 4, *, bias: bool = True) -> None:
+        super().__init__(
+            nn.Conv2d(channels, out_channels * upscale**2, 3, padding=1, bias=bias), nn.PixelShuffle(upscale)
+        )
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = super().forward(x)
+        return y if residual is None else y + residual
+
+
+def plain_upsampler(channels: int, out_channels: int, upscale: int, bias: bool = True) -> PlainUpsampler:
+    return PlainUpsampler(channels, out_channels, upscale, bias=bias)

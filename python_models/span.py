@@ -30,17 +30,13 @@ from torch import Tensor, nn
 from esr_kernels.modules import SPAB, Conv1x1, Conv3XC, PixelShuffleUpsampler
 from esr_kernels.modules.arguments import positive
 
-from .base import Network
+from .base import RGB_MEAN, Network
 from .plain_blocks import PlainConv3XC, PlainSPAB, plain_upsampler
 from .registry import ModelCard, register
-
-RGB_MEAN = (0.4488, 0.4371, 0.4040)
 
 
 class _Normalization(Network):
     """The image's way into the network: (x - mean) * range, or nothing where the file holds `no_norm`."""
-
-    mean: Tensor
 
     def _set_normalization(self, norm: bool, img_range: float, rgb_mean: Sequence[float]) -> None:
         if norm and len(rgb_mean) != self.in_channels:
@@ -49,7 +45,7 @@ class _Normalization(Network):
             )
         self.norm, self.img_range = bool(norm), float(img_range)
         if norm:
-            self.register_buffer("mean", torch.tensor(rgb_mean).view(1, -1, 1, 1), persistent=False)
+            self.set_mean(rgb_mean)
         else:
             self.register_buffer("no_norm", torch.zeros(1))
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional
-from ..library import ACTIVATIONS
-from .arguments import positive
+from ..backends.reference._common import activate
+from .arguments import PaddingMode, known_activation, positive
 
 
 class _Conv(nn.Conv2d):
@@ -24,8 +24,7 @@ class _Conv(nn.Conv2d):
         factory: dict[str, Any],
     ) -> None:
         positive(in_channels=in_channels, out_channels=out_channels)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        known_activation(activation)
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias, **factory)
         self.activation = activation
         self.negative_slope = float(negative_slope)
@@ -99,3 +98,48 @@ class Conv1x1(_Conv):
         return functional.conv1x1(
             xs, self.weight, self.bias, activation=self.activation, negative_slope=self.negative_slope
         )
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise convolution of stride 1 that keeps height and width, with activation. Plain PyTorch so far.
+
+    Args:
+        channels: of input and output, at least 1.
+        kernel_size: odd, of both sides or (height, width).
+        dilation, bias, padding_mode: as in `nn.Conv2d`.
+        activation, negative_slope: as in `functional.conv3x3`.
+
+    State dict: weight [C, 1, KH, KW], bias [C].
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        *,
+        dilation: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        activation: str = "none",
+        negative_slope: float = 0.05,
+    ) -> None:
+        positive(channels=channels, dilation=dilation)
+        known_activation(activation)
+        height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        if height % 2 == 0 or width % 2 == 0:
+            raise ValueError(f"kernel_size: must be odd to keep the size, got {kernel_size}")
+        super().__init__(
+            channels,
+            channels,
+            (height, width),
+            padding=(height // 2 * dilation, width // 2 * dilation),
+            dilation=dilation,
+            groups=channels,
+            bias=bias,
+            padding_mode=padding_mode,
+        )
+        self.activation, self.negative_slope = activation, float(negative_slope)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same shape."""
+        return activate(super().forward(x), self.activation, self.negative_slope)

@@ -1,0 +1,43 @@
+"""Gated feed-forward network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .arguments import positive
+from .conv import Conv1x1, DepthwiseConv
+
+
+class GDFN(nn.Module):
+    """Gated-dconv feed-forward network (Zamir et al., Restormer; report sections 4.5, 4.18, 4.21, 4.28).
+
+    1x1 to twice the hidden width, depthwise 3x3, one half times the other, 1x1 back. No residual, no biases.
+
+    Args:
+        channels: of input and output.
+        hidden: width between the halves' product and the last convolution.
+        gelu: whether the first half passes GELU before the product.
+        conv1x1: makes the 1x1 convolutions, with the arguments of `Conv1x1`.
+
+    State dict: `project_in`, `dwconv`, `project_out`, weights only.
+    """
+
+    def __init__(self, channels: int, hidden: int, *, gelu: bool = True, conv1x1: Callable[..., Any] = Conv1x1) -> None:
+        super().__init__()
+        positive(channels=channels, hidden=hidden)
+        self.project_in = conv1x1(channels, 2 * hidden, bias=False)
+        self.dwconv = DepthwiseConv(2 * hidden, bias=False)
+        self.project_out = conv1x1(hidden, channels, bias=False)
+        self.gelu = gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same shape."""
+        return self.project_out(self.gate(*self.dwconv(self.project_in(x)).chunk(2, 1)))
+
+    def gate(self, a: Tensor, b: Tensor) -> Tensor:
+        """The halves [N, hidden, H, W] in one."""
+        return (F.gelu(a) if self.gelu else a) * b

@@ -1,0 +1,103 @@
+"""EGFMN, the enhanced gated feature modulation network.
+
+Team VPEG_E, report section 4.21. SAFMN (Sun et al.) with a gated feed-forward network.
+
+    to_feat         3 -> C  -------------------------------------------------.
+    feats.0 ... feats.6     t + SAFM(norm(t)), t + feed-forward(norm(t))     |
+    +  <---------------------------------------------------------------------'
+    to_img          C -> 3 r r, pixel shuffle
+
+Particular: the feed-forward network is Restormer's (`GDFN`) with the plain product of its halves, without GELU.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from esr_kernels.modules import GDFN, SAFM, LayerNorm2d
+from esr_kernels.modules.arguments import positive
+
+from .base import Network
+from .layers import FUSED, PLAIN, Layers
+from .registry import ModelCard, register
+
+
+class _FMM(nn.Module):
+    """Feature mixing module."""
+
+    def __init__(self, layers: Layers, c: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm2d(c)
+        self.safm = SAFM(c, conv1x1=layers.conv1x1)
+        self.norm2 = LayerNorm2d(c)
+        self.ffd = GDFN(c, hidden, gelu=False, conv1x1=layers.conv1x1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.safm(self.norm1(x)) + x
+        return self.ffd(self.norm2(x)) + x
+
+
+class EGFMN(Network):
+    """EGFMN (report section 4.21).
+
+    Args:
+        channels: width of the body, C, a multiple of 4.
+        num_blocks: feature mixing modules, at least 1.
+        ffn_scale: how many times wider the feed-forward network is inside.
+        upscale: 1, 2, 3, 4, ...
+
+    Images [N, 3, H, W] in [0, 1], at least 16 x 16; result [N, 3, r H, r W], not clamped.
+    """
+
+    name = "egfmn"
+    minimum_size = SAFM.minimum_size
+    layers = FUSED
+
+    def __init__(self, *, channels: int = 36, num_blocks: int = 7, ffn_scale: float = 2.0, upscale: int = 4) -> None:
+        super().__init__()
+        positive(channels=channels, num_blocks=num_blocks, upscale=upscale)
+        self.scale = upscale
+        self.to_feat = self.layers.conv3x3(3, channels)
+        hidden = int(channels * ffn_scale)
+        self.feats = nn.Sequential(*(_FMM(self.layers, channels, hidden) for _ in range(num_blocks)))
+        self.to_img = self.layers.upsampler(channels, 3, upscale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        shallow = self.to_feat(x)
+        return self.to_img(self.feats(shallow) + shallow)
+
+
+class PlainEGFMN(EGFMN):
+    """`EGFMN` in plain PyTorch."""
+
+    layers = PLAIN
+
+
+register(
+    ModelCard(
+        name="egfmn",
+        title="EGFMN",
+        team="VPEG_E",
+        team_id=43,
+        section="4.21",
+        parameters=92_964,
+        flops=5_891_851_008,
+        table1={
+            "psnr_val": 26.9,
+            "psnr_test": 27.01,
+            "runtime_val_ms": 21.21,
+            "runtime_test_ms": 15.74,
+            "runtime_ms": 18.48,
+            "params_m": 0.093,
+            "flops_g": 5.89,
+            "score_runtime": 23.09,
+            "score_params": 1.8,
+            "score_flops": 1.82,
+            "score": 16.71,
+            "rank": 18,
+        },
+    ),
+    EGFMN,
+    PlainEGFMN,
+)
