@@ -337,12 +337,13 @@ SMALL = ("--size", "16x21", "--dtype", "float32")
 
 @pytest.fixture(autouse=True)
 def small_photograph(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("esr_kernels.commands.verify.PHOTOGRAPH", 16)
+    monkeypatch.setattr("esr_kernels.commands.verify.PHOTOGRAPH", 12)
+    monkeypatch.setattr("esr_kernels.commands.verify.EXTREME", 8)
 
 
 def test_verify_compares_on_every_backend(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     target = tmp_path / "verify.json"
-    argv = ["verify", "--model", "span", "--size", "16x21", "--dtype", "float32", "bfloat16", "--json", str(target)]
+    argv = ["verify", "--model", "span", "--size", "9x13", "--dtype", "float32", "bfloat16", "--json", str(target)]
     assert command(*argv) == 0
     out = capsys.readouterr().out
     written = json.loads(target.read_text())
@@ -357,7 +358,7 @@ def test_verify_compares_on_every_backend(tmp_path: Path, capsys: pytest.Capture
             assert written["could_not_run"][backend.name] == [backend.reason]
             assert f"{backend.name}: {backend.reason}" in out
     inputs = {r["input"] for r in comparisons}
-    assert {"noise 16x21", "noise 2x16x21 channels_last", "checkerboard", "black", "white"} <= inputs
+    assert {"noise 9x13", "noise 2x9x13 channels_last", "checkerboard", "black", "white"} <= inputs
     for r in comparisons:
         assert r["ok"] is True
         assert r["relative"] <= r["tolerance"]

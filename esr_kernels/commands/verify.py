@@ -24,6 +24,7 @@ from ._arguments import backend_name, dtype_name, expand, json_file, model_name,
 # The second is odd on purpose.
 DEFAULT_SIZES = ((48, 64), (37, 53))
 PHOTOGRAPH = 64  # pixels a side
+EXTREME = 24  # pixels a side of the images without content
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -82,7 +83,7 @@ def inputs(model: nn.Module, sizes: Sequence[tuple[int, int]]) -> dict[str, Tens
     if photograph is not None:
         found["photograph"] = photograph * peak
     # Edges of full height everywhere, then no content at all: the largest and the smallest values inside a network.
-    side = max(24, smallest)
+    side = max(EXTREME, smallest)
     checkers = (torch.arange(side).view(-1, 1) + torch.arange(side)) % 2
     found["checkerboard"] = checkers.float().expand(1, 3, side, side) * peak
     found["black"] = torch.zeros(1, 3, side, side)
