@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,85 @@ from torch.nn import functional as F
 
 import esr_kernels
 from esr_kernels import SPAB, Conv3XC
-from esr_kernels.reparam import deploy, fold_conv3xc, fold_state_dict
+from esr_kernels.modules import ECB, RepBlock
+from esr_kernels.reparam import (
+    Reparameterized,
+    base,
+    compose,
+    compose_depthwise,
+    deploy,
+    fold_conv3xc,
+    fold_state_dict,
+    merge,
+)
 
 
-def branch_form(module: Conv3XC, x: Tensor) -> Tensor:
+def pad_with(x: Tensor, value: Tensor | None) -> Tensor:
+    """One pixel of `value` [C] all around."""
+    if value is None:
+        return F.pad(x, (1, 1, 1, 1))
+    value = value[:, None, None]
+    return F.pad(x - value, (1, 1, 1, 1)) + value
+
+
+def conv3xc_branches(m: Conv3XC, x: Tensor) -> Tensor:
     """The training form as the report draws it: pad first, then 1x1, 3x3, 1x1, plus the skip."""
-    return module.conv(F.pad(x, (1, 1, 1, 1))) + module.sk(x)
+    return m.conv(F.pad(x, (1, 1, 1, 1))) + m.sk(x)
+
+
+def edge_branches(m: nn.Module, name: str, x: Tensor) -> Tensor:
+    y = torch.zeros(())
+    for edge in ("sbx", "sby", "lpl"):
+        e: Any = m.get_submodule(name.format(edge))
+        inner = pad_with(F.conv2d(x, e.k0, e.b0), e.b0)
+        y = y + F.conv2d(inner, e.scale * e.mask, e.bias, groups=e.mask.shape[0])
+    return y
+
+
+def ecb_branches(m: ECB, x: Tensor) -> Tensor:
+    pair: Any = m.conv1x1_3x3
+    y = m.conv3x3(x) + F.conv2d(pad_with(F.conv2d(x, pair.k0, pair.b0), pair.b0), pair.k1, pair.b1)
+    y = y + edge_branches(m, "conv1x1_{}", x)
+    return y + x if m.identity and m.in_channels == m.out_channels else y
+
+
+def repblock_branches(m: RepBlock, x: Tensor) -> Tensor:
+    y = m.rbr_3x3_branch(x) + m.rbr_1x1_3x3_branch_3x3(m.rbr_1x1_3x3_branch_1x1(x))
+    y = y + edge_branches(m, "rbr_conv1x1_{}_branch", x)
+    return y + x if m.identity and m.in_channels == m.out_channels else y
+
+
+# What makes a module of the form, with a bias or without, and what its branches compute.
+FORMS: dict[str, tuple[Callable[..., Reparameterized], Callable[[Any, Tensor], Tensor]]] = {
+    "conv3xc": (lambda **k: Conv3XC(3, 4, **k), conv3xc_branches),
+    "conv3xc-square": (lambda **k: Conv3XC(4, 4, gain=3, **k), conv3xc_branches),
+    "ecb": (lambda **k: ECB(3, 4, depth_multiplier=1.5, **k), ecb_branches),
+    "ecb-square": (lambda **k: ECB(4, 4, isotropic=True, **k), ecb_branches),
+    "ecb-no-identity": (lambda **k: ECB(4, 4, identity=False, **k), ecb_branches),
+    "repblock": (lambda **k: RepBlock(3, 4, **k), repblock_branches),
+    "repblock-square": (lambda **k: RepBlock(4, 4, isotropic=True, **k), repblock_branches),
+    "repblock-no-identity": (lambda **k: RepBlock(4, 4, identity=False, **k), repblock_branches),
+}
+every_form = pytest.mark.parametrize("name", FORMS)
+
+
+def make(name: str, **options: Any) -> Reparameterized:
+    """With random weights of a size that lets every branch count, where initial ones are often small."""
+    module = FORMS[name][0](**options)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn_like(p) * 0.5)
+    return module
+
+
+def branch_form(module: Reparameterized, x: Tensor, name: str = "conv3xc") -> Tensor:
+    return FORMS[name][1](module, x)
+
+
+def same(module: Any, x: Tensor) -> Tensor:
+    """What the module's folded tensors compute in plain PyTorch."""
+    weight, bias = module.fold()
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
 
 def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -32,13 +107,13 @@ def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 def folds(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     """The dtypes of all foldings so far."""
     calls: list[torch.dtype] = []
-    original = Conv3XC._fold
+    original = base._fold
 
-    def counted(parameters: Any, dtype: torch.dtype) -> Any:
+    def counted(combine: Any, options: Any, parameters: Any, dtype: torch.dtype) -> Any:
         calls.append(dtype)
-        return original(parameters, dtype)
+        return original(combine, options, parameters, dtype)
 
-    monkeypatch.setattr(Conv3XC, "_fold", staticmethod(counted))
+    monkeypatch.setattr(base, "_fold", counted)
     return calls
 
 
@@ -62,22 +137,90 @@ def test_published_cases(shared_models: Path, case: str) -> None:
     assert close(bias, t["eval_conv__bias"], 1e-6)
 
 
+@pytest.mark.parametrize(("case", "form", "folded"), [("ecb_8_8", ECB, "RK RB"), ("repblock_8_8", RepBlock, "K B")])
+def test_published_edge_cases(shared_models: Path, case: str, form: type[Reparameterized], folded: str) -> None:
+    data = np.load(shared_models / "fold" / f"{case}.npz")
+    t = {k: torch.from_numpy(data[k]) for k in data}
+    state = {k.replace("__", "."): v for k, v in t.items() if "__" in k}
+    trained, deployed = form(8, 8), form(8, 8, deploy=True)
+    assert set(state) == set(trained.state_dict())
+    trained.load_state_dict(state)
+    deployed.load_state_dict(state)
+    for module in (trained, trained.eval(), deployed, deploy(trained)):
+        assert close(module(t["x"]), t["y_train"], 1e-5)
+    for got, key in zip(trained.fold(), folded.split(), strict=True):
+        assert got is not None
+        assert close(got, t[key], 1e-6)
+
+
+@pytest.mark.parametrize("network", ["rcn", "ifadnet", "lsanet"])
+def test_published_networks(shared_models: Path, network: str) -> None:
+    files = [shared_models / "fold" / f"{network}_{form}form_RANDOM.pth" for form in ("train", "deploy")]
+    trained, deployed = (torch.load(file, weights_only=True) for file in files)
+    folded = fold_state_dict(trained)
+    if network == "rcn":  # its two forms call the blocks' convolutions by different names
+        folded = {re.sub(r"\.c(\d)_r\.conv_infer\.", r".conv\1_r.", k): v for k, v in folded.items()}
+    assert set(folded) == set(deployed)
+    for key, value in deployed.items():
+        assert close(folded[key], value, 1e-6)
+
+
+def test_algebra() -> None:
+    def kernel(o: int, i: int, k: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(o, i, k, k, dtype=torch.float64), torch.randn(o, dtype=torch.float64)
+
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    point, wide, depthwise = kernel(4, 3, 1), kernel(5, 4, 5), kernel(4, 1, 3)
+    inner = F.conv2d(F.pad(x, (2, 2, 2, 2)), *point)
+    w, b = compose(point, wide)
+    assert close(F.conv2d(x, w, b, padding=2), F.conv2d(inner, *wide), 1e-13)
+    w, b = compose_depthwise(point, depthwise)
+    expected = F.conv2d(F.conv2d(F.pad(x, (1, 1, 1, 1)), *point), *depthwise, groups=4)
+    assert close(F.conv2d(x, w, b, padding=1), expected, 1e-13)
+    first, second = kernel(4, 3, 3), kernel(2, 4, 1)
+    w, b = compose(first, second)
+    assert close(F.conv2d(x, w, b, padding=1), F.conv2d(F.conv2d(x, *first, padding=1), *second), 1e-13)
+    w, b = merge(point, (first[0], None), kernel_5 := kernel(4, 3, 5))
+    expected = F.conv2d(x, *point) + F.conv2d(x, first[0], padding=1) + F.conv2d(x, *kernel_5, padding=2)
+    assert close(F.conv2d(x, w, b, padding=2), expected, 1e-13)
+    assert merge((first[0], None))[1] is None
+
+
+def test_algebra_refuses_what_is_not_exact() -> None:
+    def kernel(*shape: int, bias: int | None = None) -> tuple[Tensor, Tensor | None]:
+        return torch.zeros(shape), None if bias is None else torch.zeros(bias)
+
+    with pytest.raises(ValueError, match=r"second: one of the two must be 1x1, got \[4, 3, 3, 3\] and \[5, 4, 3, 3\]"):
+        compose(kernel(4, 3, 3, 3), kernel(5, 4, 3, 3))
+    with pytest.raises(ValueError, match=r"second: expected weight \[\*, 4, \*, \*\], got \[5, 3, 3, 3\]"):
+        compose(kernel(4, 3, 1, 1), kernel(5, 3, 3, 3))
+    with pytest.raises(ValueError, match=r"first: expected weight \[O, I, k, k\] with k odd, got \[4, 3, 2, 2\]"):
+        compose(kernel(4, 3, 2, 2), kernel(5, 4, 1, 1))
+    with pytest.raises(ValueError, match=r"second: expected bias \[5\] or None, got \[4\]"):
+        compose(kernel(4, 3, 1, 1), kernel(5, 4, 3, 3, bias=4))
+    with pytest.raises(ValueError, match=r"depthwise: expected weights"):
+        compose_depthwise(kernel(4, 3, 1, 1), kernel(4, 4, 3, 3))
+    with pytest.raises(ValueError, match=r"kernels: the channels differ: \[4, 3, 1, 1\], \[4, 4, 3, 3\]"):
+        merge(kernel(4, 3, 1, 1), kernel(4, 4, 3, 3))
+
+
+@every_form
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("gain", [1, 2, 3])
-@pytest.mark.parametrize(("cin", "cout"), [(3, 5), (4, 4), (1, 2)])
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (2, 2), (7, 5)])
-def test_fold_is_exact_borders_included(bias: bool, gain: int, cin: int, cout: int, size: tuple[int, int]) -> None:
-    module = Conv3XC(cin, cout, gain=gain, bias=bias).double()
-    x = torch.randn(2, cin, *size, dtype=torch.float64)
-    weight, b = module.fold()
-    assert (b is None) == (not bias)
-    assert close(F.conv2d(x, weight, b, padding=1), branch_form(module, x), 1e-13)
-    assert close(module(x), branch_form(module, x), 1e-13)
+def test_fold_is_exact_borders_included(name: str, bias: bool, size: tuple[int, int]) -> None:
+    module = make(name, bias=bias).double()
+    x = torch.randn(2, module.in_channels, *size, dtype=torch.float64)
+    expected = branch_form(module, x, name)
+    assert (module.fold()[-1] is None) == (not bias)
+    assert close(same(module, x), expected, 1e-13)
+    for m in (module, module.eval(), deploy(module)):
+        assert close(m(x), expected, 1e-13)
 
 
+@every_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_fold_is_rounded_once(dtype: torch.dtype) -> None:
-    module = Conv3XC(12, 9).to(dtype)
+def test_fold_is_rounded_once(name: str, dtype: torch.dtype) -> None:
+    module = make(name).to(dtype)
     exact = copy.deepcopy(module).double().fold()
     for folded, reference in zip(module.fold(), exact, strict=True):
         assert folded is not None
@@ -101,32 +244,38 @@ def test_fold_conv3xc_names_what_does_not_fit() -> None:
 # --- training -----------------------------------------------------------------------------------------------------
 
 
+@every_form
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_gradients_are_those_of_the_branches(bias: bool, training: bool) -> None:
-    module = Conv3XC(3, 4, bias=bias).double().train(training)
-    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+def test_gradients_are_those_of_the_branches(name: str, bias: bool, training: bool) -> None:
+    module = make(name, bias=bias).double().train(training)
+    x = torch.randn(2, module.in_channels, 5, 4, dtype=torch.float64, requires_grad=True)
     seed = torch.randn(2, 4, 5, 4, dtype=torch.float64)
     leaves = [x, *module.parameters()]
-    expected = torch.autograd.grad(branch_form(module, x), leaves, seed)
+    expected = torch.autograd.grad(branch_form(module, x, name), leaves, seed)
     for _ in range(2):  # the second time from kept weights
         got = torch.autograd.grad(module(x), leaves, seed)
         assert all(close(g, e, 1e-12) for g, e in zip(got, expected, strict=True))
 
 
-def test_frozen_branches_get_no_gradient() -> None:
-    module = Conv3XC(3, 4).eval()
-    module.conv.requires_grad_(False)
-    module(torch.randn(1, 3, 4, 4)).sum().backward()
-    assert module.sk.weight.grad is not None
-    assert all(p.grad is None for p in module.conv.parameters())
+@every_form
+@pytest.mark.parametrize("training", [True, False])
+def test_frozen_branches_get_no_gradient(name: str, training: bool) -> None:
+    module = make(name).train(training)
+    first, *others = module.parameters()
+    first.requires_grad_(False)
+    module(torch.randn(1, module.in_channels, 4, 4)).square().sum().backward()
+    assert first.grad is None
+    assert all(p.grad is not None for p in others)
 
 
-def test_folding_is_not_rounded_under_autocast() -> None:
-    module = Conv3XC(8, 8)
+@every_form
+def test_folding_is_not_rounded_under_autocast(name: str) -> None:
+    module = make(name)
     expected = module.folded()
     with torch.autocast("cpu", torch.bfloat16):
         got = module.folded()
+        assert module(torch.randn(1, module.in_channels, 4, 4)).dtype == torch.bfloat16
     for g, e in zip(got, expected, strict=True):
         assert g is not None
         assert e is not None
@@ -134,10 +283,11 @@ def test_folding_is_not_rounded_under_autocast() -> None:
         assert torch.equal(g, e)
 
 
+@every_form
 @pytest.mark.parametrize("training", [True, False])
-def test_functional_transforms(training: bool) -> None:
-    module = Conv3XC(2, 3).train(training)
-    x = torch.randn(1, 2, 4, 5)
+def test_functional_transforms(name: str, training: bool) -> None:
+    module = make(name).train(training)
+    x = torch.randn(1, module.in_channels, 4, 5)
     parameters = {k: v.detach() for k, v in module.named_parameters()}
 
     def loss(parameters: dict[str, Tensor]) -> Tensor:
@@ -145,14 +295,16 @@ def test_functional_transforms(training: bool) -> None:
 
     got = torch.func.grad(loss)(parameters)
     module.zero_grad()
-    branch_form(module, x).square().sum().backward()
-    for name, p in module.named_parameters():
+    branch_form(module, x, name).square().sum().backward()
+    for key, p in module.named_parameters():
         assert p.grad is not None
-        assert close(got[name], p.grad, 1e-4)
+        assert close(got[key], p.grad, 1e-4)
 
 
-def test_replicas_of_data_parallel() -> None:
-    module = SPAB(4)
+@pytest.mark.parametrize("name", [*FORMS, "spab"])
+@pytest.mark.parametrize("training", [True, False])
+def test_replicas_of_data_parallel(name: str, training: bool) -> None:
+    module = (SPAB(4) if name == "spab" else make(name)).train(training)
     modules = list(module.modules())
     replicas = {id(m): m._replicate_for_data_parallel() for m in modules}
     for m in modules:
@@ -160,8 +312,8 @@ def test_replicas_of_data_parallel() -> None:
         for name, child in m._modules.items():
             setattr(replica, name, replicas[id(child)])
         for name, p in m._parameters.items():
-            setattr(replica, name, p.clone())  # type: ignore[union-attr]
-    x = torch.randn(1, 4, 6, 5)
+            setattr(replica, name, None if p is None else p.clone())
+    x = torch.randn(1, getattr(module, "in_channels", 4), 6, 5)
     assert close(replicas[id(module)](x), module(x), 1e-6)
 
 
@@ -267,11 +419,12 @@ def test_parameters_made_in_inference_mode(folds: list[torch.dtype]) -> None:
         assert len(folds) == 2
 
 
+@every_form
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("form", [True, False], ids=["deploy", "training"])
-def test_copies_are_independent(clone: Any, form: bool) -> None:
-    module = SPAB(4, deploy=form).eval()
-    x = torch.randn(1, 4, 5, 5)
+def test_copies_are_independent(name: str, clone: Any, form: bool) -> None:
+    module = make(name, deploy=form).eval()
+    x = torch.randn(1, module.in_channels, 5, 5)
     before = module(x)
     other = clone(module)
     assert torch.equal(other(x), before)
@@ -326,6 +479,84 @@ def test_deploy_refuses_what_is_no_module() -> None:
 # --- state dicts --------------------------------------------------------------------------------------------------
 
 
+@every_form
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("deploy_name", [None, "", "other"])
+def test_every_form_loads_into_both(name: str, bias: bool, deploy_name: str | None) -> None:
+    options = {"bias": bias, "deploy_name": deploy_name}
+    trained, deployed = make(name, **options).double(), make(name, deploy=True, **options).double()
+    state = trained.state_dict()
+    stale = {k: v + 1 for k, v in deployed.state_dict().items()}
+    x = torch.randn(1, trained.in_channels, 4, 5, dtype=torch.float64)
+    expected = branch_form(trained, x, name)
+    again = make(name, **options).double()
+    for loaded in (state, {**state, **stale}):
+        for module in (deployed, again, again.eval()):
+            module.load_state_dict(loaded)
+            assert close(module(x), expected, 1e-13)
+    slim = deploy(trained).state_dict()
+    assert slim.keys() == deployed.state_dict().keys()
+    deployed.load_state_dict(slim)
+    assert close(deployed(x), expected, 1e-13)
+    with pytest.raises(RuntimeError, match=r"the state dict is in slim form.*deploy=True"):
+        again.load_state_dict(slim)
+
+    network = nn.ModuleDict({"a": nn.Sequential(trained), "b": nn.Conv2d(3, 4, 3)})
+    folded = fold_state_dict(network.state_dict(), network)
+    assert folded.keys() == deploy(network).state_dict().keys()
+    assert all(close(folded[f"a.0.{k}"], v, 1e-15) for k, v in slim.items())
+    if trained.recognised and not name.endswith("no-identity"):
+        alone = fold_state_dict(state).values()  # by the entries' names, under the published name
+        assert all(close(t, v, 1e-15) for t, v in zip(alone, slim.values(), strict=True))
+
+
+@every_form
+def test_branches_that_do_not_fit(name: str) -> None:
+    module = make(name)
+    deployed = make(name, deploy=True)
+    for key in module.branch_keys:
+        state = module.state_dict()
+        del state[key]
+        with pytest.raises(RuntimeError, match="Missing key"):
+            deployed.load_state_dict(state)
+    if len(module.bias_keys) > 1:
+        for key in module.bias_keys:
+            state = module.state_dict()
+            del state[key]
+            with pytest.raises(RuntimeError, match=rf"do not fit together: {re.escape(key)} missing"):
+                deployed.load_state_dict(state)
+    state = nn.ModuleDict({"a": module}).state_dict()
+    key = f"a.{module.branch_keys[-1]}"
+    state[key] = torch.zeros(7, 7, 3, 3)
+    with pytest.raises(ValueError, match="a: the branches do not fit together"):
+        fold_state_dict(state, nn.ModuleDict({"a": module}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation": "tanh"}, "activation: expected one of none, relu, .* got 'tanh'"),
+        ({"deploy_name": "a.b"}, "deploy_name: expected a name without dots, or None, got 'a.b'"),
+    ],
+)
+@every_form
+def test_bad_options(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(name, **options)
+
+
+@every_form
+@pytest.mark.parametrize("deployed", [True, False])
+def test_activation_and_residual(name: str, deployed: bool) -> None:
+    module = make(name, activation="gelu", deploy=deployed).double()
+    x = torch.randn(2, module.in_channels, 4, 5, dtype=torch.float64)
+    residual = torch.randn(2, 4, 4, 5, dtype=torch.float64)
+    h = same(module, x)
+    assert close(module(x), F.gelu(h), 1e-13)
+    assert close(module(x, residual), F.gelu(h) + residual, 1e-13)
+    assert close(module(x, residual, "pre"), F.gelu(h + residual), 1e-13)
+
+
 def test_training_form_loads_into_the_deploy_form() -> None:
     trained = SPAB(4).eval()
     state = trained.state_dict()
@@ -375,8 +606,9 @@ def test_fold_state_dict() -> None:
     assert fold_state_dict(folded).keys() == folded.keys()
 
 
-def test_whole_module_compiles_and_exports_in_training_form() -> None:
-    module = SPAB(4)
+@pytest.mark.parametrize("name", ["spab", "ecb-square"])
+def test_whole_module_compiles_and_exports_in_training_form(name: str) -> None:
+    module = SPAB(4) if name == "spab" else nn.Sequential(make(name), make(name))
     x = torch.randn(1, 4, 6, 5, requires_grad=True)
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")

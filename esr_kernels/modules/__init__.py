@@ -3,6 +3,7 @@
 from .bsconv import BSConv
 from .conv import Conv1x1, Conv3x3, DepthwiseConv
 from .conv3xc import Conv3XC
+from .ecb import ECB, RepBlock
 from .esa import ESA
 from .gdfn import GDFN
 from .norm import LayerNorm2d
@@ -13,6 +14,7 @@ from .spab import SPAB
 from .upsampler import PixelShuffleUpsampler
 
 __all__ = [
+    "ECB",
     "ESA",
     "GDFN",
     "RLFB",
@@ -26,4 +28,5 @@ __all__ = [
     "ElementScale",
     "LayerNorm2d",
     "PixelShuffleUpsampler",
+    "RepBlock",
 ]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .. import functional
-from ..reparam import Reparameterized, fold_conv3xc
+from ..reparam.algebra import Kernel, fold_conv3xc
+from ..reparam.base import Reparameterized
 from .arguments import positive
 
 
@@ -19,25 +19,21 @@ class Conv3XC(Reparameterized):
         in_channels, out_channels: at least 1.
         gain: how many times wider the middle is than input and output.
         bias: whether all its convolutions have one.
-        deploy: only the folded convolution, for inference and for slim checkpoints.
+        options: `activation`, `negative_slope`, `deploy`, `deploy_name` of `Reparameterized`.
 
-    State dict: `sk.*`, `conv.0.*`, `conv.1.*`, `conv.2.*` in training form; `eval_conv.*` in deploy form. A
-    training-form state dict loads into both, folded on the way into the deploy form; its `eval_conv.*` entries are
-    ignored. A slim one loads into the deploy form only.
+    State dict: `sk.*`, `conv.0.*`, `conv.1.*`, `conv.2.*` in training form; `eval_conv.*` in deploy form.
     """
 
-    branch_names = ("sk", "conv")
+    branch_keys = ("sk.weight", "conv.0.weight", "conv.1.weight", "conv.2.weight")
+    bias_keys = ("sk.bias", "conv.0.bias", "conv.1.bias", "conv.2.bias")
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, gain: int = 2, bias: bool = True, deploy: bool = False
+        self, in_channels: int, out_channels: int, *, gain: int = 2, bias: bool = True, **options: Any
     ) -> None:
-        super().__init__()
         positive(in_channels=in_channels, out_channels=out_channels, gain=gain)
-        self.in_channels, self.out_channels, self.gain = in_channels, out_channels, gain
-        self.deployed = bool(deploy)
-        if deploy:
-            self.eval_conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
-        else:
+        super().__init__(in_channels, out_channels, bias=bias, **options)
+        self.gain = gain
+        if not self.deployed:
             wide_in, wide_out = in_channels * gain, out_channels * gain
             self.sk = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
             self.conv = nn.Sequential(
@@ -46,15 +42,8 @@ class Conv3XC(Reparameterized):
                 nn.Conv2d(wide_out, out_channels, 1, bias=bias),
             )
 
-    def _branch_parameters(self) -> dict[str, Tensor]:
-        # By attribute, not from `named_parameters`: replicas of DataParallel have none.
-        first, second, third = self.conv
-        convs = (("conv.0", first), ("conv.1", second), ("conv.2", third), ("sk", self.sk))
-        found = {f"{name}.{key}": getattr(conv, key) for name, conv in convs for key in ("weight", "bias")}
-        return {key: p for key, p in found.items() if p is not None}
-
     @staticmethod
-    def _fold(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def combine(parameters: Mapping[str, Tensor]) -> Kernel:  # type: ignore[override]
         return fold_conv3xc(
             parameters["conv.0.weight"],
             parameters.get("conv.0.bias"),
@@ -64,15 +53,5 @@ class Conv3XC(Reparameterized):
             parameters.get("conv.2.bias"),
             parameters["sk.weight"],
             parameters.get("sk.bias"),
-            dtype=dtype,
+            dtype=parameters["sk.weight"].dtype,
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, O, H, W]."""
-        # The branches are linear and see the same padded input (`fold_conv3xc` on the border), so convolving with
-        # their folded weights is the branch form, gradients included.
-        weight, bias = self.folded()
-        return functional.conv3x3(x, weight, bias)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, deploy={self.deployed}"

@@ -1,0 +1,24 @@
+"""Re-parameterised convolutions: several branches in training, one convolution in use.
+
+`algebra` has the folding mathematics as plain functions, `base` the class of the modules that use it, `network` what
+folds a whole network or a whole state dict. All branches of these forms are linear, so their sum is one convolution
+exactly. docs/reparam.md lists the forms.
+"""
+
+from __future__ import annotations
+
+from .algebra import compose, compose_depthwise, fold_conv3xc, identity_kernel, merge
+from .base import Reparameterized, slim_message
+from .network import deploy, fold_state_dict
+
+__all__ = [
+    "Reparameterized",
+    "compose",
+    "compose_depthwise",
+    "deploy",
+    "fold_conv3xc",
+    "fold_state_dict",
+    "identity_kernel",
+    "merge",
+    "slim_message",
+]
