@@ -3,10 +3,13 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "cpu/backward.h"
 #include "cpu/capability.h"
+#include "cpu/conv3x3_backward.h"
 #include "cpu/engine.h"
 #include "cpu/workspace.h"
 
@@ -33,6 +36,24 @@ void release_memory() { release_workspaces(); }
 
 int64_t memory() { return workspace_bytes(); }
 
+std::vector<int64_t> gradient_passes() { return passes(); }
+
+using Optional = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+
+void conv3x3_gradients(Tensor grad, Tensor x, Tensor weight, Optional bias, Optional residual, int64_t activation,
+                       double slope, int64_t residual_mode, Tensors gradients) {
+  conv3x3_backward(grad, x, weight, bias, residual, activation, slope, residual_mode, gradients);
+}
+
+void spab_gradients(Tensor grad, Optional grad_mid, Tensor x, Tensors weights, Tensors biases, Tensors gradients) {
+  spab_backward(grad, grad_mid, x, weights, biases, gradients);
+}
+
+void shuffle_gradients(Tensor grad, Tensor x, Tensor weight, int64_t upscale_factor, Tensors gradients) {
+  conv3x3_pixel_shuffle_backward(grad, x, weight, upscale_factor, gradients);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(esr_native, m) {
@@ -43,6 +64,16 @@ STABLE_TORCH_LIBRARY(esr_native, m) {
   m.def("get_cpu_capability() -> str");
   m.def("release_workspaces() -> ()");
   m.def("workspace_bytes() -> int");
+  m.def("passes() -> int[]");
+  m.def(
+      "conv3x3_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int activation, "
+      "float slope, int residual_mode, Tensor(a!)[] gradients) -> ()");
+  m.def(
+      "spab_backward(Tensor grad, Tensor? grad_mid, Tensor x, Tensor[] weights, Tensor[] biases, "
+      "Tensor(a!)[] gradients) -> ()");
+  m.def(
+      "conv3x3_pixel_shuffle_backward(Tensor grad, Tensor x, Tensor weight, int upscale_factor, "
+      "Tensor(a!)[] gradients) -> ()");
 }
 
 // Not the CPU key: most of these take no tensor, and one on another device is to get a message of ours.
@@ -54,6 +85,10 @@ STABLE_TORCH_LIBRARY_IMPL(esr_native, CompositeExplicitAutograd, m) {
   m.impl("get_cpu_capability", TORCH_BOX(&get_capability));
   m.impl("release_workspaces", TORCH_BOX(&release_memory));
   m.impl("workspace_bytes", TORCH_BOX(&memory));
+  m.impl("passes", TORCH_BOX(&gradient_passes));
+  m.impl("conv3x3_backward", TORCH_BOX(&conv3x3_gradients));
+  m.impl("spab_backward", TORCH_BOX(&spab_gradients));
+  m.impl("conv3x3_pixel_shuffle_backward", TORCH_BOX(&shuffle_gradients));
 }
 
 }  // namespace esr

@@ -228,3 +228,27 @@ inline void shuffle_rows(const ShuffleArgs& a, int64_t y0, int64_t y1) {
     }
   }
 }
+
+inline void unshuffle_rows(const UnshuffleArgs& a, int64_t y0, int64_t y1) {
+  const int64_t n = a.width * a.factor, channels = a.colours * a.factor * a.factor;
+  for (int64_t y = y0; y < y1; ++y) {
+    float* out = a.out + y * a.pitch;
+    if (channels < a.step) {
+      for (int64_t x = 0; x < a.width; ++x) store(out + (x + 1) * a.step - kLanes, zero());
+    }
+    for (int64_t colour = 0; colour < a.colours; ++colour) {
+      for (int64_t i = 0; i < a.factor; ++i) {
+        const char* source = element(a.tensor, colour, y * a.factor + i, 0);
+        const float* line = reinterpret_cast<const float*>(source);
+        if (a.tensor.dtype != Dtype::kFloat32 || a.tensor.column_stride != 1) {
+          read_line(source, a.tensor.dtype, a.tensor.column_stride, n, a.scratch);
+          line = a.scratch;
+        }
+        float* to = out + (colour * a.factor + i) * a.factor;
+        for (int64_t x = 0; x < a.width; ++x) {
+          for (int64_t j = 0; j < a.factor; ++j) to[x * a.step + j] = line[x * a.factor + j];
+        }
+      }
+    }
+  }
+}

@@ -1,20 +1,8 @@
-#include <cstdlib>
-#include <cstring>
-
+#include "dense3x3.h"
 #include "operator.h"
 
 namespace esr {
 namespace {
-
-// Whether a convolution runs as Winograd F(4x4, 3x3): a function of the layer alone, never of the image, so that a tile
-// of an image (cut at multiples of 4 pixels) gives the bits of the whole. With fewer channels the transforms cost more
-// than they save. ESR_KERNELS_CPU_WINOGRAD=0, read when a plan is compiled, keeps every convolution direct: 3x to 10x
-// less rounding error and about half the speed.
-bool use_winograd(int64_t cin, int64_t cout) {
-  const char* setting = std::getenv("ESR_KERNELS_CPU_WINOGRAD");
-  if (setting != nullptr && std::strcmp(setting, "0") == 0) return false;
-  return cin >= 16 && cout >= 16;
-}
 
 // 3x3 convolution with everything that may follow it; with an upscale factor its result is written, shuffled, to the
 // outside tensors.
@@ -28,9 +16,7 @@ class Conv3x3 final : public Operator {
     const int64_t r = layer.upscale_factor;
     STD_TORCH_CHECK(cout_ % (r * r) == 0, layer.name(), ": weight gives ", cout_, " channels, which upscale_factor ", r,
                     " squared does not divide");
-    winograd_ = use_winograd(cin_, cout_);
-    weights_ = winograd_ ? pack_winograd(w, kernels.lanes) : pack_conv3x3(w, kernels.lanes);
-    bias_ = bias_of(layer, 1, weights, "bias", cout_, kernels.lanes);
+    dense_ = Dense3x3(w, bias_of(layer, 1, weights, "bias", cout_, kernels.lanes).data(), kernels);
   }
 
   Shape result(const std::vector<Shape>& in) const override {
@@ -51,9 +37,8 @@ class Conv3x3 final : public Operator {
     const Map& in = run.inputs[0];
     const int64_t height = in.layout.height, width = in.layout.width;
     const bool to_map = run.output.ring != nullptr;
-    const MapLayout out = MapLayout::make(cout_, height, width, kernels_.lanes);
-    const int64_t unit = winograd_ ? 4 : 1;  // rows that are computed together
-    const int64_t strip = std::max<int64_t>(unit, 8);
+    MapLayout out = MapLayout::make(cout_, height, width, kernels_.lanes);
+    if (!to_map) out.pitch = width * out.step;
 
     Epilogue epilogue;
     epilogue.activation = layer_.activation;
@@ -63,69 +48,20 @@ class Conv3x3 final : public Operator {
       epilogue.residual = run.inputs[1].pixels();
       epilogue.residual_pitch = run.inputs[1].layout.pitch;
     }
-    const int64_t cost = unit * width * out.step * cin_ * (winograd_ ? 4 : 9);
-    parallel_ranges(ceil_div(height, unit), cost, [&](int64_t first, int64_t last) {
-      const Workspace rows(to_map ? 0 : strip * width * out.step);
-      const Workspace scratch(winograd_ ? kernels_.winograd_scratch_floats(in.layout.step, width) : 0);
-      const int64_t end = std::min(last * unit, height);
-      for (int64_t y = first * unit; y < end; y += strip) {
-        const int64_t y1 = std::min(y + strip, end);
-        MapLayout target = out;
-        float* pixels = run.output.ring == nullptr ? rows.data() : run.output.pixels();
-        if (!to_map) target.pitch = width * out.step;
-        const int64_t first_row = to_map ? 0 : y;
-        convolve(in, epilogue, target, pixels, first_row, scratch.data(), y, y1);
-        if (shuffles_) {
-          shuffle(run, target, pixels, first_row, y, y1);
-        } else {
-          if (to_map) zero_ring(run.output, y, y1);
-          export_rows(kernels_, run.exports, target, pixels, first_row, y, y1);
-        }
+    dense_.for_strips(in.layout, to_map ? 0 : out.pitch, [&](int64_t y0, int64_t y1, float* rows, float* scratch) {
+      float* pixels = to_map ? run.output.pixels() : rows;
+      const int64_t first_row = to_map ? 0 : y0;
+      dense_.convolve(in, epilogue, out, pixels, first_row, scratch, y0, y1);
+      if (shuffles_) {
+        shuffle(run, out, pixels, first_row, y0, y1);
+      } else {
+        if (to_map) zero_ring(run.output, y0, y1);
+        export_rows(kernels_, run.exports, out, pixels, first_row, y0, y1);
       }
     });
   }
 
  private:
-  // Rows [y0, y1), `out` being pixel 0 of row first_row.
-  void convolve(const Map& in, const Epilogue& epilogue, const MapLayout& target, float* out, int64_t first_row,
-                float* scratch, int64_t y0, int64_t y1) const {
-    if (winograd_) {
-      WinogradArgs a;
-      a.in = in.pixels();
-      a.in_pitch = in.layout.pitch;
-      a.in_step = in.layout.step;
-      a.cin = cin_;
-      a.out = out;
-      a.out_first_row = first_row;
-      a.out_pitch = target.pitch;
-      a.out_step = target.step;
-      a.width = target.width;
-      a.height = target.height;
-      a.out_vectors = target.step / kernels_.lanes;
-      a.weights = weights_.data();
-      a.bias = bias_.data();
-      a.scratch = scratch;
-      a.epilogue = epilogue;
-      kernels_.winograd(a, y0 / 4, ceil_div(y1, 4));
-      return;
-    }
-    Conv3x3Args a;
-    a.in = in.ring;
-    a.in_pitch = a.in_row_step = in.layout.pitch;
-    a.in_step = a.in_pixel_step = in.layout.step;
-    a.cin = cin_;
-    a.out = out;
-    a.out_first_row = first_row;
-    a.out_pitch = target.pitch;
-    a.out_step = target.step;
-    a.width = target.width;
-    a.out_vectors = target.step / kernels_.lanes;
-    a.weights = weights_.data();
-    a.bias = bias_.data();
-    a.epilogue = epilogue;
-    kernels_.conv3x3(a, y0, y1);
-  }
-
   void shuffle(const Run& run, const MapLayout& rows, const float* pixels, int64_t first_row, int64_t y0,
                int64_t y1) const {
     const int64_t r = layer_.upscale_factor;
@@ -147,9 +83,8 @@ class Conv3x3 final : public Operator {
   }
 
   bool shuffles_;
-  bool winograd_ = false;
   int64_t cout_ = 0, cin_ = 0;
-  PackedFloats weights_, bias_;
+  Dense3x3 dense_;
 };
 
 }  // namespace

@@ -4,96 +4,15 @@
 #include <utility>
 
 #include "../common/arena.h"
-#include "../common/half.h"
 #include "../common/registry.h"
 #include "capability.h"
 #include "operator.h"
+#include "tensors.h"
 
 namespace esr {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-bool to_dtype(ScalarType type, Dtype* dtype) {
-  switch (type) {
-    case ScalarType::Float:
-      *dtype = Dtype::kFloat32;
-      return true;
-    case ScalarType::Half:
-      *dtype = Dtype::kFloat16;
-      return true;
-    case ScalarType::BFloat16:
-      *dtype = Dtype::kBFloat16;
-      return true;
-    default:
-      return false;
-  }
-}
-
-Dtype check_tensor(const Tensor& t, const char* what, size_t index) {
-  STD_TORCH_CHECK(t.is_cpu(), what, " ", index, " is not a CPU tensor");
-  STD_TORCH_CHECK(t.layout() == torch::headeronly::Layout::Strided, what, " ", index, " is not a strided tensor");
-  Dtype dtype;
-  STD_TORCH_CHECK(to_dtype(t.scalar_type(), &dtype), what, " ", index,
-                  " has an unsupported dtype, allowed are float32, float16 and bfloat16");
-  return dtype;
-}
-
-Weight read_weight(const Tensor& t, size_t index) {
-  const Dtype dtype = check_tensor(t, "weight", index);
-  const auto sizes = t.sizes(), strides = t.strides();
-  Weight w;
-  w.shape.assign(sizes.begin(), sizes.end());
-  w.values.resize(static_cast<size_t>(t.numel()));
-  const void* data = t.const_data_ptr();
-  std::vector<int64_t> position(w.shape.size(), 0);
-  for (float& value : w.values) {
-    int64_t offset = 0;
-    for (size_t d = 0; d < position.size(); ++d) offset += position[d] * strides[d];
-    if (dtype == Dtype::kFloat32) {
-      value = static_cast<const float*>(data)[offset];
-    } else {
-      const uint16_t bits = static_cast<const uint16_t*>(data)[offset];
-      value = dtype == Dtype::kFloat16 ? half_to_float(bits) : bfloat_to_float(bits);
-    }
-    for (size_t d = position.size(); d-- > 0;) {
-      if (++position[d] < w.shape[d]) break;
-      position[d] = 0;
-    }
-  }
-  return w;
-}
-
-// An input or output of a run: all images of it.
-struct Batch {
-  int64_t images = 0;
-  Shape shape;
-  TensorView first;
-  int64_t image_stride = 0;
-
-  TensorView image(int64_t n) const {
-    TensorView v = first;
-    const int64_t bytes = v.dtype == Dtype::kFloat32 ? 4 : 2;
-    v.data = static_cast<char*>(first.data) + n * image_stride * bytes;
-    return v;
-  }
-};
-
-Batch read_batch(const Tensor& t, const char* what, size_t index, bool written) {
-  Batch b;
-  b.first.dtype = check_tensor(t, what, index);
-  STD_TORCH_CHECK(t.dim() == 4, what, " ", index, " has ", t.dim(), " dimensions, must have 4: [N, C, H, W]");
-  const auto sizes = t.sizes(), strides = t.strides();
-  b.images = sizes[0];
-  b.shape = {sizes[1], sizes[2], sizes[3]};
-  b.image_stride = strides[0];
-  b.first.channel_stride = strides[1];
-  b.first.row_stride = strides[2];
-  b.first.column_stride = strides[3];
-  b.first.data = written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr());
-  return b;
-}
 
 // Where everything lies in the workspace, for one size of the inputs.
 struct Geometry {
@@ -124,14 +43,14 @@ class CompiledPlan {
     std::vector<Batch> in, out;
     std::vector<Shape> shapes;
     for (size_t i = 0; i < inputs.size(); ++i) {
-      in.push_back(read_batch(inputs[i], "input", i, false));
+      in.push_back(read_batch(inputs[i], false, "input", static_cast<int64_t>(i)));
       shapes.push_back(in[i].shape);
       STD_TORCH_CHECK(in[i].images == in[0].images, "input ", i, " has ", in[i].images, " images, input 0 has ",
                       in[0].images);
     }
     const std::shared_ptr<const Geometry> geometry = geometry_for(shapes);
     for (size_t i = 0; i < outputs.size(); ++i) {
-      out.push_back(read_batch(outputs[i], "output", i, true));
+      out.push_back(read_batch(outputs[i], true, "output", static_cast<int64_t>(i)));
       const Shape &got = out[i].shape, &want = geometry->shapes[static_cast<size_t>(program_.outputs[i])];
       const bool fits = out[i].images == in[0].images && got.channels == want.channels && got.height == want.height &&
                         got.width == want.width;
@@ -312,7 +231,8 @@ int64_t compile_plan(const std::vector<int64_t>& program, const std::vector<doub
                      const std::vector<Tensor>& weights) {
   Program parsed = ProgramReader(program, constants, static_cast<int64_t>(weights.size())).read();
   Weights values;
-  for (size_t i = 0; i < weights.size(); ++i) values.push_back(read_weight(weights[i], i));
+  for (size_t i = 0; i < weights.size(); ++i)
+    values.push_back(read_weight(weights[i], "weight", static_cast<int64_t>(i)));
   return Plans::instance().add(std::make_shared<CompiledPlan>(std::move(parsed), values, active_kernels()));
 }
 

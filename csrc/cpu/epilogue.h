@@ -20,9 +20,17 @@ struct Finish {
   }
 };
 
+// How a gradient passes an activation: h is the gradient to it, r its derivative.
+struct Product {
+  static constexpr bool kReadsResidual = true;
+
+  static ESR_INLINE Vec apply(Vec h, Vec r, Vec) { return mul(h, r); }
+};
+
 // Calls f with the Finish type of an epilogue.
 template <typename F>
 ESR_INLINE void with_finish(const Epilogue& e, const F& f) {
+  if (e.product) return f(Product{});
   const auto by_activation = [&](auto mode) {
     constexpr ResidualMode kMode = decltype(mode)::kValue;
     switch (e.activation) {

@@ -24,6 +24,7 @@ struct Epilogue {
   Activation activation = Activation::kNone;
   ResidualMode mode = ResidualMode::kNone;
   float slope = 0.0f;
+  bool product = false;             // only h * residual
   const float* residual = nullptr;  // pixel (0, 0); its pixels have the result's step
   int64_t residual_pitch = 0;
 };
@@ -152,6 +153,42 @@ struct ShuffleArgs {
   float* scratch = nullptr;  // 2 * width * factor floats
 };
 
+// Channel c * r * r + i * r + j of pixel (y, x) comes from colour c, row y * r + i, column x * r + j.
+struct UnshuffleArgs {
+  TensorView tensor;
+  int64_t colours = 0, width = 0, factor = 0;
+  float* out = nullptr;  // pixel (0, 0)
+  int64_t pitch = 0, step = 0;
+  float* scratch = nullptr;  // width * factor floats
+};
+
+// How a gradient passes an epilogue whose convolution gave h, for `floats` values (whole vectors).
+struct DerivativeArgs {
+  Activation activation = Activation::kNone;
+  ResidualMode mode = ResidualMode::kNone;
+  float slope = 0.0f;
+  const float* h = nullptr;
+  const float* grad = nullptr;
+  const float* residual = nullptr;  // of "pre" and "attention"
+  float* out = nullptr;             // the gradient to h; may be grad
+  float* to_residual = nullptr;     // of "attention", which has another than `out`; or null
+  int64_t floats = 0;
+};
+
+// Sums over pixels of x, seen through each tap of a filter, times g: the gradient of a convolution's weight.
+struct WeightGradientArgs {
+  const float* x = nullptr;  // the pixel under the filter's corner for pixel (0, 0) of g
+  int64_t x_pitch = 0, x_step = 0;
+  int64_t x_row_step = 0, x_pixel_step = 0;  // from what a pixel of g sees to what its neighbour sees
+  int64_t cin = 0;
+  const float* g = nullptr;  // pixel (0, 0)
+  int64_t g_pitch = 0, g_step = 0;
+  int64_t width = 0, height = 0;
+  int64_t side = 3;          // of the filter: 3 or 1; Winograd is for 3
+  float* out = nullptr;      // [side * side][cin][g_step], overwritten
+  float* scratch = nullptr;  // winograd_weight_scratch_floats()
+};
+
 struct Kernels {
   const char* name;
   int64_t lanes;
@@ -166,6 +203,15 @@ struct Kernels {
   void (*import_rows)(const ImportArgs&, int64_t y0, int64_t y1);
   void (*export_rows)(const ExportArgs&, int64_t y0, int64_t y1);
   void (*shuffle_rows)(const ShuffleArgs&, int64_t y0, int64_t y1);
+  void (*unshuffle_rows)(const UnshuffleArgs&, int64_t y0, int64_t y1);
+  void (*derivative)(const DerivativeArgs&);
+  // silu(h) to `a`, its derivative to `d`, which may be h.
+  void (*silu_parts)(const float* h, float* a, float* d, int64_t floats);
+  void (*add_product)(const float* a, const float* b, float* inout, int64_t floats);  // (a + b) * inout
+  void (*sum_rows)(const float* in, int64_t pitch, int64_t step, int64_t width, float* out, int64_t y0, int64_t y1);
+  void (*weight_gradient)(const WeightGradientArgs&, int64_t y0, int64_t y1);
+  void (*winograd_weight_gradient)(const WeightGradientArgs&, int64_t tile_row0, int64_t tile_row1);
+  int64_t (*winograd_weight_scratch_floats)(int64_t cin, int64_t x_step, int64_t g_step, int64_t width);
 };
 
 // Null where the compiler's target has no such instructions; whether this CPU has them is not asked here.

@@ -25,15 +25,21 @@ ESR_INLINE Vec sigmoid(Vec x) {
 // x / (1 + exp(-x)): goes to 0 for x -> -inf, as exp overflows to infinity before x does.
 ESR_INLINE Vec silu(Vec x) { return div(x, add(set1(1.0f), exp(sub(zero(), x)))); }
 
-// x * Phi(x). The tail of the normal distribution after Abramowitz and Stegun 7.1.26, absolute error below 1e-7.
-ESR_INLINE Vec gelu(Vec x) {
-  const Vec one = set1(1.0f);
-  const Vec t = div(one, fma(set1(0.3275911f * 0.70710678f), abs(x), one));
+// The tail of the normal distribution over exp(-x^2 / 2), after Abramowitz and Stegun 7.1.26; absolute error below
+// 1e-7.
+ESR_INLINE Vec normal_tail(Vec t) {
   Vec p = fma(set1(0.5f * 1.061405429f), t, set1(-0.5f * 1.453152027f));
   p = fma(p, t, set1(0.5f * 1.421413741f));
   p = fma(p, t, set1(-0.5f * 0.284496736f));
   p = fma(p, t, set1(0.5f * 0.254829592f));
-  const Vec tail = mul(mul(p, t), exp(mul(mul(x, set1(-0.5f)), x)));
+  return mul(p, t);
+}
+
+// x * Phi(x).
+ESR_INLINE Vec gelu(Vec x) {
+  const Vec one = set1(1.0f);
+  const Vec t = div(one, fma(set1(0.3275911f * 0.70710678f), abs(x), one));
+  const Vec tail = mul(normal_tail(t), exp(mul(mul(x, set1(-0.5f)), x)));
   return mul(x, select_negative(x, tail, sub(one, tail)));
 }
 
@@ -57,5 +63,36 @@ ESR_INLINE Vec activate(Vec h, Vec slope) {
     return gelu_tanh(h);
   } else {
     return h;
+  }
+}
+
+// g where the activation's argument is positive, elsewhere `other`.
+ESR_INLINE Vec where_positive(Vec h, Vec g, Vec other) { return select_negative(sub(zero(), h), g, other); }
+
+// g times the activation's derivative at h.
+template <Activation A>
+ESR_INLINE Vec differentiate(Vec h, Vec g, Vec slope) {
+  const Vec one = set1(1.0f);
+  if constexpr (A == Activation::kRelu) {
+    return where_positive(h, g, zero());
+  } else if constexpr (A == Activation::kLeakyRelu) {
+    return where_positive(h, g, mul(g, slope));
+  } else if constexpr (A == Activation::kSilu) {
+    const Vec s = sigmoid(h);
+    return mul(g, fma(mul(h, s), sub(one, s), s));
+  } else if constexpr (A == Activation::kGelu) {
+    // Phi(h) + h phi(h)
+    const Vec t = div(one, fma(set1(0.3275911f * 0.70710678f), abs(h), one));
+    const Vec bell = exp(mul(mul(h, set1(-0.5f)), h));
+    const Vec tail = mul(normal_tail(t), bell);
+    const Vec phi = select_negative(h, tail, sub(one, tail));
+    return mul(g, fma(mul(h, set1(0.39894228f)), bell, phi));
+  } else if constexpr (A == Activation::kGeluTanh) {
+    const Vec square = mul(h, h);
+    const Vec s = sigmoid(mul(h, fma(square, set1(2.0f * 0.79788456f * 0.044715f), set1(2.0f * 0.79788456f))));
+    const Vec inner = fma(square, set1(6.0f * 0.79788456f * 0.044715f), set1(2.0f * 0.79788456f));
+    return mul(g, fma(mul(mul(h, inner), s), sub(one, s), s));
+  } else {
+    return g;
   }
 }

@@ -36,6 +36,26 @@ struct Accumulators {
     }
   }
 
+  ESR_INLINE void read(const float* from, int64_t step) {
+    ESR_UNROLL for (int p = 0; p < P; ++p) {
+      ESR_UNROLL for (int v = 0; v < V; ++v) a[p][v] = load(from + p * step + v * kLanes);
+    }
+  }
+
+  // Adds P adjacent values of x times V vectors of g, for `depth` pixels `x_step` and `g_step` floats apart.
+  ESR_INLINE void outer(const float* x, int64_t x_step, const float* g, int64_t g_step, int64_t depth) {
+    for (int64_t k = 0; k < depth; ++k) {
+      Vec w[V];
+      ESR_UNROLL for (int v = 0; v < V; ++v) w[v] = load(g + v * kLanes);
+      ESR_UNROLL for (int p = 0; p < P; ++p) {
+        const Vec s = set1(x[p]);
+        ESR_UNROLL for (int v = 0; v < V; ++v) a[p][v] = fma(s, w[v], a[p][v]);
+      }
+      x += x_step;
+      g += g_step;
+    }
+  }
+
   ESR_INLINE void write(float* out, int64_t step) const {
     ESR_UNROLL for (int p = 0; p < P; ++p) {
       ESR_UNROLL for (int v = 0; v < V; ++v) store(out + p * step + v * kLanes, a[p][v]);

@@ -51,23 +51,38 @@ PackedFloats pack_winograd(const Weight& w, int64_t lanes) {
                                {1.0 / 24, 1.0 / 12, 1.0 / 6},
                                {1.0 / 24, -1.0 / 12, 1.0 / 6},
                                {0.0, 0.0, 1.0}};
-  const int64_t filters = w.shape[0] * w.shape[1];
-  std::vector<double> transformed(static_cast<size_t>(filters) * 36);
-  for (int64_t f = 0; f < filters; ++f) {
-    const float* g = w.values.data() + f * 9;
-    double half[6][3];
-    for (int i = 0; i < 6; ++i) {
-      for (int j = 0; j < 3; ++j) {
-        half[i][j] = kG[i][0] * g[j] + kG[i][1] * g[3 + j] + kG[i][2] * g[6 + j];
+  constexpr int64_t kMost = 3 * 16;  // output channels of a block
+  const int64_t cout = w.shape[0], cin = w.shape[1], vectors = ceil_div(cout, lanes);
+  PackedFloats packed(vectors * lanes * cin * 36);
+  float* out = packed.data();
+  double g[9][kMost], half[6][3][kMost];
+  for (int64_t v = 0; v < vectors; v += next_block(vectors - v)) {
+    const int64_t block = next_block(vectors - v) * lanes, filters = std::min(block, cout - v * lanes);
+    for (int64_t i = 0; i < cin; ++i) {
+      for (int64_t o = 0; o < filters; ++o) {
+        const float* from = w.values.data() + ((v * lanes + o) * cin + i) * 9;
+        for (int t = 0; t < 9; ++t) g[t][o] = from[t];
+      }
+      for (int r = 0; r < 6; ++r) {
+        for (int c = 0; c < 3; ++c) {
+          for (int64_t o = 0; o < filters; ++o) {
+            half[r][c][o] = kG[r][0] * g[c][o] + kG[r][1] * g[3 + c][o] + kG[r][2] * g[6 + c][o];
+          }
+        }
+      }
+      for (int r = 0; r < 6; ++r) {
+        for (int c = 0; c < 6; ++c) {
+          float* to = out + ((r * 6 + c) * cin + i) * block;
+          const double (&h)[3][kMost] = half[r];
+          for (int64_t o = 0; o < filters; ++o) {
+            to[o] = static_cast<float>(h[0][o] * kG[c][0] + h[1][o] * kG[c][1] + h[2][o] * kG[c][2]);
+          }
+        }
       }
     }
-    for (int i = 0; i < 6; ++i) {
-      for (int j = 0; j < 6; ++j) {
-        transformed[f * 36 + i * 6 + j] = half[i][0] * kG[j][0] + half[i][1] * kG[j][1] + half[i][2] * kG[j][2];
-      }
-    }
+    out += 36 * cin * block;
   }
-  return pack_dense(transformed, w.shape[0], w.shape[1], 36, lanes);
+  return packed;
 }
 
 PackedFloats pack_depthwise(const Weight& w, int64_t lanes) {

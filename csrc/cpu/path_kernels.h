@@ -29,12 +29,32 @@ struct Constant {
 #include "bsconv.h"
 #include "add.h"
 #include "boundary.h"
+#include "derivative.h"
+#include "weight_gradient.h"
 // clang-format on
 
 constexpr Kernels make_kernels(const char* name) {
-  return Kernels{name,        kLanes,      conv3x3,     winograd,  winograd_scratch_floats,
-                 conv1x1,     max_pool,    esa_gate,    depthwise, add_rows,
-                 import_rows, export_rows, shuffle_rows};
+  return Kernels{name,
+                 kLanes,
+                 conv3x3,
+                 winograd,
+                 winograd_scratch_floats,
+                 conv1x1,
+                 max_pool,
+                 esa_gate,
+                 depthwise,
+                 add_rows,
+                 import_rows,
+                 export_rows,
+                 shuffle_rows,
+                 unshuffle_rows,
+                 derivative,
+                 silu_parts,
+                 add_product,
+                 sum_rows,
+                 weight_gradient,
+                 winograd_weight_gradient,
+                 winograd_weight_scratch_floats};
 }
 
 }  // namespace ESR_PATH

@@ -6,7 +6,7 @@ import torch
 
 from ... import native
 from ...dispatch import Implementation
-from . import cpu, cuda, cuda_backward
+from . import cpu, cuda
 
 MINIMUM_CAPABILITY = (8, 0)
 
@@ -17,8 +17,7 @@ def cpu_implementations() -> dict[str, Implementation]:
 
 def cuda_implementations() -> dict[str, Implementation]:
     devices = frozenset({"cpu" if native.emulated() else "cuda"})
-    functions = cuda.OPERATORS | cuda_backward.OPERATORS
-    return {name: Implementation(f, devices=devices) for name, f in functions.items()}
+    return {name: Implementation(f, devices=devices) for name, f in cuda.OPERATORS.items()}
 
 
 def probe_cpu() -> str | None:

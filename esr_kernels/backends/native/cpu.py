@@ -6,10 +6,12 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...library import run_plan_outputs
 from ...plan import Plan
+from . import backward
 from .engine import compiled_plan
 from .operators import FORWARD, Call
 
@@ -30,4 +32,16 @@ def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Ten
     return outputs
 
 
-OPERATORS: dict[str, Callable[..., Any]] = {f.__name__: _on_cpu(f) for f in FORWARD} | {"run_plan": run_plan}
+def _gradients(name: str, x: Tensor, arguments: tuple[Any, ...], gradients: list[Tensor]) -> None:
+    getattr(torch.ops.esr_native, name)(*arguments, gradients)
+
+
+_BACKWARD = {
+    name: f
+    for name, f in backward.operators(_gradients).items()
+    if name in ("conv3x3_backward", "spab_backward", "conv3x3_pixel_shuffle_backward")
+}
+
+OPERATORS: dict[str, Callable[..., Any]] = (
+    {f.__name__: _on_cpu(f) for f in FORWARD} | {"run_plan": run_plan} | _BACKWARD
+)

@@ -16,6 +16,7 @@ from ... import native
 from ...dispatch import tf32_allowed
 from ...library import run_plan_outputs
 from ...plan import Plan
+from . import backward
 from .engine import encode
 from .operators import FORWARD, Call
 
@@ -110,4 +111,10 @@ def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Ten
     return outputs
 
 
-OPERATORS: dict[str, Callable[..., Any]] = {f.__name__: _on_cuda(f) for f in FORWARD} | {"run_plan": run_plan}
+def _gradients(name: str, x: Tensor, arguments: tuple[Any, ...], gradients: list[Tensor]) -> None:
+    getattr(library(), name)(*arguments, precision(x.dtype), gradients)
+
+
+OPERATORS: dict[str, Callable[..., Any]] = (
+    {f.__name__: _on_cuda(f) for f in FORWARD} | {"run_plan": run_plan} | backward.operators(_gradients)
+)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ... import native
 from ...errors import BackendError
 from ...plan import PlanBuilder
-from . import cuda_backward, operators
+from . import backward, operators
 from .engine import encode
 
 _REGISTERS = 65536  # of a multiprocessor
@@ -177,16 +177,10 @@ def _run(call: operators.Call, precision: str) -> None:
 
 
 def _gradients(function: Callable[..., Any], precision: str, *args: Any) -> None:
-    used: dict[str, Any] = {
-        "library": lambda: torch.ops.esr_native_cuda,
-        "precision": lambda dtype: list(_PRECISIONS).index(precision),
-    }
-    before = {name: getattr(cuda_backward, name) for name in used}
-    try:
-        vars(cuda_backward).update(used)
-        function(*args)
-    finally:
-        vars(cuda_backward).update(before)
+    def call(name: str, x: Tensor, arguments: tuple[Any, ...], gradients: list[Tensor]) -> None:
+        getattr(torch.ops.esr_native_cuda, name)(*arguments, list(_PRECISIONS).index(precision), gradients)
+
+    function(call, *args)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -212,7 +206,7 @@ def _conv3x3_backward(channels: int, out: int, size: int = 256) -> Layer:
     def run(precision: str, tensor: Callable[..., Tensor]) -> None:
         x, weight, grad = tensor(1, channels, size, size), tensor(out, channels, 3, 3), tensor(1, out, size, size)
         arguments = (grad, x, weight, tensor(out), None, "silu", 0.0, "pre", [True, True, True, False])
-        _gradients(cuda_backward.conv3x3_backward, precision, *arguments)
+        _gradients(backward.conv3x3_backward, precision, *arguments)
 
     return Layer(f"gradients of conv3x3 {channels}→{out}", run)
 
@@ -266,7 +260,7 @@ def _esa(channels: int, hidden: int, size: int = 256) -> Layer:
 def _esa_backward(channels: int, hidden: int, size: int = 256) -> Layer:
     def run(precision: str, tensor: Callable[..., Tensor]) -> None:
         x, weights = tensor(1, channels, size, size), _esa_weights(channels, hidden, tensor)
-        _gradients(cuda_backward.esa_backward, precision, torch.empty_like(x), x, *weights)
+        _gradients(backward.esa_backward, precision, torch.empty_like(x), x, *weights)
 
     return Layer(f"gradients of esa {channels}, {hidden}", run)
 

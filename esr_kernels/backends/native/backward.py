@@ -1,14 +1,18 @@
-"""The operators' gradients on the compiled CUDA engine (csrc/cuda/backward.cu)."""
+"""The operators' gradients on the compiled engines (csrc/cpu/backward.h, csrc/cuda/backward.cu)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ...library import bias_gradient, feature_map, gradient
-from .cuda import library, precision
 from .engine import ACTIVATION_CODES, PADDING_CODES, RESIDUAL_CODES
+
+# Calls an engine's function: its name, an input of the operator, its arguments, and the tensors to write to.
+Call = Callable[[str, Tensor, tuple[Any, ...], list[Tensor]], None]
 
 
 def _is_empty(x: Tensor, gradients: list[Tensor]) -> bool:
@@ -21,6 +25,7 @@ def _is_empty(x: Tensor, gradients: list[Tensor]) -> bool:
 
 
 def conv3x3_backward(
+    call: Call,
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -40,11 +45,12 @@ def conv3x3_backward(
     ]
     if not _is_empty(x, gradients):
         epilogue = (ACTIVATION_CODES[activation], negative_slope, RESIDUAL_CODES[residual_mode])
-        library().conv3x3_backward(grad, x, weight, bias, residual, *epilogue, precision(x.dtype), gradients)
+        call("conv3x3_backward", x, (grad, x, weight, bias, residual, *epilogue), gradients)
     return tuple(gradients)
 
 
 def spab_backward(
+    call: Call,
     grad: Tensor,
     grad_mid: Tensor | None,
     x: Tensor,
@@ -64,12 +70,18 @@ def spab_backward(
         gradients.append(bias_gradient(bias, weight, output_mask[2 * i + 2]))
     if not _is_empty(x, gradients):
         given = [x.new_empty(0) if b is None else b for b in biases]
-        library().spab_backward(grad, grad_mid, x, weights, given, precision(x.dtype), gradients)
+        call("spab_backward", x, (grad, grad_mid, x, weights, given), gradients)
     return tuple(gradients)
 
 
 def conv3x3_pixel_shuffle_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, upscale_factor: int, output_mask: list[bool]
+    call: Call,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    upscale_factor: int,
+    output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients to x, weight, bias and residual."""
     gradients = [
@@ -79,11 +91,12 @@ def conv3x3_pixel_shuffle_backward(
         x.new_empty(grad.shape if output_mask[3] else 0),
     ]
     if not _is_empty(x, gradients):
-        library().conv3x3_pixel_shuffle_backward(grad, x, weight, upscale_factor, precision(x.dtype), gradients)
+        call("conv3x3_pixel_shuffle_backward", x, (grad, x, weight, upscale_factor), gradients)
     return tuple(gradients)
 
 
 def conv1x1_backward(
+    call: Call,
     grad: Tensor,
     xs: list[Tensor],
     weight: Tensor,
@@ -97,11 +110,12 @@ def conv1x1_backward(
     gradients += [gradient(weight, output_mask[-2]), bias_gradient(bias, weight, output_mask[-1])]
     if not _is_empty(xs[0], gradients):
         epilogue = (ACTIVATION_CODES[activation], negative_slope)
-        library().conv1x1_backward(grad, list(xs), weight, bias, *epilogue, precision(xs[0].dtype), gradients)
+        call("conv1x1_backward", xs[0], (grad, list(xs), weight, bias, *epilogue), gradients)
     return gradients
 
 
 def bsconv_backward(
+    call: Call,
     grad: Tensor,
     x: Tensor,
     pointwise: Tensor,
@@ -121,27 +135,29 @@ def bsconv_backward(
     ]
     if not _is_empty(x, gradients):
         settings = (PADDING_CODES[padding_mode] == 1, ACTIVATION_CODES[activation], negative_slope)
-        library().bsconv_backward(grad, x, pointwise, depthwise, bias, *settings, precision(x.dtype), gradients)
+        call("bsconv_backward", x, (grad, x, pointwise, depthwise, bias, *settings), gradients)
     return tuple(gradients)
 
 
-def esa_backward(grad: Tensor, x: Tensor, *weights: Tensor | None) -> list[Tensor]:
+def esa_backward(call: Call, grad: Tensor, x: Tensor, *weights: Tensor | None) -> list[Tensor]:
     """Gradients to x and to the fourteen weights and biases in order, empty where there is no tensor."""
     gradients = [gradient(x), *(x.new_empty(0) if w is None else gradient(w) for w in weights)]
     if not _is_empty(x, gradients):
         given = [x.new_empty(0) if w is None else w for w in weights]
-        library().esa_backward(grad, x, given, precision(x.dtype), gradients)
+        call("esa_backward", x, (grad, x, given), gradients)
     return gradients
 
 
-OPERATORS: dict[str, Any] = {
-    f.__name__: f
-    for f in (
-        conv3x3_backward,
-        spab_backward,
-        conv3x3_pixel_shuffle_backward,
-        conv1x1_backward,
-        bsconv_backward,
-        esa_backward,
-    )
-}
+_OPERATORS = (
+    conv3x3_backward,
+    spab_backward,
+    conv3x3_pixel_shuffle_backward,
+    conv1x1_backward,
+    bsconv_backward,
+    esa_backward,
+)
+
+
+def operators(call: Call) -> dict[str, Callable[..., Any]]:
+    """Every operator's gradients, computed by `call`."""
+    return {f.__name__: partial(f, call) for f in _OPERATORS}

@@ -1,0 +1,116 @@
+// What the operators' gradients have in common. Each works image by image in the internal layout: what the forward
+// pass did not keep is computed again, and a thread takes whole images where there are enough.
+//
+// Every gradient comes out the same, bit for bit, whatever the number of threads: sums over pixels are cut into parts
+// by the images' sizes alone, and the parts are added in order.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "dense3x3.h"
+#include "tensors.h"
+
+namespace esr {
+
+// Convolutions that gradients have computed since the process began: counted, so that a test can tell that nothing is
+// computed for a gradient that nobody wants.
+enum class Pass { kAgain, kData, kWeight };
+void count_pass(Pass pass);
+std::vector<int64_t> passes();  // in the order of Pass
+
+// The tensors of one call. A gradient that is not wanted is an empty tensor.
+class Gradients {
+ public:
+  Gradients(const char* name, const std::vector<torch::stable::Tensor>& gradients, size_t count);
+
+  bool wants(size_t k) const { return gradients_[k].numel() > 0; }
+  Batch read(const torch::stable::Tensor& t, const char* what);
+  Batch read(const torch::stable::Tensor& t, const char* what, const Shape& shape);
+  // Where gradient k goes; with a null pointer when it is not wanted.
+  Batch target(size_t k, const char* what, const Shape& shape);
+  Weight weight(const torch::stable::Tensor& t, const char* what, const std::vector<int64_t>& shape) const;
+  // Empty without a bias.
+  std::vector<float> bias(const std::optional<torch::stable::Tensor>& t, const char* what, int64_t channels) const;
+  void write(size_t k, const char* what, const std::vector<float>& values) const;
+  // For a gradient that is another one.
+  void copy(size_t k, const torch::stable::Tensor& from) const;
+  int64_t images() const { return images_; }
+
+ private:
+  const char* name_;
+  const std::vector<torch::stable::Tensor>& gradients_;
+  int64_t images_ = -1;
+};
+
+// f(n) for every image: by whole images in parallel when there are enough of them for all threads.
+template <typename F>
+void for_images(int64_t images, const F& f) {
+  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  if (threads > 1 && (images % threads == 0 || images >= 4 * threads)) {
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      for (int64_t n = next.fetch_add(1); n < images; n = next.fetch_add(1)) f(n);
+    });
+  } else {
+    for (int64_t n = 0; n < images; ++n) f(n);
+  }
+}
+
+// Maps of one image, in one block of memory.
+class Maps {
+ public:
+  explicit Maps(const std::vector<MapLayout>& layouts);
+  const Map& operator[](size_t k) const { return maps_[k]; }
+
+ private:
+  static int64_t floats(const std::vector<MapLayout>& layouts);
+  Workspace workspace_;
+  std::vector<Map> maps_;
+};
+
+// Gradients to a convolution's weight and bias, summed over the pixels of all images.
+class WeightSums {
+ public:
+  // A filter of `side` 1 or 3 that moves by `stride`; `winograd`: as Dense3x3 computes it. The sizes are the result's.
+  struct Filter {
+    int64_t side = 3, stride = 1;
+    bool winograd = false;
+  };
+  WeightSums(const Kernels& kernels, const Filter& filter, int64_t cin, int64_t cout, int64_t images, int64_t height,
+             int64_t width, bool weight, bool bias);
+
+  // `first` is the pixel of x under the filter's corner for pixel (0, 0) of g.
+  void add(int64_t image, const Map& x, const float* first, const Map& g);
+
+  std::vector<float> weight() const;  // [cout, cin, side, side]
+  std::vector<float> bias() const;    // [cout]
+
+ private:
+  std::vector<float> total(int64_t offset, int64_t count) const;
+
+  const Kernels& kernels_;
+  const Filter filter_;
+  const int64_t cin_, cout_, step_, images_, height_, width_;
+  const bool wants_weight_, wants_bias_;
+  int64_t floats_ = 0;  // of one part: [side * side][cin][step], then [step] for the bias
+  PackedFloats parts_;  // of every image
+};
+
+// The filter of the data gradient: input and output channels exchanged, the taps turned around.
+Weight adjoint(const Weight& w);
+
+// Brings rows [y0, y1) of a tensor to `out`, pixel 0 of row y0.
+void import_strip(const Kernels& kernels, const TensorView& from, const MapLayout& layout, float* out, int64_t y0,
+                  int64_t y1);
+
+inline MapLayout layout_for(const Kernels& kernels, const Shape& s) {
+  return MapLayout::make(s.channels, s.height, s.width, kernels.lanes);
+}
+
+// The whole data gradient of a dense 3x3 convolution, strip by strip, to `exports`.
+void export_data_gradient(const Kernels& kernels, const Dense3x3& adjoint, const Map& g, const Epilogue& epilogue,
+                          const TensorView& to);
+
+}  // namespace esr

@@ -1,0 +1,36 @@
+// Outside tensors: checked, and as something with a pointer and strides.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "operator.h"
+
+namespace esr {
+
+// A weight tensor of any strides; messages call it `what`, with its index unless that is -1.
+Weight read_weight(const torch::stable::Tensor& t, const char* what, int64_t index = -1);
+
+// Writes contiguous values to a tensor of any strides, rounded to its dtype.
+void write_weight(const torch::stable::Tensor& t, const char* what, const std::vector<float>& values);
+
+// All images of a [N, C, H, W] tensor.
+struct Batch {
+  int64_t images = 0;
+  Shape shape;
+  TensorView first;
+  int64_t image_stride = 0;
+
+  TensorView image(int64_t n) const {
+    TensorView v = first;
+    const int64_t bytes = v.dtype == Dtype::kFloat32 ? 4 : 2;
+    v.data = static_cast<char*>(first.data) + n * image_stride * bytes;
+    return v;
+  }
+};
+
+Batch read_batch(const torch::stable::Tensor& t, bool written, const char* what, int64_t index = -1);
+
+}  // namespace esr
