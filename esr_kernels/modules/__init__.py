@@ -1,13 +1,19 @@
 """Building blocks of the challenge's networks, with the published state-dict names."""
 
 from .bsconv import BSConv
+from .collapsible import RBSB, CollapsibleConv
 from .conv import Conv1x1, Conv3x3, DepthwiseConv
 from .conv3xc import Conv3XC
+from .conv_bn import ConvBN
 from .ecb import ECB, RepBlock
 from .esa import ESA
 from .gdfn import GDFN
+from .mbrb import MBRB
 from .norm import LayerNorm2d
+from .repconv1x1 import RepConv1x1
+from .repmbconv import RepMBConv, RepMBConvSE
 from .rlfb import RLFB
+from .rrrb import ERB, RRRB
 from .safm import SAFM
 from .scale import ElementScale
 from .spab import SPAB
@@ -15,18 +21,27 @@ from .upsampler import PixelShuffleUpsampler
 
 __all__ = [
     "ECB",
+    "ERB",
     "ESA",
     "GDFN",
+    "MBRB",
+    "RBSB",
     "RLFB",
+    "RRRB",
     "SAFM",
     "SPAB",
     "BSConv",
+    "CollapsibleConv",
     "Conv1x1",
     "Conv3XC",
     "Conv3x3",
+    "ConvBN",
     "DepthwiseConv",
     "ElementScale",
     "LayerNorm2d",
     "PixelShuffleUpsampler",
     "RepBlock",
+    "RepConv1x1",
+    "RepMBConv",
+    "RepMBConvSE",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..reparam.algebra import Kernel, compose, compose_depthwise, identity_kernel, merge
+from ..reparam.algebra import Kernel, add_identity, compose, compose_depthwise, merge
 from ..reparam.base import Reparameterized
 from .arguments import positive
 
@@ -29,8 +29,8 @@ def edge_mask(edge: str, isotropic: bool = False) -> Tensor:
     return sobel if edge == "sbx" else sobel.T.contiguous()
 
 
-class _Pair(nn.Module):
-    """1x1 and 3x3 convolution, with the names that ECB's files have."""
+class Pair(nn.Module):
+    """The parameters of a 1x1 and a 3x3 convolution, named as in ECB's files: k0, b0, k1, b1."""
 
     def __init__(self, inputs: int, middle: int, outputs: int, bias: bool) -> None:
         super().__init__()
@@ -61,12 +61,6 @@ def _edges(parameters: Mapping[str, Tensor], name: str) -> list[Kernel]:
         edge = parameters[f"{branch}.scale"] * parameters[f"{branch}.mask"]
         kernels.append(compose_depthwise(first, (edge, parameters.get(f"{branch}.bias"))))
     return kernels
-
-
-def _identity(kernel: Kernel, identity: bool) -> list[Kernel]:
-    """The branch that adds the input, if it is wanted and as wide as the output."""
-    outputs, inputs = kernel[0].shape[:2]
-    return [identity_kernel(outputs, kernel[0])] if identity and inputs == outputs else []
 
 
 class ECB(Reparameterized):
@@ -122,7 +116,7 @@ class ECB(Reparameterized):
         self.identity = bool(identity)
         if not self.deployed:
             self.conv3x3 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
-            self.conv1x1_3x3 = _Pair(in_channels, middle, out_channels, bias)
+            self.conv1x1_3x3 = Pair(in_channels, middle, out_channels, bias)
             for edge in _EDGES:
                 mask = edge_mask(edge, isotropic)
                 self.add_module(f"conv1x1_{edge}", _Edge(in_channels, out_channels, mask, bias))
@@ -135,7 +129,7 @@ class ECB(Reparameterized):
         plain = parameters["conv3x3.weight"], parameters.get("conv3x3.bias")
         first, second = ((parameters[f"conv1x1_3x3.k{i}"], parameters.get(f"conv1x1_3x3.b{i}")) for i in (0, 1))
         edges = _edges(parameters, "conv1x1_{}")
-        return merge(plain, compose(first, second), *edges, *_identity(plain, identity))
+        return add_identity(merge(plain, compose(first, second), *edges), identity)
 
 
 class RepBlock(Reparameterized):
@@ -196,4 +190,4 @@ class RepBlock(Reparameterized):
         plain = parameters["rbr_3x3_branch.weight"], parameters.get("rbr_3x3_branch.bias")
         first, second = ((parameters[f"rbr_1x1_3x3_branch_{k}.weight"], None) for k in ("1x1", "3x3"))
         edges = _edges(parameters, "rbr_conv1x1_{}_branch")
-        return merge(plain, compose(first, second), *edges, *_identity(plain, identity))
+        return add_identity(merge(plain, compose(first, second), *edges), identity)

@@ -7,18 +7,20 @@ exactly. docs/reparam.md lists the forms.
 
 from __future__ import annotations
 
-from .algebra import compose, compose_depthwise, fold_conv3xc, identity_kernel, merge
+from .algebra import add_identity, branch, compose, compose_depthwise, fold_batch_norm, fold_conv3xc, merge
 from .base import Reparameterized, slim_message
 from .network import deploy, fold_state_dict
 
 __all__ = [
     "Reparameterized",
+    "add_identity",
+    "branch",
     "compose",
     "compose_depthwise",
     "deploy",
+    "fold_batch_norm",
     "fold_conv3xc",
     "fold_state_dict",
-    "identity_kernel",
     "merge",
     "slim_message",
 ]

@@ -7,7 +7,7 @@ that keeps the image's size. Everything here is differentiable, keeps the dtype 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -83,6 +83,11 @@ def compose_depthwise(first: Kernel, depthwise: Kernel) -> Kernel:
     return d * w1, _sum([constant, bd])
 
 
+def branch(parameters: Mapping[str, Tensor], name: str) -> Kernel:
+    """Weight and bias, if it has one, of the convolution of that name."""
+    return parameters[f"{name}.weight"], parameters.get(f"{name}.bias")
+
+
 def merge(*kernels: Kernel) -> Kernel:
     """The convolution equal to the sum of several of the same input; smaller ones are centred in the largest.
 
@@ -99,9 +104,34 @@ def merge(*kernels: Kernel) -> Kernel:
     return weight, _sum([b for _, b in kernels])
 
 
-def identity_kernel(channels: int, like: Tensor) -> Kernel:
-    """The 1x1 convolution that returns its input, in the dtype and on the device of `like`."""
-    return torch.eye(channels, dtype=like.dtype, device=like.device)[:, :, None, None], None
+def add_identity(kernel: Kernel, identity: bool = True) -> Kernel:
+    """The convolution plus its input, if that is wanted and has as many channels."""
+    weight = kernel[0]
+    if not identity or weight.shape[0] != weight.shape[1]:
+        return kernel
+    eye = torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device)
+    return merge(kernel, (eye[:, :, None, None], None))
+
+
+def fold_batch_norm(
+    kernel: Kernel, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Kernel:
+    """The convolution followed by batch normalisation with running statistics (report section 4.17).
+
+    With ``s = weight / sqrt(variance + eps)``: ``W' = s W``, ``b' = s (b - mean) + bias``.
+
+    Args:
+        kernel: weight [O, ...], of any convolution, and bias.
+        mean, variance: [O], the running statistics.
+        weight, bias: [O], the normalisation's own, or None.
+        eps: the normalisation's.
+    """
+    w, b = kernel
+    scale = (variance + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean if b is None else b - mean
+    return w * scale.view(-1, *[1] * (w.ndim - 1)), _sum([shift * scale, bias])
 
 
 def fold_conv3xc(

@@ -75,6 +75,8 @@ class Reparameterized(nn.Module):
             raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         if deploy_name is not None and (not isinstance(deploy_name, str) or "." in deploy_name):
             raise ValueError(f"deploy_name: expected a name without dots, or None, got {deploy_name!r}")
+        if deploy_name in self._branch_names():
+            raise ValueError(f"deploy_name: the training form has {deploy_name!r} already, take another")
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
         self.activation, self.negative_slope = activation, float(negative_slope)
         self.deploy_name = self.default_deploy_name if deploy_name is None else deploy_name
@@ -95,6 +97,7 @@ class Reparameterized(nn.Module):
         return {}
 
     def _build_deployed(self, bias: bool) -> None:
+        """Register the deploy form's parameters, with random values."""
         size = self.kernel_size
         conv = nn.Conv2d(self.in_channels, self.out_channels, size, padding=size // 2, bias=bias)
         if self.deploy_name:
@@ -144,6 +147,10 @@ class Reparameterized(nn.Module):
         found = {key: _attribute(self, key) for key in (*self.branch_keys, *self.bias_keys)}
         return {key: p for key, p in found.items() if p is not None}
 
+    @classmethod
+    def _branch_names(cls) -> set[str]:
+        return {key.partition(".")[0] for key in (*cls.branch_keys, *cls.bias_keys)}
+
     def _deployed_tensors(self) -> _Tensors:
         return tuple(_attribute(self, key) for key in self._deployed_keys())
 
@@ -156,7 +163,7 @@ class Reparameterized(nn.Module):
             return
         tensors = self.fold()
         needs_grad = any(p.requires_grad for p in self.parameters())
-        for name in {key.partition(".")[0] for key in (*self.branch_keys, *self.bias_keys)}:
+        for name in self._branch_names():
             delattr(self, name)
         self._kept = None
         # The meta device spares the random initialisation of tensors that are replaced at once.
@@ -172,10 +179,18 @@ class Reparameterized(nn.Module):
     # --- use ------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, residual: Tensor | None = None, residual_mode: str = "post") -> Tensor:
-        """[N, C, H, W] -> [N, O, H, W]; residual [N, O, H, W] with its mode as in `functional.conv3x3`."""
+        """[N, C, H, W] -> [N, O, H, W].
+
+        Args:
+            residual: [N, O, H, W], with its mode as in `functional.conv3x3`; None where the deploy form is 1x1.
+        """
         # The branches are linear and see the same padded input, so convolving with their folded weights is the branch
         # form, gradients included.
         weight, bias = self.folded()
+        if weight.shape[2] == 1:
+            if residual is not None:
+                raise ValueError("residual: a 1x1 convolution takes none")
+            return functional.conv1x1(x, weight, bias, activation=self.activation, negative_slope=self.negative_slope)
         return functional.conv3x3(
             x,
             weight,
