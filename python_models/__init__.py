@@ -16,7 +16,7 @@ __all__ = ["ModelCard", "card", "create", "list_models", "plain"]
 # Each file registers its models; `list_models` has this order.
 _MODULES = (
     *("span", "rlfn"),
-    *("smfan", "egfmn", "gfmn"),  # pointwise, depthwise and attention
+    *("smfan", "egfmn", "gfmn", "dirn", "emaxgman", "lkfn", "agdn"),  # pointwise, depthwise and attention
 )
 for _name in _MODULES:
     import_module(f".{_name}", __name__)

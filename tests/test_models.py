@@ -29,7 +29,7 @@ BACKENDS = [b.name for b in esr_kernels.list_backends() if b.available]
 EMULATED = set() if torch.cuda.is_available() else {"native-cuda", "triton"}
 EMULATED_MODELS = ("span", "span_tiny", "rlfn")
 # What is in a checkpoint and never runs: no gradients.
-UNUSED: dict[str, tuple[str, ...]] = {}
+UNUSED: dict[str, tuple[str, ...]] = {"dirn": ("block_5.", "block_6.")}
 
 
 def on_backends(names: Sequence[str] = MODELS) -> Any:
@@ -85,6 +85,15 @@ def test_golden(shared_models: Path, name: str, case: str, backend: str) -> None
         assert float((model(x) - expected).abs().max()) <= 1e-4 * model.data_range
         x = x.contiguous(memory_format=torch.channels_last)
         assert float((model(x) - expected).abs().max()) <= 1e-4 * model.data_range
+
+
+@pytest.mark.parametrize(("name", "file", "case"), [("agdn", "team31_multiwin", "C")])
+def test_golden_of_other_inputs(shared_models: Path, name: str, file: str, case: str) -> None:
+    model = python_models.create(name, weights_file(shared_models, name))
+    data = np.load(shared_models / "golden" / f"{file}.npz")
+    with torch.no_grad():
+        y = model(torch.from_numpy(data[f"input{case}"]))
+    assert float((y - torch.from_numpy(data[f"output{case}"])).abs().max()) <= 1e-4 * model.data_range
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -296,8 +305,8 @@ def test_copies_and_round_trip(name: str) -> None:
 @pytest.mark.parametrize(("name", "options"), [("span", {"deploy": False}), *((name, {}) for name in MODELS)])
 def test_one_step_trains(name: str, options: dict[str, Any]) -> None:
     model = python_models.create(name, **options).train()
-    x = image(model, max(16, model.minimum_size), max(18, model.minimum_size))
-    target = torch.rand(1, 3, 4 * x.shape[2], 4 * x.shape[3]) * model.data_range
+    x = image(model, max(16, model.minimum_size), max(18, model.minimum_size), batch=2)
+    target = torch.rand(2, 3, 4 * x.shape[2], 4 * x.shape[3]) * model.data_range
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     losses = []
     for _ in range(2):

@@ -1,6 +1,7 @@
 """Building blocks of the challenge's networks, with the published state-dict names."""
 
 from .bsconv import BSConv
+from .cca import CCA
 from .collapsible import RBSB, CollapsibleConv
 from .conv import Conv1x1, Conv3x3, DepthwiseConv
 from .conv3xc import Conv3XC
@@ -9,6 +10,7 @@ from .ecb import ECB, RepBlock
 from .esa import ESA
 from .gdfn import GDFN
 from .mbrb import MBRB
+from .multiscale import Level, MultiscaleGate, local_variance
 from .norm import LayerNorm2d
 from .repconv1x1 import RepConv1x1
 from .repmbconv import RepMBConv, RepMBConvSE
@@ -20,6 +22,7 @@ from .spab import SPAB
 from .upsampler import PixelShuffleUpsampler
 
 __all__ = [
+    "CCA",
     "ECB",
     "ERB",
     "ESA",
@@ -39,9 +42,12 @@ __all__ = [
     "DepthwiseConv",
     "ElementScale",
     "LayerNorm2d",
+    "Level",
+    "MultiscaleGate",
     "PixelShuffleUpsampler",
     "RepBlock",
     "RepConv1x1",
     "RepMBConv",
     "RepMBConvSE",
+    "local_variance",
 ]

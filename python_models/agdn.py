@@ -1,0 +1,211 @@
+"""AGDN, the attention guidance distillation network.
+
+Team XJU_100th Ann, report section 4.5.
+
+    x - mean
+    fea_conv        3 -> C  -------------------------------------.
+    B1 ... B4       AGDB                                         |
+    c1              1x1 over the four outputs, 4 C -> C, GELU    |
+    c2              BSConv                                       |
+    +  <---------------------------------------------------------'
+    upsampler       C -> 3 r r, pixel shuffle, + mean
+
+    AGDB    distillation (see `Distillation`), then three attentions and + input:
+    MVSA    t + t * `MultiscaleGate`(t)         over space
+    RCCA    of u = GELU(depthwise 3x3): sigma (u - GELU(1x1 to one channel)) + CCA(u), + its input
+    SGSA    attention between the channels of a head, ReLU instead of softmax, then `GDFN`
+
+Particular: convolutions reflect at the border. SGSA works in overlapping windows of 96 x 96 at most, averaged where
+they overlap (the test-time local converter of Chu et al.). The published code takes one image; this one takes batches.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from math import ceil
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from esr_kernels.modules import CCA, GDFN, DepthwiseConv, ElementScale, LayerNorm2d, Level, MultiscaleGate
+from esr_kernels.modules.arguments import positive
+
+from .base import Network
+from .distillation import Distillation
+from .layers import FUSED, PLAIN, Layers
+from .registry import ModelCard, register
+
+_HEAD = 8  # channels
+_WINDOW = 96
+_LEVELS = (Level(1, pool=5, padding=1, variance_number=4), Level(2, pool=7, padding=1, variance_number=3))
+
+
+class _MVSA(nn.Module):
+    """Multi-level variance-aware spatial attention."""
+
+    def __init__(self, layers: Layers, c: int) -> None:
+        super().__init__()
+        gate = MultiscaleGate(c, c // 4, _LEVELS, conv1x1=layers.conv1x1, conv=layers.bsconv)
+        self.body = nn.Sequential(gate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.body(x) + x
+
+
+class _RCCA(nn.Module):
+    """Reallocated contrast-aware channel attention."""
+
+    def __init__(self, layers: Layers, c: int) -> None:
+        super().__init__()
+        self.dwconv = DepthwiseConv(c, activation="gelu")
+        self.decompose = layers.conv1x1(c, 1, activation="gelu")
+        self.sigma = ElementScale(c)
+        self.cca = CCA(c, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.dwconv(x)
+        return self.sigma(u - self.decompose(u)) + self.cca(u) + x
+
+
+def _starts(size: int) -> list[int]:
+    """Where the windows over `size` pixels begin."""
+    count = (size - 1) // _WINDOW + 1
+    if count == 1:
+        return [0]
+    step = ceil((size - _WINDOW) / (count - 1) - 1e-8)
+    return [min(i * step, size - _WINDOW) for i in range(count)]
+
+
+class _ChannelAttention(nn.Module):
+    """Restormer's transposed attention, sparse: ReLU of the scaled cosines of channels, in windows."""
+
+    def __init__(self, layers: Layers, c: int) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(c // _HEAD, 1, 1))
+        self.qkv = layers.conv1x1(c, 3 * c, bias=False)
+        self.qkv_dwconv = DepthwiseConv(3 * c, bias=False)
+        self.project_out = layers.conv1x1(c, c, bias=False)
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        n, c, height, width = qkv.shape
+        heads = c // (3 * _HEAD)
+        q, k, v = (t.reshape(n, heads, _HEAD, height * width) for t in qkv.chunk(3, 1))
+        cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        return (F.relu(cosines * self.temperature) @ v).reshape(n, c // 3, height, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv_dwconv(self.qkv(x))
+        height, width = int(x.shape[2]), int(x.shape[3])
+        if height <= _WINDOW and width <= _WINDOW:
+            return self.project_out(self.attend(qkv))
+        total, count = torch.zeros_like(x), x.new_zeros(1, 1, height, width)
+        for top, left in product(_starts(height), _starts(width)):
+            window = (..., slice(top, top + _WINDOW), slice(left, left + _WINDOW))
+            total[window] += self.attend(qkv[window])
+            count[window] += 1
+        return self.project_out(total / count)
+
+
+class _SGSA(nn.Module):
+    """Sparse global self-attention."""
+
+    def __init__(self, layers: Layers, c: int) -> None:
+        super().__init__()
+        self.norm3 = nn.ModuleDict({"body": LayerNorm2d(c, 1e-5)})
+        self.norm4 = nn.ModuleDict({"body": LayerNorm2d(c, 1e-5)})
+        self.restormer_attn = _ChannelAttention(layers, c)
+        self.restormer_ffn = GDFN(c, 2 * c, conv1x1=layers.conv1x1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.restormer_attn(self.norm3["body"](x)) + x
+        return self.restormer_ffn(self.norm4["body"](x)) + x
+
+
+class _AGDB(Distillation):
+    def __init__(self, layers: Layers, c: int) -> None:
+        half = c // 2
+        last = nn.Conv2d(c, half, 3, padding=1, groups=half)
+        super().__init__(layers, c, lambda _: layers.bsconv(c, c, padding_mode="reflect"), last)
+        self.esa = _MVSA(layers, c)
+        self.cca = _RCCA(layers, c)
+        self.ea = _SGSA(layers, c)
+
+    def last(self, t: Tensor) -> Tensor:
+        return F.gelu(self.c4(t))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ea(self.cca(self.esa(self.distill(x)))) + x
+
+
+class AGDN(Network):
+    """AGDN (report section 4.5).
+
+    Args:
+        channels: width of the body, C, a multiple of 8.
+        num_blocks: AGDBs, at least 1.
+        upscale: 1, 2, 3, 4, ...
+
+    Images [N, 3, H, W] in [0, 1], at least 15 x 15; result [N, 3, r H, r W], not clamped.
+    """
+
+    name = "agdn"
+    minimum_size = 15
+    layers = FUSED
+
+    def __init__(self, *, channels: int = 24, num_blocks: int = 4, upscale: int = 4) -> None:
+        super().__init__()
+        positive(channels=channels, num_blocks=num_blocks, upscale=upscale)
+        if channels % _HEAD:
+            raise ValueError(f"channels: must be a multiple of {_HEAD}, got {channels}")
+        self.scale, self.num_blocks = upscale, num_blocks
+        self.set_mean()
+        self.fea_conv = self.layers.conv3x3(3, channels)
+        for i in range(1, num_blocks + 1):
+            self.add_module(f"B{i}", _AGDB(self.layers, channels))
+        self.c1 = self.layers.conv1x1(num_blocks * channels, channels, activation="gelu")
+        self.c2 = self.layers.bsconv(channels, channels, padding_mode="reflect")
+        self.upsampler = self.layers.upsampler(channels, 3, upscale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        shallow = self.fea_conv(x - self.mean)
+        outputs: list[Tensor] = []
+        for i in range(1, self.num_blocks + 1):
+            outputs.append(self.get_submodule(f"B{i}")(outputs[-1] if outputs else shallow))
+        return self.upsampler(self.c2(self.c1(outputs)) + shallow) + self.mean
+
+
+class PlainAGDN(AGDN):
+    """`AGDN` in plain PyTorch."""
+
+    layers = PLAIN
+
+
+register(
+    ModelCard(
+        name="agdn",
+        title="AGDN",
+        team="XJU_100th Ann",
+        team_id=31,
+        section="4.5",
+        parameters=69_272,
+        flops=4_387_685_760,
+        table1={
+            "psnr_val": 26.9,
+            "psnr_test": 27.02,
+            "runtime_val_ms": 61.89,
+            "runtime_test_ms": 55.78,
+            "runtime_ms": 58.84,
+            "params_m": 0.069,
+            "flops_g": 4.39,
+            "score_runtime": 21974.0,
+            "score_params": 1.55,
+            "score_flops": 1.56,
+            "score": 15382.0,
+            "rank": 25,
+        },
+    ),
+    AGDN,
+    PlainAGDN,
+)
