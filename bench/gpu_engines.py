@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,24 +43,40 @@ class Options:
         return {"rounds": 5, "budget": 1.0} if self.quick else {"rounds": 15, "budget": 4.0, "sample_time": 0.002}
 
 
+@contextmanager
+def switched_on(variable: str) -> Iterator[None]:
+    """An environment variable is 1."""
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
 @dataclass(frozen=True)
 class Engine:
     """One way to compute the result of each of `inputs`; `backend` is chosen once for a pass over all of them.
 
-    `graph`: whether a CUDA graph can be captured of it.
+    `graph`: whether a CUDA graph can be captured of it. `switch`: an environment variable that is 1 meanwhile.
     """
 
     call: Callable[[Any], Any]
     inputs: Sequence[Any]
     backend: str | None = None
     graph: bool = True
+    switch: str | None = None
 
     def every(self) -> list[Any]:
-        with nullcontext() if self.backend is None else esr_kernels.use_backend(self.backend):
+        chosen = nullcontext() if self.backend is None else esr_kernels.use_backend(self.backend)
+        with chosen, nullcontext() if self.switch is None else switched_on(self.switch):
             return [self.call(x) for x in self.inputs]
 
     def first(self) -> Any:
-        return Engine(self.call, self.inputs[:1], self.backend).every()[0]
+        return replace(self, inputs=self.inputs[:1]).every()[0]
 
 
 @dataclass(frozen=True)

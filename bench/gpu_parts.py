@@ -49,6 +49,20 @@ ONE_CASE_EACH = (
     "esa rlfn 46 16",
     "bsconv smrn 48>48 gelu",
 )
+# What is off until a GPU shows that it pays -> the cases, precisions and networks that it is for.
+SWITCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "ESR_KERNELS_CUDA_SPAB": (
+        ("spab span_tiny 26", "spab span 28", "spab span 52"),
+        ("float16", "bfloat16"),
+        ("span",),
+    ),
+    "ESR_KERNELS_CUDA_HALF_SUMS": (
+        ("conv3x3 span 28>28 silu", "conv3x3 rlfn 48>46 leaky_relu post"),
+        ("float16",),
+        ("span", "rlfn"),
+    ),
+}
+SWITCHED = "native-cuda"
 INDUCTOR_CASES = ONE_CASE_EACH[:3]
 TRAINING_PRECISIONS = ("bfloat16", "float32")
 # Ends the names of the engines that replay the graphs of `optimize(cuda_graphs=True)`.
@@ -181,7 +195,15 @@ def _case(name: str) -> cases.OperatorCase:
     return next(case for case in cases.CASES if case.name == name)
 
 
-def _operator(case: cases.OperatorCase, name: str, inductor: bool, options: Options) -> dict[str, Any]:
+def _switch(engine: str) -> tuple[str, str | None]:
+    """An engine's name and its switch: "native-cuda with VARIABLE"."""
+    name, _, switch = engine.partition(" with ")
+    return name, switch or None
+
+
+def _operator(
+    case: cases.OperatorCase, name: str, inductor: bool, options: Options, switch: str | None = None
+) -> dict[str, Any]:
     dtype, shape = PRECISIONS[name], (1, *options.sizes[0])
     first = case.arguments(*shape, dtype=dtype, device=options.device)
     exact = case.plain(cases.double(first))
@@ -191,19 +213,24 @@ def _operator(case: cases.OperatorCase, name: str, inductor: bool, options: Opti
     nhwc = [_laid_out(case, arguments, torch.channels_last) for arguments in nchw]
 
     def make(engine: str) -> Engine:
+        engine, on = _switch(engine)
         inputs = nhwc if engine.endswith("channels_last") else nchw
         if engine in (INDUCTOR, INDUCTOR_CHANNELS_LAST):
             return Engine(_compiled(case.plain), inputs)
         backend = common._backend(engine)
-        return Engine(case.plain if backend is None else case.fused, inputs, backend)
+        return Engine(case.plain if backend is None else case.fused, inputs, backend, switch=on)
 
     def tolerance(engine: str, eager_error: float) -> float:
-        backend = common._backend(engine)
+        backend = common._backend(_switch(engine)[0])
         if backend is None:
             return cases.peer_tolerance(dtype, eager_error)
         return _allowed(name, eager_error, cases.operator_tolerance(case.operator, backend, dtype, eager_error))
 
-    engines = _peers_first(common.operator_engines(options.device), inductor)
+    if switch is None:
+        engines = _peers_first(common.operator_engines(options.device), inductor)
+    else:
+        own = f"{SWITCHED} channels_last"
+        engines = [common.EAGER, own, f"{own} with {switch}"]
     subject = Subject({e: functools.partial(make, e) for e in engines}, [exact], tolerance, dtype)
     torch._dynamo.reset()
     with precision(name):
@@ -222,6 +249,23 @@ def operators(options: Options) -> dict[str, Item]:
         for label in INDUCTOR_CASES:
             run = functools.partial(_operator, _case(label), options.dtypes[0], True, options)
             items[f"{label} | {options.dtypes[0]} | with Inductor"] = Item(run, COMPILE_SECONDS)
+    return items
+
+
+def switches(options: Options) -> dict[str, Item]:
+    """Every way that is off by default on against off: operators at the first size, then networks."""
+    items = {}
+    for switch, (labels, precisions, _) in SWITCHES.items():
+        chosen = [name for name in precisions if name in options.dtypes]
+        for name, label in itertools.product(chosen, labels):
+            run = functools.partial(_operator, _case(label), name, False, options, switch)
+            items[f"{switch} | {label} | {name}"] = Item(run)
+    for switch, (_, precisions, networks) in SWITCHES.items():
+        chosen = [name for name in precisions[:1] if name in options.dtypes]
+        models = [m for m in networks if m in options.models]
+        for name, size, model in itertools.product(chosen, options.sizes, models):
+            run = functools.partial(_model, model, (size[0], size[1]), name, False, options, switch)
+            items[f"{switch} | {model} {'x'.join(map(str, size))} | {name}"] = Item(run, 3.0)
     return items
 
 
@@ -273,7 +317,9 @@ def _traced(model: str, dtype: torch.dtype, graphs: bool) -> OptimizedModel:
     return esr_kernels.optimize(fused, dtype=dtype, cuda_graphs=graphs)
 
 
-def _model(model: str, size: tuple[int, int], name: str, inductor: bool, options: Options) -> dict[str, Any]:
+def _model(
+    model: str, size: tuple[int, int], name: str, inductor: bool, options: Options, switch: str | None = None
+) -> dict[str, Any]:
     dtype, shape, device = PRECISIONS[name], (1, *size), options.device
     fused, plain = (network.to(device) for network in cases.model_pair(model))
     cases.check_size(fused, *size)
@@ -290,6 +336,7 @@ def _model(model: str, size: tuple[int, int], name: str, inductor: bool, options
     nhwc = [x.contiguous(memory_format=torch.channels_last) for x in nchw]
 
     def make(engine: str) -> Engine:
+        engine, on = _switch(engine)
         if roofline.is_peer(engine):
             memory_format = common._memory_format(engine)
             twin = copy.deepcopy(plain).to(dtype).to(memory_format=memory_format)  # type: ignore[call-overload]
@@ -299,15 +346,18 @@ def _model(model: str, size: tuple[int, int], name: str, inductor: bool, options
             return Engine(copy.deepcopy(fused).to(dtype), nchw)
         graphs = engine.endswith(OWN_GRAPHS)
         network = copy.deepcopy(_traced(model, dtype, graphs)).to(device)
-        return Engine(network, nchw, engine.removesuffix(OWN_GRAPHS), graph=not graphs)
+        return Engine(network, nchw, engine.removesuffix(OWN_GRAPHS), graph=not graphs, switch=on)
 
     def tolerance(engine: str, eager_error: float) -> float:
         if roofline.is_peer(engine):
             return cases.peer_tolerance(dtype, eager_error)
         return _allowed(name, eager_error, cases.network_tolerance(dtype, eager_error))
 
-    engines = _peers_first(common.model_engines(device), inductor)
-    if options.graphs:
+    if switch is None:
+        engines = _peers_first(common.model_engines(device), inductor)
+    else:
+        engines = [common.EAGER, SWITCHED, f"{SWITCHED} with {switch}"]
+    if options.graphs and switch is None:
         engines += [backend + OWN_GRAPHS for backend in common.backends(device) if backend != "reference"]
     subject = Subject({e: functools.partial(make, e) for e in engines}, [exact], tolerance, dtype)
     torch._dynamo.reset()
@@ -400,6 +450,7 @@ PARTS: dict[str, Callable[[Job], dict[str, Item]]] = {
     "ceilings": lambda job: ceilings(job.options),
     "tune": lambda job: tune(job.seconds),
     "operators": lambda job: operators(job.options),
+    "switches": lambda job: switches(job.options),
     "training": lambda job: training(job.options),
     "models": lambda job: models(job.options),
     "overhead": lambda job: overhead(job.options),

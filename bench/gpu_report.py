@@ -34,6 +34,7 @@ WEIGHTS = {
     "ceilings": 15.0,
     "tune": 90.0,
     "operators": 120.0,
+    "switches": 40.0,
     "training": 30.0,
     "models": 130.0,
     "overhead": 40.0,
@@ -243,6 +244,24 @@ def _engines(report: dict[str, Any]) -> Section:
     return Section("models, all engines", headers, rows, 4)
 
 
+def _switches(report: dict[str, Any]) -> Section:
+    """One row per record and way of launching: with a switch off and on."""
+    headers = ["switch", "of", "input", "dtype", "engine", "off us", "on us", "gain", "noise", "error off", "error on"]
+    rows = []
+    for key, record in report["switches"]["results"].items():
+        engines = record.get("engines", {})
+        switch = key.partition(" | ")[0]
+        for name, on in engines.items():
+            off = engines.get(name.replace(f" with {switch}", ""), {})
+            if switch not in name or "median_us" not in on or "median_us" not in off:
+                continue
+            row = [switch, record["name"], "x".join(map(str, record["shape"])), record["precision"]]
+            row += [name.replace(f" with {switch}", ""), _number(off["median_us"]), _number(on["median_us"])]
+            row += [f"{off['median_us'] / on['median_us']:.2f}x", _percent(record["noise"])]
+            rows.append([*row, *(f"{e['check']['relative']:.1e}" for e in (off, on))])
+    return Section("switches", headers, rows, 5, _notes("switches", report))
+
+
 def _overhead(report: dict[str, Any]) -> Section:
     rows = []
     for key, record in report["overhead"]["results"].items():
@@ -273,6 +292,8 @@ def sections(report: dict[str, Any], parts: Sequence[str]) -> Iterator[Section]:
             tuned = _tuned(report)
             found = [] if tuned is None else [f"{len(tuned.get('configurations', {}))} configurations"]
             yield Section(part, [], [], 0, [*found, *notes])
+        elif part == "switches":
+            yield _switches(report)
         elif part == "overhead":
             yield _overhead(report)
         else:

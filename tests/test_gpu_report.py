@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +21,7 @@ import esr_kernels
 from esr_kernels import cases, dispatch
 from esr_kernels.graphs import CudaRecorder
 from esr_kernels.plan import PlanBuilder
+from esr_kernels.timing import Timing
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench is no installed package
@@ -256,6 +259,14 @@ def test_resuming_keeps_what_was_measured_here():
 # --- tables -----------------------------------------------------------------------------------------------------
 
 
+def switched(**engines: float | None) -> dict[str, Any]:
+    found = record(**engines)
+    entries = {name.replace("native cuda", "native-cuda"): entry for name, entry in found["engines"].items()}
+    for entry in entries.values():
+        entry |= {"check": {"relative": 2e-3 if "median_us" in entry else 1.0}}
+    return found | {"engines": entries}
+
+
 def synthetic_report() -> dict[str, Any]:
     engines = record(eager=60.0, inductor=None, triton_graph=20.0)
     for entry in engines["engines"].values():
@@ -266,6 +277,10 @@ def synthetic_report() -> dict[str, Any]:
         "ceilings": CEILINGS,
         "tune": {"triton": {"configs": {"configurations": {"a": {}, "b": {}}}}},
         "operators": {"conv3x3 | float16": engines, "spab | float16": {"error": ["ValueError: broken"]}},
+        "switches": {
+            "SWITCH | conv3x3 | float16": switched(native_cuda=30.0, native_cuda_with_SWITCH=20.0),
+            "SWITCH | spab | float16": switched(native_cuda=30.0, native_cuda_with_SWITCH=None),
+        },
         "training": {},
         "models": {"span": engines | {"layer_bytes": 2e7, "not_fused": []}},
         "overhead": {
@@ -297,6 +312,9 @@ def test_tables_of_every_part():
     assert "not run: conv3x3 (no time), and 1 more" in texts["training"]
     assert "by layer" in texts["models"] and "  20.0  " in texts["models"], "2e7 bytes at 1 TB/s"
     assert "  3.0  1.0e-03" in texts["models, all engines"]
+    assert texts["switches"].count("SWITCH  ") == 1
+    assert "native-cuda    30.0   20.0  1.50x    1 %    2.0e-03   2.0e-03" in texts["switches"]
+    assert "SWITCH | spab | float16: native-cuda with SWITCH: wrong result: no" in texts["switches"]
     rows = [line.split() for line in texts["overhead"].splitlines()]
     assert ["conv3x3", "eager", "4.0", "us", "a", "call"] in rows and ["first", "empty:", "first", "1.500", "s"] in rows
 
@@ -330,6 +348,9 @@ def test_chosen_cases_exist():
     names = [case.name for case in cases.CASES]
     assert set(gpu_parts.ONE_CASE_EACH) | set(gpu_parts.INDUCTOR_CASES) <= set(names)
     assert {gpu_parts._case(name).operator for name in gpu_parts.ONE_CASE_EACH} == set(cases.OPERATORS)
+    for labels, precisions, networks in gpu_parts.SWITCHES.values():
+        assert set(labels) <= set(names) and set(precisions) <= set(gpu_parts.PRECISIONS)
+        assert set(networks) <= set(cases.model_names())
 
 
 def test_a_job_survives_its_command_line():
@@ -380,6 +401,38 @@ def test_only_the_first_precision_has_inductor_and_it_comes_last():
         f"span 16x16 | {name}{inductor}" for inductor in ("", " | with Inductor") for name in ("bfloat16", "float32")
     ]
     assert not [key for key in gpu_parts.models(TINY) if "Inductor" in key]
+
+
+def test_switches_are_those_of_the_kernels():
+    text = (ROOT / "csrc" / "cuda" / "switches.h").read_text(encoding="utf-8")
+    assert set(re.findall(r'"(ESR_KERNELS_CUDA_\w+)"', text)) == set(gpu_parts.SWITCHES)
+
+
+@pytest.mark.skipif(not esr_kernels.native.emulated(), reason="the emulator is not in use")
+@pytest.mark.parametrize("item", ["ESR_KERNELS_CUDA_SPAB | spab span 28", "ESR_KERNELS_CUDA_SPAB | span 16x16"])
+def test_switches_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch, item: str):
+    """Off and on on the emulator; what is on reaches the engine."""
+    monkeypatch.setattr(gpu_engines, "alternate", lambda passes, **_: {n: once(p) for n, p in passes.items()})
+    options = Options(device="cpu", dtypes=("float16",), models=("span",), sizes=((16, 16),), quick=True)
+    seen: list[str | None] = []
+    every = Engine.every
+
+    def spied(self: Engine) -> list[Any]:
+        seen.append(self.switch)
+        return every(self)
+
+    monkeypatch.setattr(Engine, "every", spied)
+    found = gpu_parts.switches(options)[f"{item} | float16"].run()
+    own = "native-cuda channels_last" if "spab" in item else "native-cuda"
+    assert list(found["engines"]) == ["eager", own, f"{own} with ESR_KERNELS_CUDA_SPAB"]
+    assert all(entry["check"]["ok"] and entry["median_us"] > 0 for entry in found["engines"].values())
+    assert {None, "ESR_KERNELS_CUDA_SPAB"} <= set(seen) and "ESR_KERNELS_CUDA_SPAB" not in os.environ
+
+
+def once(call: Callable[[], object]) -> Timing:
+    begun = time.perf_counter()
+    call()
+    return Timing((time.perf_counter() - begun,), 1)
 
 
 def test_training_compares_gradients():

@@ -161,6 +161,9 @@ def test_readable_names(name: str, short: str) -> None:
         (("weight_gradient_bfloat16", 0), "bfloat16", "weight_gradient_kernel<BFloat16>"),
         (("weight_gradient_sum", 0), "bfloat16", "sum_kernel"),
         (("pack", 0), "float16", "pack_kernel"),
+        (("convolution_float16_half_sums", 4), "float16", "convolution_kernel<Float16, 4, half_sums>"),
+        (("spab_float16", 4), "float16", "spab_kernel<Float16, 4>"),
+        (("spab_large_bfloat16", 5), "bfloat16", "spab_large_kernel<BFloat16, 5>"),
     ],
 )
 def test_the_kernel_of_a_launch(launch: tuple[str, int], precision: str, kernel: str) -> None:
@@ -172,6 +175,8 @@ def test_the_kernel_of_a_launch(launch: tuple[str, int], precision: str, kernel:
         "gate_kernel<Tf32, 2>",
         "low_kernel<float, false>",
         "weight_gradient_kernel<Tf32>",
+        "spab_kernel<BFloat16, 5>",
+        "spab_large_kernel<Float16, 4>",
         "esa_pack_kernel",
     ]
     found = resources.Launch(*launch, threads=256, rows=1, blocks=1, shared_bytes=0)
@@ -238,6 +243,9 @@ def test_every_kernel_is_there_for_every_architecture(kernels: list[dict[str, An
     assert len(kernels) == sum(map(len, names.values())), "no name stands for two kernels"
     first = names[architectures[0]]
     assert all(names[a] == first for a in architectures)
+    for precision in ("Float16", "BFloat16"):
+        assert {f"spab_kernel<{precision}, {n}>" for n in range(3, 9)} <= first
+        assert {f"spab_large_kernel<{precision}, {n}>" for n in range(3, 7)} <= first
     for precision in ("Float16", "BFloat16", "Tf32", "Tf32x3"):
         assert {f"convolution_kernel<{precision}, {n}, forward>" for n in range(1, 9)} <= first
 
@@ -256,7 +264,11 @@ def test_launches_keep_to_the_architecture(kernels: list[dict[str, Any]]) -> Non
         limits = resources.limits(kernel["architecture"])
         assert limits is not None
         assert kernel["static_shared_bytes"] + (kernel["dynamic_shared_bytes"] or 0) <= limits.shared_bytes, kernel
-        if re.match(r"convolution_kernel<.*(forward|backward)>", kernel["kernel"]):
+        # A whole SPAB has most tiles and channels where shared memory is large.
+        launched = r"convolution_kernel<.*(forward|backward|half_sums)>|spab_kernel<\w+, [345]>"
+        if kernel["architecture"] == "9.0":
+            launched += "|spab_"
+        if re.match(launched, kernel["kernel"]):
             assert kernel["layer"] is not None, kernel
             assert kernel["occupancy"] > 0, kernel
 
@@ -325,7 +337,8 @@ def test_products_are_those_of_tensor_cores(kernels: list[dict[str, Any]]) -> No
         for k in native.compiled_kernels()
         if k["architecture"] == architecture
         and re.match(
-            r"convolution_kernel<(\w+, 4, forward|Float16, 4, \w+)>|(weight_gradient|gate)_kernel<\w+16(, 2)?>",
+            r"convolution_kernel<(\w+, 4, forward|Float16, 4, \w+)>|spab_(large_)?kernel<\w+, 4>|"
+            r"(weight_gradient|gate)_kernel<\w+16(, 2)?>",
             resources.readable(k["name"]),
         )
     }
@@ -341,4 +354,5 @@ def test_products_are_those_of_tensor_cores(kernels: list[dict[str, Any]]) -> No
     for symbol, text in code.items():
         name = wanted[symbol]
         found = set(re.findall(r"\b(HMMA|LDSM|LDGSTS)\b", text))
-        assert found >= ({"HMMA", "LDSM", "LDGSTS"} if name.startswith("convolution_kernel") else {"HMMA"}), name
+        whole = name.startswith(("convolution_kernel", "spab"))
+        assert found >= ({"HMMA", "LDSM", "LDGSTS"} if whole else {"HMMA"}), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 import esr_kernels
 from esr_kernels.backends.native import cuda
-from esr_kernels.functional import bsconv, conv1x1, conv3x3, conv3x3_pixel_shuffle
+from esr_kernels.functional import bsconv, conv1x1, conv3x3, conv3x3_pixel_shuffle, spab
 from esr_kernels.plan import PlanBuilder
 
 emulated = esr_kernels.native.emulated()
@@ -283,6 +284,107 @@ def test_released_plans_are_forgotten():
     conv3x3(x, kernel(5, 4).to(DEVICE))  # compiling releases
     with pytest.raises(RuntimeError, match=f"there is no plan with handle {handle}"):
         cuda.library().describe_plan(handle)
+
+
+# --- a whole SPAB in one launch -----------------------------------------------------------------------------------
+
+SPAB = "ESR_KERNELS_CUDA_SPAB"
+
+
+def spab_weights(channels, dtype):
+    """Of a block whose maps have `channels[i]` channels, the last one's being the first's."""
+    pairs = itertools.pairwise(channels)
+    return [w for cin, cout in pairs for w in (kernel(cout, cin, dtype=dtype), rand(cout, dtype=dtype))]
+
+
+def plain_spab(x, w1, b1, w2, b2, w3, b3):
+    mid = F.silu(F.conv2d(x, w1, b1, padding=1))
+    h = F.conv2d(F.silu(F.conv2d(mid, w2, b2, padding=1)), w3, b3, padding=1)
+    return (h + x) * (torch.sigmoid(h) - 0.5), mid
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "size", "layout"),
+    [
+        (torch.float16, (28, 28, 28, 28), (15, 63), "channels_last"),  # on sm_90 in the largest tiles
+        (torch.bfloat16, (26, 26, 26, 26), (15, 47), "nchw"),
+        (torch.float16, (24, 20, 21, 24), (7, 41), "sliced"),
+        (torch.float16, (32, 25, 32, 32), (1, 1), "channels_last"),
+        (torch.bfloat16, (40, 40, 40, 40), (2, 5), "permuted"),
+        (torch.float16, (48, 48, 48, 48), (15, 31), "channels_last"),
+        (torch.float16, (52, 50, 52, 52), (9, 18), "nchw"),
+        (torch.bfloat16, (64, 64, 64, 64), (8, 17), "channels_last"),
+    ],
+)
+def test_a_spab_in_one_launch_has_the_bits_of_three(monkeypatch, gpu, dtype, channels, size, layout):
+    """Values of SPAN's range, +-127: zeros around the image for every convolution, halos of tiles computed again."""
+    seed = sum(channels) + size[0]
+    torch.manual_seed(seed)
+    x = lay_out(((torch.rand(2, channels[0], *size) - 0.5) * 255).to(dtype), layout)
+    parameters = spab_weights(channels, dtype)
+    three = spab(x, *parameters, return_mid=True)
+    monkeypatch.setenv(SPAB, "1")
+    monkeypatch.setenv("ESR_EMULATOR_ORDER", f"random:{seed}")
+    one = spab(x, *parameters, return_mid=True)
+    compiled = next(reversed(cuda._compiled.values()))
+    # Three maps of 48 channels and more do not fit into 99 KiB.
+    assert ("in the launch of" in cuda.library().describe_plan(compiled.handle)) == (gpu != "sm_86" or channels[0] < 48)
+    assert all(map(torch.equal, one, three))
+    assert torch.equal(spab(x, *parameters), one[0])
+    exact = plain_spab(*to([x, *parameters], torch.float64))
+    for i in range(2):
+        check_close(one[i], exact[i], lambda i=i: plain_spab(x, *parameters)[i], "native-cuda")
+
+
+def spab_layers(b, x, channels, weights, first):
+    """Two convolutions with SiLU, one with attention; their results."""
+    silu = {"activation": "silu", "negative_slope": 0.0, "residual_mode": "post"}
+    names = [{"weight": f"{weights}w{i}", "bias": f"{weights}b{i}"} for i in range(3)]
+    mid = b.add("conv3x3", [x], first, names[0], **silu)
+    inner = b.add("conv3x3", [mid], channels, names[1], **silu)
+    return b.add("conv3x3", [inner, x], channels, names[2], **PLAIN, residual_mode="attention"), mid, inner
+
+
+def test_the_spabs_of_a_plan(monkeypatch):
+    """The first one's inner result is read again, the second one's is an output, the third one is no block."""
+    torch.manual_seed(5)
+    b = PlanBuilder()
+    x = b.add("conv3x3", [b.input(3)], 28, {"weight": "w", "bias": "b"}, **PLAIN, residual_mode="post")
+    y, mid, _ = spab_layers(b, x, 28, "a", 28)
+    z, result, _ = spab_layers(b, y, 28, "b", 30)
+    u, _, inner = spab_layers(b, z, 28, "c", 28)
+    joined = b.add("conv1x1", [u, mid, inner], 28, {"weight": "j"}, **PLAIN)
+    plan = b.finish([joined, result])
+    dtype = torch.float16
+    weights = [kernel(28, 3, dtype=dtype), rand(28, dtype=dtype)]
+    for channels in ((28, 28, 28, 28), (28, 30, 28, 28), (28, 28, 28, 28)):
+        weights += spab_weights(channels, dtype)
+    weights = [w.to(DEVICE) for w in [*weights, kernel(28, 84, 1, dtype)]]
+    x = rand(2, 3, 21, 19, dtype=dtype).to(DEVICE)
+    apart = run(plan, weights, [x])
+    assert "in the launch" not in "".join(described(plan, weights, [x]))
+    monkeypatch.setenv(SPAB, "1")
+    together = run(plan, weights, [x])
+    lines = described(plan, weights, [x])
+    assert [k for k, line in enumerate(lines) if "in the launch of" in line] == [1, 2, 4, 5]
+    assert lines[1].endswith("in the launch of layer 3") and lines[5].endswith("in the launch of layer 6")
+    assert all(map(torch.equal, together, apart))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels"),
+    [(torch.float32, (28, 28, 28, 28)), (torch.float16, (28, 20, 36, 28)), (torch.float16, (9, 9, 9, 9))],
+)
+def test_other_spabs_are_three_launches(monkeypatch, dtype, channels):
+    monkeypatch.setenv(SPAB, "1")
+    torch.manual_seed(6)
+    x, parameters = rand(1, channels[0], 9, 11, dtype=dtype).to(DEVICE), spab_weights(channels, dtype)
+    parameters = [w.to(DEVICE) for w in parameters]
+    got = spab(x, *parameters)
+    compiled = next(reversed(cuda._compiled.values()))
+    assert "in the launch of" not in cuda.library().describe_plan(compiled.handle)
+    exact = plain_spab(*to([x, *parameters], torch.float64))[0]
+    check_close(got, exact, lambda: plain_spab(x, *parameters)[0], "native-cuda")
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------

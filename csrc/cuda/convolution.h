@@ -27,6 +27,23 @@ struct Packing {
 
   // Steps of a slab of `u` units.
   static constexpr int32_t steps(int32_t taps, int32_t u) { return (taps * u + 1) / 2; }
+  // The slab that a step belongs to: its first unit of those of all inputs, and which of its own steps it is.
+  struct Slab {
+    int32_t first_unit, units, step;
+  };
+  constexpr Slab slab_of(int32_t step) const {
+    int32_t first = 0;
+    for (int k = 0; k < inputs; ++k) {
+      for (int32_t unit = 0; unit < units[k]; unit += slab_units) {
+        const int32_t left = units[k] - unit, count = left < slab_units ? left : slab_units;
+        const int32_t own = steps(taps, count);
+        if (step < own) return {first + unit, count, step};
+        step -= own;
+      }
+      first += units[k];
+    }
+    return {0, 1, 0};
+  }
   constexpr int32_t total_steps() const {
     int32_t total = 0;
     for (int i = 0; i < inputs; ++i) {

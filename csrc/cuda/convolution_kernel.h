@@ -187,9 +187,9 @@ ESR_DEVICE void multiply_rows(uint32_t (&rows)[4], const uint32_t (&b)[kN][P::kW
   }
 }
 
-// Adds the products of one slab.
-template <typename P, int kN, int kM>
-ESR_DEVICE void multiply_slab(const ConvolutionArgs& a, int steps, const unsigned char* stage, const int (&base)[kM],
+// Adds the products of one slab. `a` tells where the table, the weights and the zeros lie, seen from the pixels.
+template <typename P, int kN, int kM, typename Offsets>
+ESR_DEVICE void multiply_slab(const Offsets& a, int steps, const unsigned char* stage, const int (&base)[kM],
                               float (&sums)[kM][kN][4]) {
   const int lane = device::thread_index() & 31;
   const unsigned char* table = stage + a.table_at + (lane >> 4) * 4;

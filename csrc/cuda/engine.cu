@@ -12,6 +12,7 @@
 #include "../common/registry.h"
 #include "pointwise.h"
 #include "step.h"
+#include "switches.h"
 #include "tensors.h"
 
 namespace esr::cuda {
@@ -57,11 +58,14 @@ class CompiledPlan {
   // What happens to each layer, a line each.
   std::string describe() const {
     std::string text;
+    const bool blocks = switched_on(kSpabSwitch);
     for (size_t k = 0; k < steps_.size(); ++k) {
       const Use& use = uses_[static_cast<size_t>(program_.inputs) + k];
       text += steps_[k]->layer().name();
       if (use.absorbed) text += ": applied by its readers";
       if (use.passed_on) text += ": in the launch of layer " + std::to_string(k + 1);
+      if (blocks && place_in_block(k) < 2)
+        text += ": in the launch of layer " + std::to_string(k + 2 - place_in_block(k));
       text += "\n";
     }
     return text;
@@ -135,6 +139,8 @@ class CompiledPlan {
     bool absorbed = false;        // a normalisation that its readers apply
     bool passed_on = false;       // the next layer alone reads it, and its work is done in the same launch
     std::vector<size_t> outputs;  // indices of the outputs it is
+    int64_t reads = 0;            // how many inputs of layers it is
+    bool starts_block = false;    // its layer and the two behind it can be one launch
   };
 
   std::unique_ptr<Step> make_step(const Layer& layer, const Weights& weights, const Shapes& inputs) const {
@@ -175,6 +181,7 @@ class CompiledPlan {
         Use& u = uses_[static_cast<size_t>(v)];
         u.needs_map = v >= program_.inputs;
         u.last = layer.index;
+        ++u.reads;
       }
     }
     for (size_t i = 0; i < program_.outputs.size(); ++i)
@@ -190,6 +197,7 @@ class CompiledPlan {
       }
     }
     merge();
+    find_blocks();
   }
 
   // Whether the layer before does layer k's work.
@@ -200,10 +208,8 @@ class CompiledPlan {
     for (size_t k = 0; k + 1 < steps_.size(); ++k) {
       const int64_t value = program_.inputs + static_cast<int64_t>(k);
       Use& use = uses_[static_cast<size_t>(value)];
-      int64_t reads = 0;
-      for (const Layer& layer : program_.layers) reads += std::count(layer.inputs.begin(), layer.inputs.end(), value);
       const std::vector<int64_t>& next = program_.layers[k + 1].inputs;
-      if (reads != 1 || next[0] != value || !use.outputs.empty() || done_before(k)) continue;
+      if (use.reads != 1 || next[0] != value || !use.outputs.empty() || done_before(k)) continue;
       if (!steps_[k]->take_over(*steps_[k + 1])) continue;
       use.passed_on = true;
       use.needs_map = false;
@@ -213,6 +219,34 @@ class CompiledPlan {
         input.last = std::max(input.last, static_cast<int64_t>(k) + 1);
       }
     }
+  }
+
+  // SPAN's blocks: silu(conv(x)), silu(conv) of that, which nobody else reads, and conv of that with x as its residual.
+  // Whether each is one launch is decided when a plan runs, for its maps and weights are the same.
+  void find_blocks() {
+    for (size_t k = 0; k + 2 < steps_.size(); ++k) {
+      const auto value = [&](size_t i) { return program_.inputs + static_cast<int64_t>(i); };
+      const auto use = [&](size_t i) -> const Use& { return uses_[static_cast<size_t>(value(i))]; };
+      const Layer &first = program_.layers[k], &second = program_.layers[k + 1], &third = program_.layers[k + 2];
+      if (second.inputs != std::vector<int64_t>{value(k)} ||
+          third.inputs != std::vector<int64_t>{value(k + 1), first.inputs[0]}) {
+        continue;
+      }
+      const bool inner = use(k + 1).reads == 1 && use(k + 1).outputs.empty();
+      const bool merged = done_before(k) || use(k).passed_on || use(k + 1).passed_on || use(k + 2).passed_on;
+      if (inner && !merged) {
+        uses_[static_cast<size_t>(value(k))].starts_block = steps_[k]->starts_block(*steps_[k + 1], *steps_[k + 2]);
+      }
+    }
+  }
+
+  // Which layer of a block layer k is, kNoBlock: of none.
+  static constexpr size_t kNoBlock = 3;
+  size_t place_in_block(size_t k) const {
+    for (size_t place = 0; place < kNoBlock && place <= k; ++place) {
+      if (uses_[static_cast<size_t>(program_.inputs) + k - place].starts_block) return place;
+    }
+    return kNoBlock;
   }
 
   std::shared_ptr<const Geometry> geometry_for(const Shapes& inputs, int64_t batch) const {
@@ -251,7 +285,7 @@ class CompiledPlan {
     const int64_t batch = in[0].batch;
     std::vector<Map> maps;
     for (const Outside& o : in) maps.push_back({o.view, o.shape});
-    bool first = true;
+    bool first_launch = true;
     const auto export_value = [&](size_t v, size_t output) {
       PointwiseArgs a = {};
       a.a = maps[v].view;
@@ -259,17 +293,63 @@ class CompiledPlan {
       a.channels = static_cast<int32_t>(maps[v].shape.channels);
       a.height = static_cast<int32_t>(maps[v].shape.height);
       a.width = static_cast<int32_t>(maps[v].shape.width);
-      launch_pointwise(a, precision_, batch, stream, !first);
-      first = false;
+      launch_pointwise(a, precision_, batch, stream, !first_launch);
+      first_launch = false;
     };
     for (size_t v = 0; v < in.size(); ++v) {
       for (const size_t i : uses_[v].outputs) export_value(v, i);
     }
+    // Where a value goes: straight to an output where nobody reads it, or where readers find it as good as a map.
+    struct Place {
+      Map map;
+      std::optional<size_t> output;
+    };
+    const auto place = [&](size_t value, bool needs_map) {
+      const std::vector<size_t>& outputs = uses_[value].outputs;
+      const auto direct =
+          std::find_if(outputs.begin(), outputs.end(), [&](size_t i) { return !needs_map || out[i].view.blocked; });
+      Place p;
+      p.map.shape = g.shapes[value];
+      if (direct != outputs.end()) {
+        p.output = *direct;
+        p.map.view = out[*direct].view;
+      } else {
+        p.map.view = blocked_view(workspace + g.offsets[value], precision_, p.map.shape);
+      }
+      return p;
+    };
+    const auto export_rest = [&](size_t value, const Place& p) {
+      for (const size_t i : uses_[value].outputs) {
+        if (i != p.output) export_value(value, i);
+      }
+    };
+    const bool blocks = switched_on(kSpabSwitch);
+    Place middle;
     for (size_t k = 0; k < steps_.size(); ++k) {
       const size_t value = in.size() + k;
       const Use& use = uses_[value];
-      if (use.passed_on) {
-        maps.push_back({});
+      const size_t in_block = blocks ? place_in_block(k) : kNoBlock;
+      if (in_block == 0) middle = place(value, use.reads > 1);
+      if (use.passed_on || in_block < 2) {
+        maps.push_back(in_block == 0 ? middle.map : Map{});
+        continue;
+      }
+      if (in_block == 2) {
+        const Use& first = uses_[value - 2];
+        const Place result = place(value, use.needs_map);
+        Block block = {};
+        block.input = maps[static_cast<size_t>(steps_[k]->layer().inputs[1])];
+        block.output = result.map;
+        if (first.reads > 1 || !first.outputs.empty()) block.middle = middle.map.view;
+        for (size_t i = 0; i < 3; ++i) block.packed[i] = packed + packed_at_[k - 2 + i];
+        block.batch = batch;
+        block.stream = stream;
+        block.overlap = !first_launch;
+        steps_[k - 2]->run_block(block);
+        first_launch = false;
+        maps.push_back(result.map);
+        export_rest(value - 2, middle);
+        export_rest(value, result);
         continue;
       }
       const size_t own = done_before(k) ? k - 1 : k;  // the step that does the work
@@ -284,23 +364,16 @@ class CompiledPlan {
         maps.push_back(map);
         continue;
       }
-      // Straight to an output where nobody reads it, or where readers find it as good as a map.
-      const auto direct = std::find_if(use.outputs.begin(), use.outputs.end(),
-                                       [&](size_t i) { return !use.needs_map || out[i].view.blocked; });
-      const bool is_direct = direct != use.outputs.end();
-      run.output.shape = g.shapes[value];
-      run.output.view =
-          is_direct ? out[*direct].view : blocked_view(workspace + g.offsets[value], precision_, run.output.shape);
+      const Place result = place(value, use.needs_map);
+      run.output = result.map;
       if (g.temporaries[k] >= 0) run.temporary = workspace + g.temporaries[k];
       run.batch = batch;
       run.stream = stream;
-      run.overlap = !first;
+      run.overlap = !first_launch;
       steps_[own]->run(run);
-      first = false;
-      maps.push_back(run.output);
-      for (const size_t i : use.outputs) {
-        if (!is_direct || i != *direct) export_value(value, i);
-      }
+      first_launch = false;
+      maps.push_back(result.map);
+      export_rest(value, result);
     }
   }
 

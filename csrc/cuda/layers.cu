@@ -1,18 +1,13 @@
 // The layers that are one launch: convolutions, and what happens pixel by pixel.
 #include <algorithm>
-#include <cstdlib>
 
 #include "pointwise.h"
+#include "spab.h"
 #include "step.h"
+#include "switches.h"
 
 namespace esr::cuda {
 namespace {
-
-// Off until a measurement shows on which cards it pays.
-bool half_sums_wanted() {
-  const char* setting = std::getenv("ESR_KERNELS_CUDA_HALF_SUMS");
-  return setting != nullptr && setting[0] == '1';
-}
 
 // conv3x3, conv3x3_pixel_shuffle, bsconv and conv1x1.
 //
@@ -74,6 +69,39 @@ class ConvolutionStep : public Step {
     return true;
   }
 
+  bool starts_block(const Step& second, const Step& third) const override {
+    const auto convolves = [](const Step& s, Activation activation, bool residual) {
+      const Layer& l = s.layer();
+      return l.op == Op::kConv3x3 && l.activation == activation && l.has_residual == residual;
+    };
+    const bool fits = convolves(*this, Activation::kSilu, false) && convolves(second, Activation::kSilu, false) &&
+                      convolves(third, Activation::kNone, true) &&
+                      third.layer().residual_mode == ResidualMode::kAttention;
+    if (!fits) return false;
+    const auto& b = static_cast<const ConvolutionStep&>(second);
+    const auto& c = static_cast<const ConvolutionStep&>(third);
+    return c.out_channels_ == channels_[0] && plan_spab(packing_, b.packing_, c.packing_);
+  }
+
+  void run_block(const Block& block) const override {
+    Spab spab;
+    SpabArgs& a = spab.args;
+    a.packing = packing_;
+    for (size_t k = 0; k < 3; ++k) {
+      a.weights[k] = block.packed[k];
+      a.bias[k] = reinterpret_cast<const float*>(block.packed[k] + packing_.weight_bytes());
+    }
+    a.middle = block.middle;
+    a.middle_channels = static_cast<int32_t>(out_channels_);
+    a.last.inputs[0] = block.input.view;
+    a.last.output = block.output.view;
+    a.last.out_channels = channels_[0];
+    a.last.height = static_cast<int32_t>(block.input.shape.height);
+    a.last.width = static_cast<int32_t>(block.input.shape.width);
+    prepare_spab(spab, block.batch);
+    launch_spab(spab, block.stream, block.overlap);
+  }
+
   int64_t packed_bytes() const override {
     return tail_ == nullptr ? packing_.bytes() : tail_at() + tail_packing_.bytes();
   }
@@ -123,7 +151,7 @@ class ConvolutionStep : public Step {
       a.tail_activation = tail_->layer_.activation;
       a.tail_slope = tail_->layer_.slope;
     }
-    c.half_sums = half_sums_wanted();
+    c.half_sums = switched_on(kHalfSumsSwitch);
     prepare_convolution(c, run.batch);
     launch_convolution(c, run.stream, overlap);
   }

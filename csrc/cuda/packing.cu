@@ -38,27 +38,6 @@ ESR_DEVICE float bias_value(const PackArgs& a, int o) {
   return sum;
 }
 
-// The slab that a step belongs to.
-struct Slab {
-  int first_unit;  // of all inputs' units
-  int units;
-  int step;  // counted from the slab's first
-};
-
-ESR_DEVICE Slab find_slab(const Packing& p, int step) {
-  int first = 0;
-  for (int k = 0; k < p.inputs; ++k) {
-    for (int unit = 0; unit < p.units[k]; unit += p.slab_units) {
-      const int left = p.units[k] - unit, units = left < p.slab_units ? left : p.slab_units;
-      const int steps = Packing::steps(p.taps, units);
-      if (step < steps) return {first + unit, units, step};
-      step -= steps;
-    }
-    first += p.units[k];
-  }
-  return {0, 1, 0};
-}
-
 // A unit's first channel among those of all maps, and how many of them its map has.
 struct Unit {
   int channel, count;
@@ -94,7 +73,7 @@ ESR_KERNEL(kThreads, 1) pack_kernel(ESR_ARGUMENT(PackArgs) a) {
   const int total = p.total_steps();
   const bool pairs = p.precision == Precision::kFloat16 || p.precision == Precision::kBFloat16;
   const int per_unit = pairs ? 8 : 4;
-  const Slab slab = find_slab(p, static_cast<int>(rest % total));
+  const Packing::Slab slab = p.slab_of(static_cast<int32_t>(rest % total));
   const int o = (static_cast<int>(rest / total) * p.channel_tiles + n) * 8 + g;
 
   uint32_t high[2], low[2] = {0, 0};

@@ -41,6 +41,16 @@ struct Run {
   bool overlap = false;  // false only for the first launch of a run, which follows work of others
 };
 
+// Three layers' work in one launch, where Step::starts_block() says that it can be done so.
+struct Block {
+  Map input, output;
+  View middle;                     // the first layer's result; data null: not wanted
+  const unsigned char* packed[3];  // of each layer
+  int64_t batch;
+  device::Stream stream;
+  bool overlap;
+};
+
 using Weights = std::vector<WeightView>;
 inline constexpr int64_t kAlignment = 256;  // of everything in a workspace
 
@@ -61,6 +71,10 @@ class Step {
   virtual void run(const Run& run) const = 0;
   // Whether this layer can do the work of the one that alone reads its result; if so it does from now on.
   virtual bool take_over(const Step&) { return false; }
+  // Whether one launch can do the work of this layer and of two more that each read the one before, the last one also
+  // this layer's input: SPAN's block.
+  virtual bool starts_block(const Step&, const Step&) const { return false; }
+  virtual void run_block(const Block&) const {}
 
  protected:
   // The layer's k-th weight, which must have this shape (-1: any); data null where the layer has none.

@@ -6,6 +6,7 @@ are chosen at launch: in a `rehearsal` operators list their launches for a GPU t
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -176,6 +177,20 @@ def _run(call: operators.Call, precision: str) -> None:
         library.release_plan(handle)
 
 
+@contextmanager
+def _switched_on(variable: str) -> Iterator[None]:
+    """A way of computing that is off by default (csrc/cuda/switches.h)."""
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
 def _gradients(function: Callable[..., Any], precision: str, *args: Any) -> None:
     def call(name: str, x: Tensor, arguments: tuple[Any, ...], gradients: list[Tensor]) -> None:
         getattr(torch.ops.esr_native_cuda, name)(*arguments, list(_PRECISIONS).index(precision), gradients)
@@ -243,6 +258,25 @@ def _conv1x1(channels: Sequence[int], out: int, size: int = 256) -> Layer:
     return Layer(f"conv1x1 {'+'.join(map(str, channels))}→{out}", run)
 
 
+def _half_sums(channels: int, size: int = 256) -> Layer:
+    plain = _conv3x3(channels, channels, size)
+
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        with _switched_on("ESR_KERNELS_CUDA_HALF_SUMS"):
+            plain.run(precision, tensor)
+
+    return Layer(f"{plain.name}, half sums", run)
+
+
+def _spab(channels: int, size: int = 256) -> Layer:
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        x, weight, bias = tensor(1, channels, size, size), tensor(channels, channels, 3, 3), tensor(channels)
+        with _switched_on("ESR_KERNELS_CUDA_SPAB"):
+            _run(operators.spab(x, weight, bias, weight, bias, weight, bias, True), precision)
+
+    return Layer(f"spab {channels} {size}x{size}, one launch", run)
+
+
 def _esa_weights(channels: int, hidden: int, tensor: Callable[..., Tensor]) -> list[Tensor | None]:
     sizes = [(hidden, channels, 1, 1), (hidden, hidden, 3, 3), (hidden, hidden, 3, 3), (channels, hidden, 1, 1)]
     sizes.append((hidden, hidden, 1, 1))
@@ -280,6 +314,8 @@ TYPICAL = (
 _EVERY = (
     *(_conv3x3(8 * n, 8 * n) for n in range(1, 9)),
     *(_tail(c, 8 * n) for n in range(1, 9) for c in (8, 8 * n)),
+    *(_half_sums(8 * n) for n in range(1, 9)),
+    *(_spab(8 * n, size) for n in range(3, 9) for size in (64, 256)),
     *(_esa(48, hidden) for hidden in (16, 32, 48, 64)),
     *(_conv3x3_backward(8 * n, 8 * n) for n in range(1, 9)),
     _esa_backward(46, 16),
