@@ -3,6 +3,7 @@ PYTHON ?= python3
 ARGS ?=
 BENCH_JSON ?= bench/results/latest.json
 TRITON_VERSIONS ?= 3.6.0 3.9.0
+SANITIZERS ?= address thread
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -14,13 +15,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_USER := 0
 unexport PYTHONHOME
 
-.PHONY: help run test test-triton lint format bench build clean distclean
+.PHONY: help run test test-triton sanitize lint format bench build clean distclean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make run        super-resolve a photograph, verified and timed   ARGS="--weights FILE ..."'
 	@echo 'make test       lint, then all tests                             ARGS="-k NAME ..."'
 	@echo 'make test-triton  the Triton tests with TRITON_VERSIONS="$(TRITON_VERSIONS)"'
+	@echo 'make sanitize   the CPU backend under sanitizers      SANITIZERS="address thread"'
 	@echo 'make lint       ruff, mypy, clang-format'
 	@echo 'make format     rewrite the sources the way lint wants them'
 	@echo 'make bench      the microbenchmarks; results in $(BENCH_JSON)    ARGS="-k NAME ..."'
@@ -72,6 +74,10 @@ test-triton: build
 		PYTHONPATH=build/triton-$$v $(PY) -m pytest -q tests/test_triton_interpreter.py tests/test_triton.py \
 			tests/test_triton_compile.py $(ARGS) || exit 1; \
 	done
+
+# The CPU backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer, then ThreadSanitizer.
+sanitize: $(VENV)/.esr-requirements
+	$(PY) tests/sanitize.py $(SANITIZERS) -- $(ARGS)
 
 bench: build
 	@mkdir -p $(dir $(BENCH_JSON))

@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("ESR_KERNELS_CUDA_EMULATOR", "1")
     # On images this small a second thread costs more than it does; tests of threads choose their number.
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("ESR_KERNELS_TEST_THREADS", "1")))
 triton_interpreter.install()
 
 import esr_kernels  # noqa: E402
