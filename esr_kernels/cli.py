@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import NoReturn
 
-COMMANDS = ("demo", "upscale", "verify", "bench", "info")
+COMMANDS = ("demo", "upscale", "train", "verify", "bench", "info")
 PROGRAM = "esr-kernels"
 
 
@@ -123,7 +123,7 @@ def _run(arguments: list[str]) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(f"error: unknown command {command!r}, expected one of {', '.join(COMMANDS)}{hint}", file=sys.stderr)
         return 2
-    from .errors import BackendError, OptimizeError
+    from .errors import BackendError, OptimizeError, TrainingError
 
     try:
         parser = _parser(COMMANDS if command is None else [command])
@@ -143,7 +143,7 @@ def _run(arguments: list[str]) -> int:
     except ImportError as error:
         print(f"error: {command} cannot run here: {error}", file=sys.stderr)
         return 1
-    except (ValueError, OSError, BackendError, OptimizeError) as error:
+    except (ValueError, OSError, BackendError, OptimizeError, TrainingError) as error:
         # A wrong argument, picture, checkpoint or folder; anything else is a bug and keeps its traceback.
         print(f"error: {error}", file=sys.stderr)
         return 1

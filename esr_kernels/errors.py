@@ -9,3 +9,7 @@ class BackendError(RuntimeError):
 
 class OptimizeError(RuntimeError):
     """A model could not be optimised; the message says where and why."""
+
+
+class TrainingError(RuntimeError):
+    """A training run cannot start or had to stop; the message says why and what is left of it."""

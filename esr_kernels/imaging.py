@@ -136,6 +136,35 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
     return Picture(pixels, alpha, icc or None, exif)
 
 
+def image_kind(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int, str]:
+    """Height and width as `read_image` will give them, and what the file holds, from its header alone.
+
+    Returns:
+        height, width, and one of "RGB", "RGB with alpha", "grey", "grey with alpha", "palette", "CMYK", "YCbCr", "LAB",
+        with " of 16 bits" where it has them.
+
+    Raises:
+        As `read_image`, except for damage beyond the header.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file, _open(file, max_pixels) as image:
+            tiles = getattr(image, "tile", None)
+            raw = str(tiles[0][3]) if image.format == "PNG" and tiles else ""
+            mode, size, orientation = image.mode, image.size, _read_exif(image)[1]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from None
+    except _BROKEN as error:
+        raise ImageError(f"{path}: damaged picture: {_line(error)}") from None
+    width, height = size if orientation < 5 else size[::-1]
+    names = {"L": "grey", "1": "grey", "I": "grey", "LA": "grey with alpha", "RGBA": "RGB with alpha", "P": "palette"}
+    kind = "grey with alpha" if raw == _DEEP_GREY_ALPHA else names.get(mode.partition(";")[0], mode)
+    deep = raw in _DEEP or raw == _DEEP_GREY_ALPHA or mode.startswith("I")
+    return height, width, kind + (" of 16 bits" if deep else "")
+
+
 def _line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return text[0][:200] if text else type(error).__name__

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Mean of DIV2K's pixels in [0, 1].
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
@@ -45,6 +48,13 @@ class Network(nn.Module):
         A network whose names are another's too infers nothing: its widths are what tells the two apart.
         """
         return {}
+
+    def standard(self) -> Self:
+        """This network with options that no checkpoint holds at their usual values; may change the weights in place.
+
+        Computes the same function to rounding. Deploy form only, where the network has one.
+        """
+        return self
 
     def check_input(self, x: Tensor) -> None:
         """Raise TypeError or ValueError unless x is a [N, in_channels, H, W] floating-point image, large enough."""

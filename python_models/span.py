@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import isqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,11 @@ from esr_kernels.modules.arguments import positive
 from .base import RGB_MEAN, Network
 from .plain_blocks import PlainConv3XC, PlainSPAB, plain_upsampler
 from .registry import ModelCard, register
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+IMG_RANGE = 255.0
 
 
 class _Normalization(Network):
@@ -82,7 +87,7 @@ class SPAN(_Normalization):
         num_blocks: int = 6,
         bias: bool = True,
         norm: bool = True,
-        img_range: float = 255.0,
+        img_range: float = IMG_RANGE,
         rgb_mean: Sequence[float] = RGB_MEAN,
         deploy: bool = True,
         gain: int = 2,
@@ -117,6 +122,16 @@ class SPAN(_Normalization):
                 first = y
         deep = self.conv_2(y)
         return self.upsampler(self.conv_cat([shallow, deep, first, mid]))
+
+    def standard(self) -> Self:
+        """With the usual `img_range`, which the first convolution's weights take in."""
+        if not self.norm or self.img_range == IMG_RANGE:
+            return self
+        with torch.no_grad():
+            self.conv_1.eval_conv.weight.mul_(self.img_range / IMG_RANGE)
+        self.img_range = IMG_RANGE
+        self.options.pop("img_range", None)
+        return self
 
     @classmethod
     def infer_options(cls, state: Mapping[str, Tensor], slim: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -157,7 +172,7 @@ class PlainSPAN(_Normalization):
         num_blocks: int = 6,
         bias: bool = True,
         norm: bool = True,
-        img_range: float = 255.0,
+        img_range: float = IMG_RANGE,
         rgb_mean: Sequence[float] = RGB_MEAN,
     ) -> None:
         super().__init__()

@@ -69,7 +69,8 @@ def test_version_and_help(capsys):
     [
         (
             ["upscal"],
-            "unknown command 'upscal', expected one of demo, upscale, verify, bench, info; did you mean 'upscale'?",
+            "unknown command 'upscal', expected one of demo, upscale, train, verify, bench, info; "
+            "did you mean 'upscale'?",
         ),
         (["upscale"], "the following arguments are required"),
         (["upscale", "a.png", "-o", "b.png", "--model", "spam"], "did you mean 'span'"),
