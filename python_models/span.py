@@ -128,7 +128,7 @@ class SPAN(_Normalization):
         if not self.norm or self.img_range == IMG_RANGE:
             return self
         with torch.no_grad():
-            self.conv_1.eval_conv.weight.mul_(self.img_range / IMG_RANGE)
+            self.conv_1.get_parameter("eval_conv.weight").mul_(self.img_range / IMG_RANGE)
         self.img_range = IMG_RANGE
         self.options.pop("img_range", None)
         return self
