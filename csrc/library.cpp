@@ -8,9 +8,12 @@
 #include <vector>
 
 #include "cpu/backward.h"
+#include "cpu/bsconv_backward.h"
 #include "cpu/capability.h"
+#include "cpu/conv1x1_backward.h"
 #include "cpu/conv3x3_backward.h"
 #include "cpu/engine.h"
+#include "cpu/esa_backward.h"
 #include "cpu/workspace.h"
 
 namespace esr {
@@ -50,6 +53,20 @@ void spab_gradients(Tensor grad, Optional grad_mid, Tensor x, Tensors weights, T
   spab_backward(grad, grad_mid, x, weights, biases, gradients);
 }
 
+void conv1x1_gradients(Tensor grad, Tensors xs, Tensor weight, Optional bias, int64_t activation, double slope,
+                       Tensors gradients) {
+  conv1x1_backward(grad, xs, weight, bias, activation, slope, gradients);
+}
+
+void esa_gradients(Tensor grad, Tensor x, Tensors weights, Tensors gradients) {
+  esa_backward(grad, x, weights, gradients);
+}
+
+void bsconv_gradients(Tensor grad, Tensor x, Tensor pointwise, Tensor depthwise, Optional bias, bool reflect,
+                      int64_t activation, double slope, Tensors gradients) {
+  bsconv_backward(grad, x, pointwise, depthwise, bias, reflect, activation, slope, gradients);
+}
+
 void shuffle_gradients(Tensor grad, Tensor x, Tensor weight, int64_t upscale_factor, Tensors gradients) {
   conv3x3_pixel_shuffle_backward(grad, x, weight, upscale_factor, gradients);
 }
@@ -74,6 +91,13 @@ STABLE_TORCH_LIBRARY(esr_native, m) {
   m.def(
       "conv3x3_pixel_shuffle_backward(Tensor grad, Tensor x, Tensor weight, int upscale_factor, "
       "Tensor(a!)[] gradients) -> ()");
+  m.def(
+      "conv1x1_backward(Tensor grad, Tensor[] xs, Tensor weight, Tensor? bias, int activation, float slope, "
+      "Tensor(a!)[] gradients) -> ()");
+  m.def("esa_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor(a!)[] gradients) -> ()");
+  m.def(
+      "bsconv_backward(Tensor grad, Tensor x, Tensor pointwise, Tensor depthwise, Tensor? bias, bool reflect, "
+      "int activation, float slope, Tensor(a!)[] gradients) -> ()");
 }
 
 // Not the CPU key: most of these take no tensor, and one on another device is to get a message of ours.
@@ -89,6 +113,9 @@ STABLE_TORCH_LIBRARY_IMPL(esr_native, CompositeExplicitAutograd, m) {
   m.impl("conv3x3_backward", TORCH_BOX(&conv3x3_gradients));
   m.impl("spab_backward", TORCH_BOX(&spab_gradients));
   m.impl("conv3x3_pixel_shuffle_backward", TORCH_BOX(&shuffle_gradients));
+  m.impl("conv1x1_backward", TORCH_BOX(&conv1x1_gradients));
+  m.impl("esa_backward", TORCH_BOX(&esa_gradients));
+  m.impl("bsconv_backward", TORCH_BOX(&bsconv_gradients));
 }
 
 }  // namespace esr

@@ -117,7 +117,8 @@ class SPAB(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_mid: Tensor | None) -> Any:
-        x, w3 = ctx.saved_tensors[0], ctx.saved_tensors[5]
+        saved = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
+        x, w3 = saved[0], saved[5]
         if not ctx.return_mid:  # then it is an empty tensor, whose gradient a compiled graph may materialise
             grad_mid = None
         if grad is None:
@@ -125,7 +126,7 @@ class SPAB(torch.autograd.Function):
                 return (None,) * 8
             grad = grad_mid.new_zeros((x.shape[0], w3.shape[0], x.shape[2], x.shape[3]))
         mask = list(ctx.needs_input_grad[:7])
-        gradients = _once(ctx, "spab", ops.spab_backward, grad, grad_mid, *ctx.saved_tensors, mask)
+        gradients = _once(ctx, "spab", ops.spab_backward, grad, grad_mid, *saved, mask)
         return (*map(_keep, gradients, mask), None)
 
 
@@ -191,8 +192,8 @@ class ESA(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        gradients = _once(ctx, "esa", ops.esa_backward, grad, *ctx.saved_tensors)
-        return tuple(map(_keep, gradients, ctx.needs_input_grad))
+        mask = list(ctx.needs_input_grad)
+        return tuple(map(_keep, _once(ctx, "esa", ops.esa_backward, grad, *ctx.saved_tensors, mask), mask))
 
 
 class BSConv(torch.autograd.Function):

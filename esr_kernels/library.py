@@ -48,7 +48,7 @@ SCHEMAS = {
     "conv1x1": f"({_CONV1X1}) -> Tensor",
     "conv1x1_backward": f"(Tensor grad, {_CONV1X1}, bool[] output_mask) -> Tensor[]",
     "esa": f"({_ESA}) -> Tensor",
-    "esa_backward": f"(Tensor grad, {_ESA}) -> Tensor[]",
+    "esa_backward": f"(Tensor grad, {_ESA}, bool[] output_mask) -> Tensor[]",
     "bsconv": f"({_BSCONV}) -> Tensor",
     "bsconv_backward": f"(Tensor grad, {_BSCONV}, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
     "run_plan": "(Tensor[] inputs, Tensor[] weights, str plan) -> Tensor[]",
@@ -157,9 +157,16 @@ def _(x, *weights):  # type: ignore[no-untyped-def]
     return feature_map(x, x.shape[1])
 
 
+def esa_gradients(tensors: Sequence[Tensor | None], output_mask: Sequence[bool]) -> list[Tensor]:
+    """Uninitialised gradients to x and ESA's fourteen parameters, empty where there is none or none is wanted."""
+    x = tensors[0]
+    assert x is not None
+    return [x.new_empty(0) if t is None else gradient(t, m) for t, m in zip(tensors, output_mask, strict=True)]
+
+
 @torch.library.register_fake("esr::esa_backward", lib=_library)
-def _(grad, x, *weights):  # type: ignore[no-untyped-def]
-    return [gradient(x), *(x.new_empty(0) if w is None else gradient(w) for w in weights)]
+def _(grad, *args):  # type: ignore[no-untyped-def]
+    return esa_gradients(args[:-1], args[-1])
 
 
 @torch.library.register_fake("esr::bsconv", lib=_library)
@@ -273,7 +280,9 @@ def _(grad: Shape, x: Shape, pointwise: Shape, *args: Any, out_shape: Any = None
 
 @register_flop_formula(torch.ops.esr.esa_backward)
 def _(grad: Shape, x: Shape, w1: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return 3 * _esa_flops(x, w1, *args)
+    *rest, mask = args
+    forward = _esa_flops(x, w1, *rest)
+    return any(mask) * forward + _convolution_gradients(forward, [mask[0], any(mask[1:])])
 
 
 @register_flop_formula(torch.ops.esr.run_plan)

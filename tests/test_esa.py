@@ -115,7 +115,9 @@ def test_opcheck_with_gradients(form):
     args = (rand(2, 5, 16, 17).requires_grad_(), *(named.get(name) for name in NAMES))
     torch.library.opcheck(torch.ops.esr.esa.default, args)
     detached = [None if t is None else t.detach() for t in args]
-    torch.library.opcheck(torch.ops.esr.esa_backward.default, (rand(2, 5, 16, 17), *detached))
+    torch.library.opcheck(
+        torch.ops.esr.esa_backward.default, (rand(2, 5, 16, 17), *detached, [a is not None for a in args])
+    )
 
 
 def test_compile():

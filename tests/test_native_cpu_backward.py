@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
 import torch
 from helpers import HALF, LAYOUTS, check_gradients, kernel, largest_error, lay_out, rand, to
 from test_native_cpu import _restore, capability, pytestmark  # noqa: F401
-from test_triton import CASE_NAMES, gradient_cases
+from test_triton import CASE_NAMES, esa_weights, gradient_cases
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import esr_kernels
+import python_models
 from esr_kernels import functional
 from esr_kernels.backends import reference
 from esr_kernels.modules import SPAB
 
-CASES = [c for c in CASE_NAMES if not c.startswith(("conv1x1", "esa", "bsconv"))]
 # Direct sums 1e-5; Winograd 1e-4, of which a weight's gradient needs a tenth.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -44,7 +46,7 @@ def check(case, arguments, tolerance):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASE_NAMES)
 def test_backward(capability, case, layout, dtype):  # noqa: F811
     check(case, gradient_cases(dtype, layout)[case], TOLERANCE[dtype])
 
@@ -104,6 +106,49 @@ def test_sizes_and_channels_at_random(capability, seed, monkeypatch):  # noqa: F
     channels = 2 * factor**2
     arguments = (grad, feature(cin), kernel(channels, cin), None, factor, [True, True, False, True])
     check("conv3x3_pixel_shuffle", arguments, tolerance)
+    inputs = [r.randint(1, 50) for _ in range(r.randint(1, 5))]
+    mask = [r.random() < 0.6 for _ in inputs] + [True, True]
+    arguments = (feature(cout), [feature(c) for c in inputs], kernel(cout, sum(inputs), 1), None, "gelu", 0.0, mask)
+    check("conv1x1", arguments, tolerance)
+    padding = "reflect" if h > 1 and w > 1 and r.random() < 0.7 else "zeros"
+    weights = (kernel(cout, cin, 1), kernel(cout, 1), rand(cout))
+    arguments = (
+        feature(cout),
+        feature(cin),
+        *weights,
+        padding,
+        "leaky_relu",
+        0.2,
+        [True] * 4,
+    )
+    check("bsconv", arguments, tolerance)
+
+
+@pytest.mark.parametrize("size", [(2, 2), (2, 5), (5, 2), (3, 3)])
+def test_reflection_folds_back_into_few_pixels(capability, size):  # noqa: F811
+    weights = (kernel(20, 9, 1), kernel(20, 1), rand(20))
+    check("bsconv", (rand(2, 20, *size), rand(2, 9, *size), *weights, "reflect", "silu", 0.0, [True] * 4), 1e-5)
+
+
+@pytest.mark.parametrize("size", [(15, 15), (17, 40), (34, 21), (48, 48)])
+@pytest.mark.parametrize("form", ["rlfn", "without skip", "rfdn"])
+def test_esa(capability, form, size):  # noqa: F811
+    parameters = esa_weights(20, 16 if size[0] > 20 else 7, form == "rfdn")
+    if form == "without skip":
+        parameters[8] = parameters[9] = None
+    mask = [True, *(p is not None for p in parameters)]
+    check("esa", (rand(2, 20, *size), rand(2, 20, *size), *parameters, mask), 2e-5)
+
+
+def test_equal_values_in_a_pool(capability):  # noqa: F811
+    """Of equal values PyTorch gives the gradient to the first."""
+    parameters = [torch.zeros_like(p) if p is not None else None for p in esa_weights(8, 4)]
+    parameters[6] = kernel(8, 4, 1)  # w4
+    parameters[2][:, :, 1, 1] = torch.eye(4)
+    parameters[0][:, :4, 0, 0] = torch.eye(4)
+    parameters[4] = kernel(4, 4)
+    x = torch.randint(0, 2, (1, 8, 24, 30)).float()
+    check("esa", (rand(1, 8, 24, 30), x, *parameters, [True] * 11 + [False] * 4), 1e-5)
 
 
 def twice_pytorch(call, tensors, grad, arguments, operator):
@@ -126,6 +171,11 @@ def test_half_types_against_pytorch(dtype):
             lambda x, w, b, r: F.silu(F.conv2d(x, w, b, padding=1) + r),
             tensors, grad, (grad, *tensors, "silu", 0.0, "pre", [True] * 4), "conv3x3_backward",
         )  # fmt: skip
+        weight = kernel(out, channels, 1, dtype=dtype)
+        twice_pytorch(
+            lambda x, w, b: F.gelu(F.conv2d(x, w, b)),
+            (x, weight, tensors[2]), grad, (grad, [x], weight, tensors[2], "gelu", 0.0, [True] * 3), "conv1x1_backward",
+        )  # fmt: skip
 
 
 # --- what is not wanted is not computed ------------------------------------------------------------------------------
@@ -145,12 +195,31 @@ def conv_counts(x, weight, bias, residual, *, again, by_residual=0):
     return [max(again * (x or weight or bias), by_residual * residual), x, weight]
 
 
+def esa_counts(rfdn, wanted):
+    """In the order of ESA: conv1, conv2, the low ones, conv4; the way back goes as far as something is wanted there."""
+    x = wanted[0]
+    w1, w2, w3, w4, wf, w_max, w3_ = (wanted[i] or wanted[i + 1] for i in range(1, 15, 2))
+    low = [w_max, w3, w3_] if rfdn else [w3]
+    to_c1 = x or w1
+    to_c2 = to_c1 or w2
+    to_low = to_c2 or any(low)
+    to_sum = to_low or wf
+    data = to_sum + sum(to_c2 or any(low[:k]) for k in range(len(low))) + 2 * to_c1 + x
+    return [(3 + len(low)) * (to_sum or w4), data, sum(wanted[1::2])]
+
+
 COUNTS = {
     "conv3x3 silu": lambda x, w, b, r: conv_counts(x, w, b, r, again=1),
     "conv3x3 pre": lambda x, w, b, r: conv_counts(x, w, b, r, again=1, by_residual=1),
     "conv3x3 post": lambda x, w, b, r: conv_counts(x, w, b, r, again=1),
     "conv3x3 attention": lambda x, w, b, r: conv_counts(x, w, b, r, again=1, by_residual=1),
     "conv3x3_pixel_shuffle": lambda x, w, b, r: conv_counts(x, w, b, r, again=0),
+    "conv1x1": lambda x1, x2, w, b: [int(x1 or x2 or w or b), x1 + x2, 2 * w],
+    # The inner map again, and the convolution of it for its activation; through both to x.
+    "bsconv zeros": lambda x, p, d, b: [2 * (x or p or d or b), (x or p) + x, p + d],
+    "bsconv reflect": lambda x, p, d, b: [int(d), (x or p) + x, p + d],
+    "esa": lambda *wanted: esa_counts(False, wanted),
+    "esa rfdn": lambda *wanted: esa_counts(True, wanted),
     # A gradient is passed on as far as somebody wants one.
     "spab": lambda x, w1, b1, w2, b2, w3, b3: [
         3 * (x or w1 or b1 or w2 or b2 or w3 or b3),
@@ -163,12 +232,11 @@ COUNTS = {
 @pytest.mark.parametrize("case", COUNTS)
 def test_only_what_is_wanted_is_computed(case):
     *arguments, mask = gradient_cases(torch.float32, "channels_last")[case]
-    mask = [m if k != 3 or case != "conv3x3 silu" else False for k, m in enumerate(mask)]
-    masks = [[k == i for k in range(len(mask))] for i in range(len(mask))]
-    masks += [[m and k != i for k, m in enumerate(mask)] for i in range(len(mask))] + [mask, [False] * len(mask)]
-    if case == "conv3x3 silu":
-        masks = [m for m in masks if not m[3]]
-    everything = check(case, (*arguments, [True] * len(mask) if case != "conv3x3 silu" else mask), 2e-5)
+    count = len(mask)
+    # What there is no tensor for cannot be wanted.
+    masks = [[k == i for k in range(count)] for i in range(count) if mask[i]]
+    masks += [[m and k != i for k, m in enumerate(mask)] for i in range(count)] + [mask, [False] * count]
+    everything = check(case, (*arguments, mask), 2e-5)
     for wanted in masks:
         got, counts = computed(case, (*arguments, wanted))
         assert [g.numel() > 0 for g in got] == wanted
@@ -194,7 +262,7 @@ def test_frozen_parameters_and_inputs_without_gradient():
 
 
 @pytest.mark.parametrize("winograd", ["0", "1"])
-@pytest.mark.parametrize("case", ["conv3x3", "spab", "conv3x3_pixel_shuffle"])
+@pytest.mark.parametrize("case", ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv"])
 def test_threads_do_not_change_bits(case, winograd, monkeypatch):
     """Images of several parts, fewer of them than threads, as many, and more."""
     monkeypatch.setenv("ESR_KERNELS_CPU_WINOGRAD", winograd)
@@ -205,6 +273,9 @@ def test_threads_do_not_change_bits(case, winograd, monkeypatch):
             "conv3x3": (g, x, weights[0], weights[1], g, "silu", 0.0, "pre", [True] * 4),
             "spab": (g, g, x, *weights, [True] * 7),
             "conv3x3_pixel_shuffle": (rand(n, 5, 140, 134), x, weights[0], None, 2, [True] * 4),
+            "conv1x1": (g, [x, g], kernel(20, 40, 1), weights[1], "silu", 0.0, [True] * 4),
+            "esa": (g, x, *esa_weights(20, 16), [True] * 11 + [False] * 4),
+            "bsconv": (g, x, kernel(20, 20, 1), kernel(20, 1), None, "reflect", "silu", 0.0, [True] * 4),
         }[case]
         torch.set_num_threads(1)
         expected = backward(case, arguments)
@@ -218,7 +289,7 @@ def test_threads_do_not_change_bits(case, winograd, monkeypatch):
 
 
 @pytest.mark.parametrize("strides", ["every other element", "expanded", "channels_last"])
-@pytest.mark.parametrize("case", [c for c in CASES if c not in ("conv3x3 silu", "conv3x3 post")])
+@pytest.mark.parametrize("case", [c for c in CASE_NAMES if c not in ("conv3x3 silu", "conv3x3 post")])
 def test_parameters_of_any_strides(case, strides):
     def change(t):
         if not isinstance(t, torch.Tensor) or (t.dim() == 4 and t.shape[2] > 3):
@@ -240,7 +311,7 @@ def test_gradient_without_a_stride():
         check("conv3x3", (ones, x, weight, None, None, activation, 0.0, "post", [True, True, True, False]), 1e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [c for c in CASE_NAMES if c != "bsconv reflect"])
 def test_empty_batch(case):
     def empty(value):
         if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
@@ -282,3 +353,119 @@ def test_through_autograd():
         lambda *a: functional.conv3x3(*a, activation="silu"), lambda x, w, b: F.silu(F.conv2d(x, w, b, padding=1)),
         tensors, 2e-5,
     )  # fmt: skip
+
+
+@pytest.fixture
+def small_span():
+    """SPAN of one block in training form, a batch of images in its range, and the pictures to learn."""
+    net = python_models.create("span", feature_channels=18, num_blocks=1, upscale=2, deploy=False).train()
+    return net, torch.rand(2, 3, 13, 10), torch.rand(2, 3, 26, 20)
+
+
+def gradients_of(net, x, y, dtype=None, scale=1.0):
+    net.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        loss = F.l1_loss(net(x).float(), y)
+    (loss * scale).backward()
+    return [p.grad / scale for p in net.parameters()]
+
+
+def exact_gradients(net, x, y):
+    with esr_kernels.use_backend("reference"):
+        return gradients_of(copy.deepcopy(net).double(), x.double(), y.double())
+
+
+def check_all(got, exact, tolerance):
+    for g, e in zip(got, exact, strict=True):
+        assert largest_error(g, e) <= tolerance * float(e.abs().max())
+
+
+def test_network(small_span):
+    check_all(gradients_of(*small_span), exact_gradients(*small_span), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_autocast(small_span, dtype):
+    """Gradients as near to float64 as those of the reference under autocast."""
+    net, x, y = small_span
+    exact = exact_gradients(*small_span)
+    got = gradients_of(net, x, y, dtype, 1024.0)
+    assert all(p.grad.dtype == torch.float32 for p in net.parameters())
+    with esr_kernels.use_backend("reference"):
+        plain = gradients_of(net, x, y, dtype, 1024.0)
+    for g, p, e in zip(got, plain, exact, strict=True):
+        assert torch.linalg.vector_norm(g - e) <= 1.5 * torch.linalg.vector_norm(p - e) + 1e-6 * e.norm()
+
+
+def test_grad_scaler(small_span):
+    """float16: an overflow skips the step and halves the scale, the next steps train."""
+    net, x, y = small_span
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    before = [p.detach().clone() for p in net.parameters()]
+    losses = []
+    for step in range(24):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = F.l1_loss(net(x).float(), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(float(loss.detach()))
+        if step == 0:
+            assert scaler.get_scale() == 2.0**29
+            assert all(map(torch.equal, before, net.parameters()))
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_activation_checkpointing(small_span):
+    net, x, y = small_span
+    expected = gradients_of(*small_span)
+    net.zero_grad(set_to_none=True)
+    F.l1_loss(checkpoint(net, x, use_reentrant=False), y).backward()
+    assert all(torch.equal(p.grad, e) for p, e in zip(net.parameters(), expected, strict=True))
+
+
+def test_torch_func(small_span):
+    """Functional gradients of a network, and of one operator's input; a map over images is refused, not wrong."""
+    net, x, y = small_span
+    expected = gradients_of(*small_span)
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss(parameters):
+        return F.l1_loss(torch.func.functional_call(net, parameters, (x,)), y)
+
+    got = torch.func.grad(loss)(parameters)
+    check_all(got.values(), [e.double() for e in expected], 1e-6)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.vmap(lambda image: net(image[None]))(x)
+
+
+def test_whole_step_compiled(small_span):
+    """Forward, loss, backward and optimiser under torch.compile: the parameters of eager steps."""
+    net, x, y = small_span
+    twin = copy.deepcopy(net)
+
+    def trainer(model):
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+
+        def step(x, y):
+            optimizer.zero_grad(set_to_none=True)
+            loss = F.l1_loss(model(x), y)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    eager, compiled = trainer(net), torch.compile(trainer(twin), backend="aot_eager")
+    before = torch.ops.esr_native.passes()
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x, y), eager(x, y))
+    assert torch.ops.esr_native.passes() != before
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-5)
+    torch._dynamo.reset()

@@ -162,6 +162,7 @@ def gradient_cases(dtype, layout):
 
     x = feature(2, 28, 9, 13)
     three = [t for _ in range(3) for t in (weight(28, 28), bias(28))]
+    esa_mask = [True] * 11 + [False] * 4
     yes, no_residual, no_bias = [True] * 4, [True, True, True, False], [True, True, False, True]
     return {
         "conv3x3 silu": (feature(2, 21, 9, 13), x, weight(21, 28), bias(21), None, "silu", 0.0, "post", no_residual),
@@ -171,8 +172,8 @@ def gradient_cases(dtype, layout):
         "spab": (feature(2, 28, 9, 13), feature(2, 28, 9, 13), x, *three, [True] * 7),
         "conv3x3_pixel_shuffle": (feature(2, 3, 36, 52), x, weight(48, 28), bias(48), 4, yes),
         "conv1x1": (feature(2, 20, 9, 13), [x, feature(2, 5, 9, 13)], weight(20, 33, 1), bias(20), "silu", 0.0, yes),
-        "esa": (feature(1, 20, 17, 23), feature(1, 20, 17, 23), *esa_weights(20, 8, dtype=dtype)),
-        "esa rfdn": (feature(1, 20, 22, 16), feature(1, 20, 22, 16), *esa_weights(20, 8, True, dtype)),
+        "esa": (feature(1, 20, 17, 23), feature(1, 20, 17, 23), *esa_weights(20, 8, dtype=dtype), esa_mask),
+        "esa rfdn": (feature(1, 20, 22, 16), feature(1, 20, 22, 16), *esa_weights(20, 8, True, dtype), [True] * 15),
         "bsconv zeros": (feature(2, 20, 9, 13), x, weight(20, 28, 1), weight(20, 1), bias(20),
                          "zeros", "gelu", 0.0, yes),
         "bsconv reflect": (feature(2, 20, 2, 3), feature(2, 28, 2, 3), weight(20, 28, 1), weight(20, 1), bias(20),

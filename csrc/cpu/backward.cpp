@@ -67,6 +67,15 @@ void Gradients::write(size_t k, const char* what, const std::vector<float>& valu
   write_weight(gradients_[k], what, values);
 }
 
+DerivativeArgs Gradients::epilogue(int64_t activation, double slope) const {
+  STD_TORCH_CHECK(activation >= 0 && activation < kActivationCount, name_, ": activation is ", activation,
+                  ", must be 0..", kActivationCount - 1);
+  DerivativeArgs a;
+  a.activation = static_cast<Activation>(activation);
+  a.slope = static_cast<float>(slope);
+  return a;
+}
+
 void Gradients::copy(size_t k, const Tensor& from) const {
   Tensor to = gradients_[k];
   torch::stable::copy_(to, from);
@@ -139,7 +148,9 @@ void WeightSums::add(int64_t image, const Map& x, const float* first, const Map&
       mine.out = part(k);
       const int64_t u0 = k * units_each, u1 = std::min(u0 + units_each, units);
       if (wants_weight_) {
-        if (filter_.winograd) {
+        if (filter_.depthwise) {
+          kernels_.depthwise_gradient({a.x, a.x_pitch, a.g, a.g_pitch, step_, width_, mine.out}, u0, u1);
+        } else if (filter_.winograd) {
           kernels_.winograd_weight_gradient(mine, u0, u1);
         } else {
           kernels_.weight_gradient(mine, u0, u1);
@@ -210,6 +221,65 @@ void import_strip(const Kernels& kernels, const TensorView& from, const MapLayou
   a.step = layout.step;
   a.scratch = scratch.data();
   kernels.import_rows(a, y0, y1);
+}
+
+void differentiate_rows(const Kernels& kernels, DerivativeArgs epilogue, const float* h, const Map& grad, int64_t y0,
+                        int64_t y1) {
+  epilogue.floats = grad.layout.width * grad.layout.step;
+  for (int64_t y = y0; y < y1; ++y) {
+    epilogue.h = h + (y - y0) * epilogue.floats;
+    epilogue.out = grad.pixels() + y * grad.layout.pitch;
+    epilogue.grad = epilogue.out;
+    kernels.derivative(epilogue);
+  }
+}
+
+Weight slice(const Weight& w, int64_t first, int64_t count) {
+  Weight s;
+  s.shape = w.shape;
+  s.shape[0] = count;
+  const int64_t each = static_cast<int64_t>(w.values.size()) / w.shape[0];
+  s.values.assign(w.values.begin() + first * each, w.values.begin() + (first + count) * each);
+  return s;
+}
+
+Dense1x1::Dense1x1(const Weight& w, const float* bias, const Kernels& kernels)
+    : kernels_(&kernels), cin_(w.shape[1]), step_(round_up(w.shape[0], kernels.lanes)) {
+  weights_ = pack_conv1x1(w, kernels.lanes);
+  bias_ = pack_vector(bias, w.shape[0], kernels.lanes);
+}
+
+void Dense1x1::convolve(const std::vector<Map>& in, const Epilogue& epilogue, float* out, int64_t pitch, int64_t y0,
+                        int64_t y1) const {
+  Conv1x1Args a;
+  a.inputs = static_cast<int64_t>(in.size());
+  for (size_t i = 0; i < in.size(); ++i) {
+    a.in[i] = in[i].pixels();
+    a.in_pitch[i] = in[i].layout.pitch;
+    a.in_step[i] = in[i].layout.step;
+    a.cin[i] = in[i].layout.channels;
+  }
+  a.out = out - y0 * pitch;
+  a.out_pitch = pitch;
+  a.out_step = step_;
+  a.width = in[0].layout.width;
+  a.out_vectors = step_ / kernels_->lanes;
+  a.weights = weights_.data();
+  a.bias = bias_.data();
+  a.epilogue = epilogue;
+  kernels_->conv1x1(a, y0, y1);
+}
+
+void export_data_gradient(const Kernels& kernels, const Dense1x1& adjoint, const Map& g, const Epilogue& epilogue,
+                          const TensorView& to, int64_t channels) {
+  MapLayout rows = MapLayout::make(channels, g.layout.height, g.layout.width, kernels.lanes);
+  rows.pitch = rows.width * rows.step;
+  for_strips(rows.height, adjoint.row_cost(rows.width), [&](int64_t y0, int64_t y1) {
+    const Workspace out((y1 - y0) * rows.pitch);
+    adjoint.convolve({g}, epilogue, out.data(), rows.pitch, y0, y1);
+    export_rows(kernels, {to}, rows, out.data(), y0, y0, y1);
+  });
+  count_pass(Pass::kData);
 }
 
 void export_data_gradient(const Kernels& kernels, const Dense3x3& adjoint, const Map& g, const Epilogue& epilogue,

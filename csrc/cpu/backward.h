@@ -34,6 +34,8 @@ class Gradients {
   // Empty without a bias.
   std::vector<float> bias(const std::optional<torch::stable::Tensor>& t, const char* what, int64_t channels) const;
   void write(size_t k, const char* what, const std::vector<float>& values) const;
+  // The activation of an operator, for the kernels.
+  DerivativeArgs epilogue(int64_t activation, double slope) const;
   // For a gradient that is another one.
   void copy(size_t k, const torch::stable::Tensor& from) const;
   int64_t images() const { return images_; }
@@ -73,10 +75,11 @@ class Maps {
 // Gradients to a convolution's weight and bias, summed over the pixels of all images.
 class WeightSums {
  public:
-  // A filter of `side` 1 or 3 that moves by `stride`; `winograd`: as Dense3x3 computes it. The sizes are the result's.
+  // A filter of `side` 1 or 3 that moves by `stride`; `winograd`: as Dense3x3 computes it; `depthwise`: cin is 1, and
+  // each output channel has an input of its own. The sizes are the result's.
   struct Filter {
     int64_t side = 3, stride = 1;
-    bool winograd = false;
+    bool winograd = false, depthwise = false;
   };
   WeightSums(const Kernels& kernels, const Filter& filter, int64_t cin, int64_t cout, int64_t images, int64_t height,
              int64_t width, bool weight, bool bias);
@@ -108,6 +111,44 @@ void import_strip(const Kernels& kernels, const TensorView& from, const MapLayou
 inline MapLayout layout_for(const Kernels& kernels, const Shape& s) {
   return MapLayout::make(s.channels, s.height, s.width, kernels.lanes);
 }
+
+// The gradients in rows [y0, y1) of a map, brought through an activation in place; `h` are dense rows from y0 on.
+void differentiate_rows(const Kernels& kernels, DerivativeArgs epilogue, const float* h, const Map& grad, int64_t y0,
+                        int64_t y1);
+
+// f(y0, y1) for strips of up to 8 rows, in parallel; `cost` is the number of multiply-adds of a row.
+template <typename F>
+void for_strips(int64_t height, int64_t cost, const F& f) {
+  parallel_ranges(height, cost, [&](int64_t first, int64_t last) {
+    for (int64_t y = first; y < last; y += 8) f(y, std::min<int64_t>(y + 8, last));
+  });
+}
+
+// A 1x1 convolution of one map or of several, ready to run.
+class Dense1x1 {
+ public:
+  Dense1x1() = default;
+  // `bias` is null or has a value for each output channel.
+  Dense1x1(const Weight& w, const float* bias, const Kernels& kernels);
+  // Rows [y0, y1); `out` is pixel 0 of row y0.
+  void convolve(const std::vector<Map>& in, const Epilogue& epilogue, float* out, int64_t pitch, int64_t y0,
+                int64_t y1) const;
+  int64_t row_cost(int64_t width) const { return width * step_ * cin_; }
+
+ private:
+  const Kernels* kernels_ = nullptr;
+  int64_t cin_ = 0, step_ = 0;
+  PackedFloats weights_, bias_;
+};
+
+// Output channels [first, first + count) of a weight.
+Weight slice(const Weight& w, int64_t first, int64_t count);
+
+inline const float* data_or_null(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
+
+// The data gradient of a 1x1 convolution, strip by strip, to a tensor of `channels`.
+void export_data_gradient(const Kernels& kernels, const Dense1x1& adjoint, const Map& g, const Epilogue& epilogue,
+                          const TensorView& to, int64_t channels);
 
 // The whole data gradient of a dense 3x3 convolution, strip by strip, to `exports`.
 void export_data_gradient(const Kernels& kernels, const Dense3x3& adjoint, const Map& g, const Epilogue& epilogue,

@@ -8,8 +8,6 @@ namespace {
 
 using torch::stable::Tensor;
 
-const float* data_or_null(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
-
 // One dense 3x3 convolution of an operator, with what its gradients need.
 struct Convolution {
   Convolution(const Kernels& kernels, const Batch& in, const Weight& w, const std::vector<float>& bias, bool again,
@@ -37,13 +35,9 @@ void conv3x3_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
   constexpr const char* kName = "conv3x3_backward";
   const Kernels& kernels = active_kernels();
   Gradients t(kName, gradients, 4);
-  STD_TORCH_CHECK(activation >= 0 && activation < kActivationCount, kName, ": activation is ", activation,
-                  ", must be 0..", kActivationCount - 1);
   STD_TORCH_CHECK(residual_mode >= 0 && residual_mode < kPublicResidualModeCount, kName, ": residual_mode is ",
                   residual_mode, ", must be 0..", kPublicResidualModeCount - 1);
-  DerivativeArgs epilogue;
-  epilogue.activation = static_cast<Activation>(activation);
-  epilogue.slope = static_cast<float>(slope);
+  DerivativeArgs epilogue = t.epilogue(activation, slope);
   if (residual.has_value()) epilogue.mode = static_cast<ResidualMode>(residual_mode);
   const bool attention = epilogue.mode == ResidualMode::kAttention;
   const bool reads_residual = attention || epilogue.mode == ResidualMode::kPre;

@@ -60,47 +60,59 @@ inline void enlarge_row(const EsaGateArgs& a, int64_t y, float* column, float* o
   }
 }
 
-inline void esa_gate(const EsaGateArgs& a, int64_t y0, int64_t y1) {
-  float* column = a.scratch;
-  float* enlarged = column + a.small_width * a.mid_step;
-  float* sum = enlarged + a.width * a.mid_step;
+// What ends a row of ESA: s = enlarged map + skip, then conv4 of it with an epilogue (the gate, or nothing).
+struct EsaRows {
+  const EsaGateArgs& a;
+  float *column, *enlarged;
+  Conv1x1Args skip, gate;
+  FinishFunction finish_skip, finish_gate;
 
-  Conv1x1Args skip;
-  skip.inputs = 1;
-  skip.in_step[0] = skip.out_step = a.mid_step;
-  skip.cin[0] = a.mid;
-  skip.width = a.width;
-  skip.out = sum;
-  skip.out_vectors = a.mid_step / kLanes;
-  skip.weights = a.weights_f;
-  skip.bias = a.bias_f;
-  skip.epilogue.mode = ResidualMode::kPost;
-  skip.epilogue.residual = enlarged;
+  EsaRows(const EsaGateArgs& args, ResidualMode mode)
+      : a(args), column(a.scratch), enlarged(column + a.small_width * a.mid_step) {
+    skip.inputs = 1;
+    skip.in_step[0] = skip.out_step = a.mid_step;
+    skip.cin[0] = a.mid;
+    skip.width = a.width;
+    skip.out_vectors = a.mid_step / kLanes;
+    skip.weights = a.weights_f;
+    skip.bias = a.bias_f;
+    skip.epilogue.mode = ResidualMode::kPost;
+    skip.epilogue.residual = enlarged;
+    gate.inputs = 1;
+    gate.in_step[0] = a.mid_step;
+    gate.cin[0] = a.mid;
+    gate.width = a.width;
+    gate.out_step = a.x_step;
+    gate.out_vectors = a.x_step / kLanes;
+    gate.weights = a.weights_4;
+    gate.bias = a.bias_4;
+    gate.epilogue.mode = mode;
+    finish_skip = finish_function(skip.epilogue);
+    finish_gate = finish_function(gate.epilogue);
+  }
 
-  Conv1x1Args gate;
-  gate.inputs = 1;
-  gate.in[0] = sum;
-  gate.in_step[0] = a.mid_step;
-  gate.cin[0] = a.mid;
-  gate.width = a.width;
-  gate.out_step = a.x_step;
-  gate.out_vectors = a.x_step / kLanes;
-  gate.weights = a.weights_4;
-  gate.bias = a.bias_4;
-  gate.epilogue.mode = ResidualMode::kGate;
-
-  const FinishFunction finish_skip = finish_function(skip.epilogue), finish_gate = finish_function(gate.epilogue);
-  for (int64_t y = y0; y < y1; ++y) {
+  // Row y of s to `sum`, of the result to `out`.
+  void run(int64_t y, float* sum, float* out) const {
     enlarge_row(a, y, column, enlarged);
     const float* c1 = a.c1 + y * a.c1_pitch;
     if (a.weights_f != nullptr) {
-      skip.in[0] = c1;
-      conv1x1_row(skip, 0, finish_skip);
+      Conv1x1Args s = skip;
+      s.in[0] = c1;
+      s.out = sum;
+      conv1x1_row(s, 0, finish_skip);
     } else {
       for (int64_t i = 0; i < a.width * a.mid_step; i += kLanes) store(sum + i, add(load(enlarged + i), load(c1 + i)));
     }
-    gate.out = a.out + y * a.out_pitch;
-    gate.epilogue.residual = a.x + y * a.x_pitch;
-    conv1x1_row(gate, 0, finish_gate);
+    Conv1x1Args g = gate;
+    g.in[0] = sum;
+    g.out = out;
+    g.epilogue.residual = g.epilogue.mode == ResidualMode::kGate ? a.x + y * a.x_pitch : nullptr;
+    conv1x1_row(g, 0, finish_gate);
   }
+};
+
+inline void esa_gate(const EsaGateArgs& a, int64_t y0, int64_t y1) {
+  const EsaRows rows(a, ResidualMode::kGate);
+  float* sum = rows.enlarged + a.width * a.mid_step;
+  for (int64_t y = y0; y < y1; ++y) rows.run(y, sum, a.out + y * a.out_pitch);
 }

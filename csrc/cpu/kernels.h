@@ -189,6 +189,47 @@ struct WeightGradientArgs {
   float* scratch = nullptr;  // winograd_weight_scratch_floats()
 };
 
+// Sums over pixels of x, seen through each tap of a 3x3 filter, times g, channel by channel.
+struct DepthwiseGradientArgs {
+  const float* x = nullptr;  // the pixel under the filter's corner for pixel (0, 0) of g
+  int64_t x_pitch = 0;
+  const float* g = nullptr;  // pixel (0, 0)
+  int64_t g_pitch = 0;
+  int64_t step = 0, width = 0;
+  float* out = nullptr;  // [3 * 3][step], overwritten
+};
+
+// `in` is what max_pool read, `grad` the gradient to its result.
+struct MaxPoolGradientArgs {
+  const float* in = nullptr;
+  int64_t in_pitch = 0;
+  const float* grad = nullptr;
+  int64_t grad_pitch = 0;
+  float* out = nullptr;  // of the size of `in`; added to
+  int64_t out_pitch = 0;
+  int64_t step = 0;
+  int64_t height = 0, width = 0;  // of `grad`
+};
+
+// The last pass of ESA again, row by row, and the gradients of its product x * sigmoid(z).
+struct EsaGateGradientArgs {
+  EsaGateArgs gate;       // without `out`
+  float* sum = nullptr;   // takes what conv4 reads
+  float* grad = nullptr;  // to ESA's result; replaced by what of it goes straight to x
+  float* to_z = nullptr;  // takes the gradient to conv4's result
+  int64_t sum_pitch = 0, grad_pitch = 0, to_z_pitch = 0;
+};
+
+// The bilinear enlargement's transpose.
+struct ShrinkArgs {
+  const float* in = nullptr;
+  int64_t in_pitch = 0, height = 0, width = 0;
+  float* out = nullptr;  // overwritten
+  int64_t out_pitch = 0, small_height = 0, small_width = 0;
+  int64_t step = 0;
+  float* scratch = nullptr;  // small_width * step
+};
+
 struct Kernels {
   const char* name;
   int64_t lanes;
@@ -212,6 +253,11 @@ struct Kernels {
   void (*weight_gradient)(const WeightGradientArgs&, int64_t y0, int64_t y1);
   void (*winograd_weight_gradient)(const WeightGradientArgs&, int64_t tile_row0, int64_t tile_row1);
   int64_t (*winograd_weight_scratch_floats)(int64_t cin, int64_t x_step, int64_t g_step, int64_t width);
+  void (*depthwise_gradient)(const DepthwiseGradientArgs&, int64_t y0, int64_t y1);
+  void (*add_to)(float* sums, const float* values, int64_t floats);
+  void (*max_pool_gradient)(const MaxPoolGradientArgs&);
+  void (*esa_gate_gradient)(const EsaGateGradientArgs&, int64_t y0, int64_t y1);
+  void (*shrink)(const ShrinkArgs&);
 };
 
 // Null where the compiler's target has no such instructions; whether this CPU has them is not asked here.

@@ -31,6 +31,8 @@ struct Constant {
 #include "boundary.h"
 #include "derivative.h"
 #include "weight_gradient.h"
+#include "bsconv_gradient.h"
+#include "esa_gradient.h"
 // clang-format on
 
 constexpr Kernels make_kernels(const char* name) {
@@ -54,7 +56,12 @@ constexpr Kernels make_kernels(const char* name) {
                  sum_rows,
                  weight_gradient,
                  winograd_weight_gradient,
-                 winograd_weight_scratch_floats};
+                 winograd_weight_scratch_floats,
+                 depthwise_gradient,
+                 add_to,
+                 max_pool_gradient,
+                 esa_gate_gradient,
+                 shrink};
 }
 
 }  // namespace ESR_PATH

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...library import bias_gradient, feature_map, gradient
+from ...library import bias_gradient, esa_gradients, feature_map, gradient
 from .engine import ACTIVATION_CODES, PADDING_CODES, RESIDUAL_CODES
 
 # Calls an engine's function: its name, an input of the operator, its arguments, and the tensors to write to.
@@ -139,9 +139,10 @@ def bsconv_backward(
     return tuple(gradients)
 
 
-def esa_backward(call: Call, grad: Tensor, x: Tensor, *weights: Tensor | None) -> list[Tensor]:
+def esa_backward(call: Call, grad: Tensor, x: Tensor, *args: Any) -> list[Tensor]:
     """Gradients to x and to the fourteen weights and biases in order, empty where there is no tensor."""
-    gradients = [gradient(x), *(x.new_empty(0) if w is None else gradient(w) for w in weights)]
+    *weights, output_mask = args
+    gradients = esa_gradients([x, *weights], output_mask)
     if not _is_empty(x, gradients):
         given = [x.new_empty(0) if w is None else w for w in weights]
         call("esa_backward", x, (grad, x, given), gradients)

@@ -36,12 +36,6 @@ def _gradients(name: str, x: Tensor, arguments: tuple[Any, ...], gradients: list
     getattr(torch.ops.esr_native, name)(*arguments, gradients)
 
 
-_BACKWARD = {
-    name: f
-    for name, f in backward.operators(_gradients).items()
-    if name in ("conv3x3_backward", "spab_backward", "conv3x3_pixel_shuffle_backward")
-}
-
 OPERATORS: dict[str, Callable[..., Any]] = (
-    {f.__name__: _on_cpu(f) for f in FORWARD} | {"run_plan": run_plan} | _BACKWARD
+    {f.__name__: _on_cpu(f) for f in FORWARD} | {"run_plan": run_plan} | backward.operators(_gradients)
 )

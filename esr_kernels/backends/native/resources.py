@@ -294,7 +294,9 @@ def _esa(channels: int, hidden: int, size: int = 256) -> Layer:
 def _esa_backward(channels: int, hidden: int, size: int = 256) -> Layer:
     def run(precision: str, tensor: Callable[..., Tensor]) -> None:
         x, weights = tensor(1, channels, size, size), _esa_weights(channels, hidden, tensor)
-        _gradients(backward.esa_backward, precision, torch.empty_like(x), x, *weights)
+        _gradients(
+            backward.esa_backward, precision, torch.empty_like(x), x, *weights, [w is not None for w in [x, *weights]]
+        )
 
     return Layer(f"gradients of esa {channels}, {hidden}", run)
 

@@ -78,13 +78,18 @@ def esa_backward(
     b_max: Tensor | None,
     w3_: Tensor | None,
     b3_: Tensor | None,
+    output_mask: list[bool],
 ) -> list[Tensor]:
     """Gradients to x and to the fourteen weights and biases in order, empty where there is no tensor."""
     parameters = (w1, b1, w2, b2, w3, b3, w4, b4, wf, bf, w_max, b_max, w3_, b3_)
+    tensors = (x, *parameters)
     if x.shape[0] == 0:
-        empty = [x.new_empty(0) if p is None else torch.zeros_like(p) for p in parameters]
-        return [torch.zeros_like(x), *empty]
-    all_three = [True, True, True]
+        return [
+            x.new_empty(0) if t is None or not wanted else torch.zeros_like(t)
+            for t, wanted in zip(tensors, output_mask, strict=True)
+        ]
+    # Gradients to a convolution's input, and those wanted to its weight and bias, which follow each other.
+    m2, m3, m4, mf, mm, m3_ = ([True, *output_mask[i : i + 2]] for i in range(3, 15, 2))
     c1 = conv(x, w1, b1, padding=0)
     maps = _low_resolution(c1, w2, b2, w3, b3, w_max, b_max, w3_, b3_)
     c2, pooled, low = maps[0], maps[1], maps[-1]
@@ -92,26 +97,26 @@ def esa_backward(
     gate = torch.sigmoid(conv(s, w4, b4, padding=0))
 
     grad = upcast(grad)
-    gs, gw4, gb4 = conv_backward(grad * upcast(x) * gate * (1 - gate), s, w4, all_three, padding=0)
+    gs, gw4, gb4 = conv_backward(grad * upcast(x) * gate * (1 - gate), s, w4, m4, padding=0)
     gwf = gbf = gwm = gbm = gw3_ = gb3_ = None
     gc1 = gs
     if wf is not None:
-        gc1, gwf, gbf = conv_backward(gs, c1, wf, all_three, padding=0)
+        gc1, gwf, gbf = conv_backward(gs, c1, wf, mf, padding=0)
     g = aten.upsample_bilinear2d_backward(gs, list(s.shape[2:]), list(low.shape), False, None, None)
     if w_max is not None and w3_ is not None:
         m, c3 = maps[2], maps[3]
-        g, gw3_, gb3_ = conv_backward(g, F.relu(c3), w3_, all_three, padding=1)
-        g, gw3, gb3 = conv_backward(aten.threshold_backward(g, c3, 0), F.relu(m), w3, all_three, padding=1)
-        g, gwm, gbm = conv_backward(aten.threshold_backward(g, m, 0), pooled, w_max, all_three, padding=1)
+        g, gw3_, gb3_ = conv_backward(g, F.relu(c3), w3_, m3_, padding=1)
+        g, gw3, gb3 = conv_backward(aten.threshold_backward(g, c3, 0), F.relu(m), w3, m3, padding=1)
+        g, gwm, gbm = conv_backward(aten.threshold_backward(g, m, 0), pooled, w_max, mm, padding=1)
     else:
-        g, gw3, gb3 = conv_backward(g, pooled, w3, all_three, padding=1)
+        g, gw3, gb3 = conv_backward(g, pooled, w3, m3, padding=1)
     _, indices = aten.max_pool2d_with_indices(c2, [POOL, POOL], [POOL_STRIDE, POOL_STRIDE])
     g = aten.max_pool2d_with_indices_backward(
         g, c2, [POOL, POOL], [POOL_STRIDE, POOL_STRIDE], [0, 0], [1, 1], False, indices
     )
-    g, gw2, gb2 = conv_backward(g, c1, w2, all_three, padding=0, stride=2)
-    gx, gw1, gb1 = conv_backward(gc1 + g, x, w1, all_three, padding=0)
-    gx = gx + grad * gate
+    g, gw2, gb2 = conv_backward(g, c1, w2, m2, padding=0, stride=2)
+    gx, gw1, gb1 = conv_backward(gc1 + g, x, w1, output_mask[:3], padding=0)
+    gx = None if gx is None else gx + grad * gate
     gradients = (gw1, gb1, gw2, gb2, gw3, gb3, gw4, gb4, gwf, gbf, gwm, gbm, gw3_, gb3_)
     return [
         masked(gx, x),

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...library import feature_map, gradient
+from ...library import esa_gradients, feature_map
 from ._conv1x1 import multiply
 from ._convolution import convolve
 from ._epilogue import channel_offsets, image_start, pixel_offsets, sigmoid
@@ -644,13 +644,13 @@ def esa_backward(
     b_max: Tensor | None,
     w3_: Tensor | None,
     b3_: Tensor | None,
+    output_mask: list[bool],
 ) -> list[Tensor]:
     """Gradients to x and to the fourteen weights and biases in order, empty where there is no tensor."""
     parameters = (w1, b1, w2, b2, w3, b3, w4, b4, wf, bf, w_max, b_max, w3_, b3_)
-    gx = gradient(x)
-    gradients = [x.new_empty(0) if p is None else gradient(p) for p in parameters]
+    gx, *gradients = esa_gradients([x, *parameters], output_mask)
     if x.shape[0] == 0:
-        return [gx, *(g.zero_() for g in gradients)]
+        return [g.zero_() for g in (gx, *gradients)]
     gw1, gb1, gw2, gb2, gw3, gb3, gw4, gb4, gwf, gbf, gwm, gbm, gw3_, gb3_ = map(wanted, gradients)
     n, channels, height, width = x.shape
     hidden, dtype, exact = w1.shape[0], x.dtype, precision(x.dtype)
@@ -719,6 +719,7 @@ def esa_backward(
     convolve(to_c2, packed, None, total, pad=2, border="stuffed", residual=to_c1, residual_mode="post")
 
     weight_gradient(block, total, gw1, gb1, taps=1, pad=0)
-    packed_1 = pack_parts(w1, (channels,), dtype, transpose=True)
-    multiply([total], packed_1, None, as_map(gx), residual=to_x, residual_mode="post")
+    if output_mask[0]:
+        packed_1 = pack_parts(w1, (channels,), dtype, transpose=True)
+        multiply([total], packed_1, None, as_map(gx), residual=to_x, residual_mode="post")
     return [gx, *gradients]
