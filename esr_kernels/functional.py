@@ -5,7 +5,7 @@ of dtype float32, float16 or bfloat16 (float64 on the reference backend), and re
 format. Sums are accumulated and activations evaluated in float32 at least. Under autocast the floating-point arguments
 are cast to its dtype. All are differentiable once and safe for empty batches.
 
-While `torch.jit` traces (fvcore's FLOP count, the TorchScript ONNX exporter) they decompose into plain PyTorch.
+While `torch.jit` traces (fvcore's FLOP count) and while `torch.onnx` exports they decompose into plain PyTorch.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def conv1x1(
     _check_bias("bias", bias, weight, first)
     _check_name("activation", activation, ACTIVATIONS)
     slope = float(negative_slope)
-    if not torch.jit.is_tracing() and _needs_gradient((weight, bias, *tensors)):
+    if not decomposes() and _needs_gradient((weight, bias, *tensors)):
         return autograd.Conv1x1.apply(*_distinct([weight, bias, activation, slope, *tensors]))
     return _call("conv1x1", None, (tensors, weight, bias, activation, slope))
 
@@ -356,6 +356,11 @@ def bsconv(
     return _call("bsconv", autograd.BSConv, args)
 
 
+def decomposes() -> bool:
+    """Whether who watches knows plain PyTorch alone: `torch.jit.trace` and both ONNX exporters."""
+    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
+
+
 def _needs_gradient(args: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
@@ -366,7 +371,7 @@ _OPERATORS = {name: getattr(torch.ops.esr, name).default for name in __all__}
 
 def _call(operator: str, function: Any, args: tuple[Any, ...]) -> Any:
     """Plain PyTorch while tracing, `function` (an autograd.Function) for gradients, else the operator itself."""
-    if torch.jit.is_tracing():
+    if decomposes():
         return reference.OPERATORS[operator](*args)
     if function is not None and _needs_gradient(args):
         return function.apply(*_distinct(args))

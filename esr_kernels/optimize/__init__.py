@@ -1,0 +1,10 @@
+"""`optimize`: any network, faster, or as it was.
+
+capture.py traces it, simplify.py does the algebra of its linear layers, patterns.py finds the fused operators, lower.py
+gathers them into plans, model.py puts it together and compares.
+"""
+
+from .model import OptimizedModel, Program, optimize
+from .report import Report
+
+__all__ = ["OptimizedModel", "Program", "Report", "optimize"]

@@ -1,0 +1,377 @@
+"""Lowering: the `esr` operators of a graph gathered into plans, and everything else left around them."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+
+from ..plan import ESA_WEIGHTS, Plan, PlanBuilder
+from .simplify import affine_of
+from .workspace import Workspace, aten, dims, is_map, location
+
+ops = torch.ops.esr
+
+_HOT = {op.default for op in (ops.conv3x3, ops.conv1x1, ops.conv3x3_pixel_shuffle, ops.esa, ops.bsconv, ops.spab)}
+
+
+class NotPlannableError(Exception):
+    """A node that a plan cannot express; the second argument is the node."""
+
+
+@dataclass
+class Lowered:
+    """A network in its final form.
+
+    Attributes:
+        module: the whole network as a graph that calls `esr::run_plan` for its fused parts.
+        plan, weights: the network as one plan, or None and no weights where it is not one.
+        fused: one line per layer.
+        left: one line per kind of operation that stayed plain, and where.
+    """
+
+    module: fx.GraphModule
+    plan: Plan | None = None
+    weights: list[Tensor] = field(default_factory=list)
+    fused: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+
+def lower(ws: Workspace, image: fx.Node) -> Lowered:
+    """Turn a matched graph into plans and what is between them."""
+    refused: dict[fx.Node, str] = {}
+    while True:
+        groups = _groups(ws, refused)
+        try:
+            segments = {i: _Segment(ws, nodes) for i, nodes in groups.items()}
+            break
+        except NotPlannableError as error:
+            refused[error.args[1]] = error.args[0]
+    module = _assemble(ws, groups, segments)
+    foreign = [n for n in ws.graph.nodes if _computes(ws, n) and not any(n in g for g in groups.values())]
+    result = Lowered(module, left=_describe(ws, foreign, refused))
+    for k, segment in enumerate(segments.values()):
+        lines = str(segment.plan).splitlines()[1 + len(segment.plan.inputs) :]
+        result.fused += lines if len(segments) == 1 else [f"plan {k + 1}: {line}" for line in lines]
+    if len(segments) == 1 and not foreign:
+        (segment,) = segments.values()
+        if segment.inputs == [image] and segment.outputs == [ws.returned()]:
+            result.plan, result.weights = segment.plan, segment.weights
+    return result
+
+
+def _computes(ws: Workspace, node: fx.Node) -> bool:
+    """Whether a node computes a tensor from the image: not a size, a constant or a part of another's result."""
+    if node.op != "call_function" or node in ws.values or node.target is operator.getitem:
+        return False
+    return isinstance(node.meta.get("val"), (Tensor, tuple, list))
+
+
+def _is_plannable(ws: Workspace, node: fx.Node) -> bool:
+    if node.op != "call_function" or node in ws.values:
+        return False
+    if node.target in _HOT:
+        weights = node.args[1:]
+        if node.target in (ops.conv3x3.default, ops.conv3x3_pixel_shuffle.default):
+            weights = weights[:2]  # the third is the residual
+        return all(w in ws.values for w in weights if isinstance(w, fx.Node))
+    if node.target is operator.getitem:
+        return node.args[0].target is ops.spab.default and _is_plannable(ws, node.args[0])  # type: ignore[union-attr,arg-type]
+    if node.target is aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
+        a, b = node.args
+        if is_map(a) and is_map(b) and a not in ws.values and b not in ws.values:
+            return dims(a) == dims(b) and isinstance(dims(a)[1], int)  # type: ignore[arg-type]
+    found = affine_of(ws, node)
+    return found is not None and bool((found[1] != 0).all())
+
+
+def _groups(ws: Workspace, refused: dict[fx.Node, str]) -> dict[int, list[fx.Node]]:
+    """Connected sets of nodes that can run as one: nothing outside lies on a path between two of a set.
+
+    A node's level counts how often a path to it has left the plannable nodes; a set has one level.
+    """
+    dropped: set[fx.Node] = set()
+    while True:
+        level: dict[fx.Node, int] = {}
+        planned: dict[fx.Node, int] = {}  # node -> its set
+        for node in ws.graph.nodes:
+            inputs = [n for n in node.all_input_nodes if n not in ws.values]
+            if node not in refused and node not in dropped and _is_plannable(ws, node):
+                level[node] = max((level[n] for n in inputs), default=0)
+                same = [planned[n] for n in inputs if n in planned and level[n] == level[node]]
+                planned[node] = mine = min(same, default=len(level))
+                for other in set(same) - {mine}:
+                    planned |= {n: mine for n, s in planned.items() if s == other}
+            else:
+                level[node] = max((level[n] + (n in planned) for n in inputs), default=0)
+        groups: dict[int, list[fx.Node]] = {}
+        for node, i in planned.items():
+            groups.setdefault(i, []).append(node)
+        light = [nodes for nodes in groups.values() if not any(n.target in _HOT for n in nodes)]
+        if not light:
+            return dict(sorted(groups.items(), key=lambda item: level[item[1][0]]))
+        dropped |= {n for nodes in light for n in nodes}
+
+
+def _ratio(a: Any, b: Any) -> int | None:
+    """a / b where that is a whole number whatever the size of the image."""
+    quotient = sympy.cancel(sympy.sympify(a) / sympy.sympify(b))
+    return int(quotient) if quotient.is_Integer and quotient >= 1 else None
+
+
+class _Segment:
+    """A set of nodes as a plan."""
+
+    def __init__(self, ws: Workspace, nodes: list[fx.Node]) -> None:
+        self.ws = ws
+        self.builder = PlanBuilder()
+        self.values: dict[fx.Node, int | tuple[int, ...]] = {}
+        members = set(nodes)
+        inputs = dict.fromkeys(
+            n for node in nodes for n in node.all_input_nodes if n not in members and n not in ws.values
+        )
+        # The first input is the measure of all sizes: the smallest, of those the first.
+        self.inputs = list(inputs)
+        base = next((a for a in inputs if all(self._scale(b, a) for b in inputs)), None)
+        if base is None:
+            raise NotPlannableError("it joins maps whose sizes are no multiples of each other", nodes[-1])
+        self.inputs.sort(key=lambda n: n is not base)
+        for node in self.inputs:
+            scale = self._scale(node, base)
+            assert scale is not None
+            self.values[node] = self.builder.input(dims(node)[1], scale)
+        handlers: dict[Any, Callable[[fx.Node], None]] = {
+            ops.conv3x3.default: self._conv3x3,
+            ops.spab.default: self._spab,
+            ops.conv3x3_pixel_shuffle.default: self._tail,
+            ops.conv1x1.default: self._conv1x1,
+            ops.esa.default: self._esa,
+            ops.bsconv.default: self._bsconv,
+            operator.getitem: self._getitem,
+        }
+        for node in nodes:
+            handler = handlers.get(node.target)
+            if handler is not None:
+                handler(node)
+            elif (found := affine_of(ws, node)) is not None:
+                self._normalize(node, *found)
+            else:
+                first, second = (self._value(a) for a in node.args)
+                self.values[node] = self.builder.add("add", [first, second], dims(node)[1])
+        self.outputs = [n for n in nodes if any(u not in members for u in n.users) and n.target is not ops.spab.default]
+        # Two nodes can be one value; the plan returns it once.
+        self.results = list(dict.fromkeys(self._value(n) for n in self.outputs))
+        if any(v < len(self.inputs) for v in self.results):
+            raise NotPlannableError("it returns its input", nodes[-1])
+        self.plan = self.builder.finish(self.results)
+        self.weights = [w.to(ws.dtype(n)).contiguous() for n, w in self.builder.weights]
+
+    def _scale(self, node: fx.Node, base: fx.Node) -> int | None:
+        a, b = dims(node), dims(base)
+        if len(a) != 4 or len(b) != 4 or a[0] != b[0] or not isinstance(a[1], int):
+            return None
+        ratios = {_ratio(a[i], b[i]) for i in (2, 3)}
+        return ratios.pop() if len(ratios) == 1 else None
+
+    def _value(self, node: Any) -> int:
+        value = self.values[node]
+        assert isinstance(value, int)
+        return value
+
+    def _add_layer(self, op: str, node: fx.Node, inputs: list[int], channels: int, weights: dict[str, Any], **a: Any):  # type: ignore[no-untyped-def]
+        keys = {name: None if w is None else (w, self.ws.values[w]) for name, w in weights.items()}
+        return self.builder.add(op, inputs, channels, keys, **a)
+
+    def _conv3x3(self, node: fx.Node) -> None:
+        x, weight, bias, residual, activation, slope, mode = node.args
+        inputs = [self._value(x)] + ([] if residual is None else [self._value(residual)])
+        self.values[node] = self._add_layer(
+            "conv3x3",
+            node,
+            inputs,
+            dims(node)[1],
+            {"weight": weight, "bias": bias},
+            activation=activation,
+            negative_slope=slope,
+            residual_mode=mode,
+        )
+
+    def _spab(self, node: fx.Node) -> None:
+        x, w1, b1, w2, b2, w3, b3, _return_mid = node.args
+        first = self._value(x)
+        silu = {"activation": "silu", "negative_slope": 0.0, "residual_mode": "post"}
+        head = {"activation": "none", "negative_slope": 0.0, "residual_mode": "attention"}
+        c1, c2, c3 = (self.ws.values[w].shape[0] for w in (w1, w2, w3))  # type: ignore[index]
+        mid = self._add_layer("conv3x3", node, [first], c1, {"weight": w1, "bias": b1}, **silu)
+        y = self._add_layer("conv3x3", node, [mid], c2, {"weight": w2, "bias": b2}, **silu)
+        y = self._add_layer("conv3x3", node, [y, first], c3, {"weight": w3, "bias": b3}, **head)
+        self.values[node] = (y, mid)
+
+    def _tail(self, node: fx.Node) -> None:
+        x, weight, bias, residual, r = node.args
+        inputs = [self._value(x)] + ([] if residual is None else [self._value(residual)])
+        weights = {"weight": weight, "bias": bias}
+        self.values[node] = self._add_layer(
+            "conv3x3_pixel_shuffle", node, inputs, dims(node)[1], weights, upscale_factor=r
+        )
+
+    def _conv1x1(self, node: fx.Node) -> None:
+        xs, weight, bias, activation, slope = node.args
+        self.values[node] = self._add_layer(
+            "conv1x1",
+            node,
+            [self._value(x) for x in xs],  # type: ignore[union-attr]
+            dims(node)[1],
+            {"weight": weight, "bias": bias},
+            activation=activation,
+            negative_slope=slope,
+        )
+
+    def _esa(self, node: fx.Node) -> None:
+        x, *weights = node.args
+        named = dict(zip(ESA_WEIGHTS, weights, strict=True))
+        self.values[node] = self._add_layer(
+            "esa",
+            node,
+            [self._value(x)],
+            dims(node)[1],
+            named,
+            hidden=self.ws.values[named["w1"]].shape[0],  # type: ignore[index]
+            has_conv_f=named["wf"] is not None,
+            has_conv_max=named["w_max"] is not None,
+        )
+
+    def _bsconv(self, node: fx.Node) -> None:
+        x, pointwise, depthwise, bias, padding_mode, activation, slope = node.args
+        self.values[node] = self._add_layer(
+            "bsconv",
+            node,
+            [self._value(x)],
+            dims(node)[1],
+            {"pointwise": pointwise, "depthwise": depthwise, "bias": bias},
+            padding_mode=padding_mode,
+            activation=activation,
+            negative_slope=slope,
+        )
+
+    def _getitem(self, node: fx.Node) -> None:
+        source, index = node.args
+        values = self.values[source]  # type: ignore[index]
+        assert isinstance(values, tuple) and isinstance(index, int)
+        self.values[node] = values[index]
+
+    def _normalize(self, node: fx.Node, x: fx.Node, scale: Tensor, shift: Tensor) -> None:
+        """(x - s) * k with one number per channel, merged into a layer of its kind that comes just before it."""
+        value = self._value(x)
+        shifts, scales = [float(v) for v in -shift / scale], [float(v) for v in scale]
+        layers = self.builder.layers
+        k = value - len(self.builder.inputs)
+        if k >= 0 and k == len(layers) - 1 and layers[k].op == "normalize" and len(x.users) == 1:
+            # ((x - s1) k1 - s2) k2 = (x - (s1 + s2 / k1)) k1 k2
+            before = layers.pop()
+            s1, k1 = before.attributes["shift"], before.attributes["scale"]
+            value = before.inputs[0]
+            shifts = [a + b / c for a, b, c in zip(s1, shifts, k1, strict=True)]
+            scales = [a * b for a, b in zip(k1, scales, strict=True)]
+        self.values[node] = self.builder.add("normalize", [value], dims(node)[1], shift=shifts, scale=scales)
+
+
+def _assemble(ws: Workspace, groups: dict[int, list[fx.Node]], segments: dict[int, _Segment]) -> fx.GraphModule:
+    """The network with a call of `esr::run_plan` for every segment, in an order that allows it."""
+    member = {n: i for i, nodes in groups.items() for n in nodes}
+    root, graph = nn.Module(), fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+
+    def constant(node: fx.Node) -> fx.Node:
+        value = ws.values[node]
+        assert isinstance(value, Tensor)
+        return _buffer(root, graph, value.to(ws.dtype(node)) if value.dtype == torch.float64 else value)
+
+    def argument(node: fx.Node) -> fx.Node:
+        if node not in new:
+            assert node in ws.values
+            new[node] = constant(node)
+        return new[node]
+
+    waiting = [n for n in ws.graph.nodes if n.op != "output" and n not in ws.values]
+    done: set[Any] = set()
+    while waiting:
+        rest = []
+        for node in waiting:
+            i = member.get(node)
+            if i in done:
+                continue
+            needs = node.all_input_nodes if i is None else segments[i].inputs
+            if not all(n in new or n in ws.values for n in needs):
+                rest.append(node)
+                continue
+            if i is None:
+                new[node] = graph.node_copy(node, argument)
+                continue
+            segment = segments[i]
+            done.add(i)
+            weights = [_buffer(root, graph, w) for w in segment.weights]
+            call = graph.call_function(
+                ops.run_plan.default, ([argument(n) for n in segment.inputs], weights, segment.plan.to_json())
+            )
+            results = {v: graph.call_function(operator.getitem, (call, k)) for k, v in enumerate(segment.results)}
+            for n in segment.outputs:
+                new[n] = results[segment._value(n)]
+        assert len(rest) < len(waiting), "the plans of a graph depend on each other"
+        waiting = rest
+    graph.output(argument(ws.returned()))
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    for node in graph.nodes:
+        node.meta = {}  # fake tensors, which cannot be pickled
+    graph.lint()
+    return fx.GraphModule(root, graph, "Optimized")
+
+
+def _buffer(root: nn.Module, graph: fx.Graph, value: Tensor) -> fx.Node:
+    name = f"constant_{len(root._buffers)}"
+    root.register_buffer(name, value.contiguous() if value.is_contiguous() else value.clone())
+    return graph.get_attr(name)
+
+
+def _describe(ws: Workspace, foreign: list[fx.Node], refused: dict[fx.Node, str]) -> list[str]:
+    """What stayed plain: one line per kind, with the first place and how many more there are."""
+    kinds: Counter[str] = Counter()
+    places: dict[str, str] = {}
+    for node in foreign:
+        kind = f"{_kind(ws, node)} {refused.get(node, 'has no fused form yet')}"
+        kinds[kind] += 1
+        places.setdefault(kind, location(node))
+    lines = []
+    for kind, count in kinds.items():
+        where = ", ".join(w for w in (places[kind], f"{count} times" if count > 1 else "") if w)
+        lines.append(f"{kind} ({where})" if where else kind)
+    return lines
+
+
+def _kind(ws: Workspace, node: fx.Node) -> str:
+    if node.target is aten.convolution.default:
+        _x, weight, _b, stride, padding, dilation, transposed, _o, groups = node.args
+        shape = weight.meta["val"].shape  # type: ignore[union-attr]
+        words = [f"{'conv_transpose2d' if transposed else 'conv2d'} {'x'.join(str(k) for k in shape[2:])}"]
+        for name, v, usual in (("stride", stride, 1), ("dilation", dilation, 1), ("padding", padding, None)):
+            values = list(dict.fromkeys(v))  # type: ignore[arg-type]
+            if values != [usual]:
+                words.append(f"{name} {'x'.join(map(str, values))}")
+        if groups != 1:
+            words.append(f"{groups} groups")
+        if weight not in ws.values:
+            words.append("weights computed from the image")
+        return ", ".join(words)
+    operands = [n for n in node.all_input_nodes if is_map(n) and n not in ws.values]
+    name = str(node.target).removesuffix(".default")
+    if node.target in (aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor):
+        name = name.removesuffix(".Tensor")
+        if len(operands) == 2:
+            name += " of feature maps" if dims(operands[0]) == dims(operands[1]) else " with broadcasting"
+    return name

@@ -1,0 +1,500 @@
+"""Patterns: from a simplified ATen graph to `esr` operators.
+
+What surrounds a convolution element by element is told by its values, not by how it is written: the operations up to
+the next single result are evaluated in float64 on numbers of every size and compared with what an operator can do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from ..backends.reference._common import activate, attention
+from .simplify import Conv, conv_of, within
+from .workspace import _CASTS, Workspace, aten, dims, is_map, is_pointwise
+
+ops = torch.ops.esr
+
+_ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
+_LONGEST = 12  # operations between a convolution and the end of its epilogue
+_EXACT = 1e-9  # of float64 evaluations that should be equal; the approximations of GELU differ by 1e-4
+
+
+def match(ws: Workspace, scale_limit: float | None = None) -> None:
+    """Rewrite the graph with `esr` operators where they compute the same.
+
+    Args:
+        scale_limit: as of `merge_linear`.
+    """
+    _convolutions(ws)
+    _separable(ws)
+    _epilogues(ws, scale_limit)
+    _spatial_attention(ws)
+    ws.clean()
+
+
+# --- convolutions
+
+
+def _convolutions(ws: Workspace) -> None:
+    for node in list(ws.graph.nodes):
+        conv = conv_of(ws, node)
+        if conv is None or not conv.plain:
+            continue
+        if conv.kernel == (3, 3) and conv.padding == (1, 1):
+            _write(ws, _Fused("conv3x3", node, [conv.x], conv.weight, conv.bias), node)
+        elif conv.kernel == (1, 1) and conv.padding == (0, 0):
+            xs = [conv.x]
+            if conv.x.target is aten.cat.default and conv.x not in ws.values:
+                parts, *axis = conv.x.args
+                if axis and axis[0] in (1, -3) and all(is_map(p) for p in parts):  # type: ignore[union-attr]
+                    xs = list(parts)  # type: ignore[arg-type]
+            _write(ws, _Fused("conv1x1", node, xs, conv.weight, conv.bias), node)
+    ws.clean()
+
+
+@dataclass
+class _Fused:
+    """An `esr` convolution that may take in more of what follows it."""
+
+    op: str
+    node: fx.Node
+    xs: list[fx.Node]
+    weight: Tensor
+    bias: Tensor | None
+    residual: fx.Node | None = None
+    activation: str = "none"
+    slope: float = 0.05
+    mode: str = "post"
+    factor: int = 1
+    depthwise: Tensor | None = None
+    padding_mode: str = "zeros"
+
+    def scaled(self, scale: Tensor, shift: Tensor) -> _Fused:
+        """Followed by y * scale + shift, before activation and residual; one number each per channel of the result."""
+        repeat = self.factor**2
+        scale, shift = scale.repeat_interleave(repeat), shift.repeat_interleave(repeat)
+        weight = self.weight if self.depthwise is None else self.depthwise
+        conv = Conv(self.node, self.xs[0], weight, self.bias).scaled(scale, shift)
+        if self.depthwise is not None:
+            return replace(self, depthwise=conv.weight, bias=conv.bias)
+        return replace(self, weight=conv.weight, bias=conv.bias)
+
+
+def _fused_of(ws: Workspace, node: fx.Node) -> _Fused | None:
+    """A convolution among the `esr` operators with known weights; also one that the network called itself."""
+
+    def known(*arguments: Any) -> bool:
+        return all(a is None or isinstance(ws.known(a), Tensor) for a in arguments)
+
+    def bias(b: Any) -> Any:
+        return None if b is None else ws.known(b)
+
+    a: Any = node.args
+    if node in ws.values:
+        return None
+    if node.target is ops.conv3x3.default and known(a[1], a[2]):
+        return _Fused("conv3x3", node, [a[0]], ws.known(a[1]), bias(a[2]), a[3], a[4], a[5], a[6])  # type: ignore[arg-type]
+    if node.target is ops.conv1x1.default and known(a[1], a[2]):
+        return _Fused("conv1x1", node, a[0], ws.known(a[1]), bias(a[2]), None, a[3], a[4])  # type: ignore[arg-type]
+    if node.target is ops.conv3x3_pixel_shuffle.default and known(a[1], a[2]):
+        return _Fused("conv3x3_pixel_shuffle", node, [a[0]], ws.known(a[1]), bias(a[2]), a[3], factor=a[4])  # type: ignore[arg-type]
+    if node.target is ops.bsconv.default and known(a[1], a[2], a[3]):
+        found = _Fused("bsconv", node, [a[0]], ws.known(a[1]), bias(a[3]), None, a[5], a[6])  # type: ignore[arg-type]
+        return replace(found, depthwise=ws.known(a[2]), padding_mode=a[4])  # type: ignore[arg-type]
+    return None
+
+
+def _write(ws: Workspace, fused: _Fused, at: fx.Node, gone: list[fx.Node] | None = None) -> fx.Node:
+    """Put the operator in the place of `at`."""
+    dtype = ws.dtype(fused.node)
+    weight = ws.constant(fused.weight, dtype)
+    bias = None if fused.bias is None else ws.constant(fused.bias, dtype)
+    x = fused.xs[0]
+    act = (fused.activation, float(fused.slope))
+    args: tuple[Any, ...]
+    if fused.op == "conv3x3":
+        args = (x, weight, bias, fused.residual, *act, fused.mode)
+    elif fused.op == "conv1x1":
+        args = (fused.xs, weight, bias, *act)
+    elif fused.op == "conv3x3_pixel_shuffle":
+        args = (x, weight, bias, fused.residual, fused.factor)
+    else:
+        assert fused.depthwise is not None
+        args = (x, weight, ws.constant(fused.depthwise, dtype), bias, fused.padding_mode, *act)
+    node = ws.call(at, getattr(ops, fused.op).default, args, at)
+    node.meta |= {k: fused.node.meta[k] for k in ("stack_trace", "nn_module_stack") if k in fused.node.meta}
+    ws.replace(at, node, gone or [])
+    return node
+
+
+# --- depthwise separable pairs
+
+
+def _separable(ws: Workspace) -> None:
+    """1x1 without an activation, then depthwise 3x3 of its zero- or reflection-padded result."""
+    for node in list(ws.graph.nodes):
+        depth = conv_of(ws, node)
+        if depth is None or depth.stride != (1, 1) or depth.dilation != (1, 1) or depth.kernel != (3, 3):
+            continue
+        channels = depth.weight.shape[0]
+        if depth.groups != channels or depth.weight.shape[1] != 1 or depth.groups == 1:
+            continue
+        mode, x, between = "zeros", depth.x, []
+        if depth.padding == (0, 0) and _reflects(x) and len(x.users) == 1:
+            between, x, mode = [x], x.args[0], "reflect"  # type: ignore[assignment]
+        elif depth.padding != (1, 1):
+            continue
+        point = _fused_of(ws, x)
+        if point is None or point.op != "conv1x1" or point.activation != "none" or len(point.xs) != 1:
+            continue
+        if len(x.users) != 1:
+            continue
+        source = point.xs[0]
+        bias = depth.bias
+        if point.bias is not None and bool(point.bias.any()):
+            if mode == "zeros":
+                continue  # the border ring has it, zero padding has not
+            through = depth.weight.sum((1, 2, 3)) * point.bias
+            bias = through if bias is None else bias + through
+        fused = _Fused("bsconv", node, [source], point.weight, bias, depthwise=depth.weight, padding_mode=mode)
+        _write(ws, fused, node, [x, *between])
+    ws.clean()
+
+
+def _reflects(node: fx.Node) -> bool:
+    return node.target is aten.reflection_pad2d.default and list(node.args[1]) == [1, 1, 1, 1]  # type: ignore[arg-type]
+
+
+# --- what follows a convolution
+
+
+def _epilogues(ws: Workspace, limit: float | None) -> None:
+    for start in list(ws.graph.nodes):
+        node: fx.Node | None = None if start._erased else start
+        while node is not None:
+            fused = _fused_of(ws, node)
+            node = None if fused is None else _absorb(ws, fused, limit)
+    ws.clean()
+
+
+def _absorb(ws: Workspace, fused: _Fused, limit: float | None) -> fx.Node | None:
+    """Take in the next operation or operations; the new node, or None where nothing fits."""
+    users = list(fused.node.users)
+    if len(users) == 1 and users[0].target is aten.pixel_shuffle.default:
+        return _shuffle(ws, fused, users[0])
+    for region, end in _regions(ws, fused.node):
+        found = _recognize(ws, fused, region, end, limit)
+        if found is None:
+            continue
+        new, extra = found
+        node = _write(ws, replace(new, node=fused.node), end, [fused.node, *region[:-1]])
+        if extra is not None:  # the operator's result times a number
+            scaled = ws.call(node.next, aten.mul.Tensor, (node, extra), node)
+            node.replace_all_uses_with(scaled, delete_user_cb=scaled.__ne__)
+        return node
+    return None
+
+
+def _shuffle(ws: Workspace, fused: _Fused, node: fx.Node) -> fx.Node | None:
+    if (
+        fused.op != "conv3x3"
+        or fused.activation != "none"
+        or (fused.residual is not None and fused.mode == "attention")
+    ):
+        return None
+    factor = int(node.args[1])  # type: ignore[arg-type]
+    residual = None
+    if fused.residual is not None:  # shuffled by itself: the shuffle of a sum is the sum of the shuffles
+        residual = ws.call(node, aten.pixel_shuffle.default, (fused.residual, factor), node)
+    tail = replace(fused, op="conv3x3_pixel_shuffle", residual=residual, factor=factor)
+    return _write(ws, tail, node, [fused.node])
+
+
+def _regions(ws: Workspace, h: fx.Node) -> list[tuple[list[fx.Node], fx.Node]]:
+    """Element-by-element operations after `h` that end in one result and are used by nobody else, shortest first."""
+    order = {n: i for i, n in enumerate(ws.graph.nodes)}
+    inside: list[fx.Node] = []
+    found = []
+    pending = set(h.users)
+    while pending and len(inside) < _LONGEST:
+        node = min(pending, key=order.__getitem__)
+        pending.discard(node)
+        if not is_pointwise(node):
+            break
+        inside.append(node)
+        pending |= set(node.users)
+        members = {h, *inside[:-1]}
+        closed = all(user in inside for member in members for user in member.users)
+        if closed and is_map(node) and dims(node) == dims(h):
+            found.append((list(inside), node))
+        if ws.returned() is node:
+            break
+    return found
+
+
+def _probes(ws: Workspace, region: list[fx.Node], channels: int) -> Tensor:
+    """Numbers [1, channels, P, 1] on both sides of every constant in the region, and of every size."""
+    generator = torch.Generator().manual_seed(0)
+    edges: list[float] = []
+    for node in region:
+        for a in (*node.args, *node.kwargs.values()):
+            value = ws.known(a)
+            if isinstance(value, Tensor):
+                edges += [float(v) for v in value.flatten()[:64]]
+            elif value is not None:
+                edges.append(float(value))
+    around = [e * s + d for e in dict.fromkeys(edges) for s in (1, -1) for d in (-1e-3, 0, 1e-3, -1.0, 1.0)]
+    fixed = torch.tensor([0.0, 1.0, -1.0, 2.0, -2.0, *around], dtype=torch.float64)
+    sizes = torch.tensor([1e-3, 0.1, 1.0, 4.0, 30.0, 1e3, 1e6], dtype=torch.float64)
+    drawn = torch.randn(len(sizes), 24, generator=generator, dtype=torch.float64) * sizes.view(-1, 1)
+    values = torch.cat([fixed, drawn.flatten()])
+    return values.view(1, 1, -1, 1).expand(1, channels, -1, 1).contiguous()
+
+
+def _recognize(
+    ws: Workspace, fused: _Fused, region: list[fx.Node], end: fx.Node, limit: float | None
+) -> tuple[_Fused, float | None] | None:
+    """The operator that computes `end`, and a number that its result is still to be multiplied by."""
+    h = fused.node
+    channels = dims(h)[1]
+    others = _inputs(ws, region, h)
+    # What is made of another input alone is no input: x * 0.5 beside x.
+    made = [n for n in others if is_pointwise(n) and is_map(n) and set(_inputs(ws, [n], h)) < set(others)]
+    others = [n for n in others if n not in made]
+    region = [*made, *region]
+    if len(others) > 1 or not isinstance(channels, int):
+        return None
+    for node in region:
+        for a in node.all_input_nodes:
+            value = ws.values.get(a)
+            if isinstance(value, Tensor) and value.dim() >= 2 and (value.shape[-1] > 1 or value.shape[-2] > 1):
+                return None
+            if a in ws.values and not isinstance(value, Tensor):
+                return None
+        if not is_map(node) and node.meta["val"].dtype != torch.bool:
+            return None
+    if others and (not is_map(others[0]) or dims(others[0]) != dims(h)):
+        return None  # a residual that is broadcast
+    x = _probes(ws, region, channels)
+
+    def run(hv: Tensor, rv: Tensor | None = None) -> Tensor:
+        env: dict[fx.Node, Any] = {h: hv}
+        if others:
+            env[others[0]] = rv
+
+        def resolve(n: fx.Node) -> Any:
+            return env[n] if n in env else ws.values[n]
+
+        for node in region:
+            if node.target in _CASTS:
+                env[node] = env[node.args[0]]  # type: ignore[index]
+                continue
+            env[node] = node.target(*map_arg(node.args, resolve), **map_arg(node.kwargs, resolve))  # type: ignore[operator]
+        result: Tensor = env[end]
+        return result.expand(hv.shape)
+
+    try:
+        if not others:
+            return _one_argument(fused, run, x, limit)
+        return _two_arguments(fused, run, x, others[0], limit)
+    except RuntimeError:
+        return None  # an operation that does not take float64
+
+
+def _inputs(ws: Workspace, region: list[fx.Node], h: fx.Node) -> list[fx.Node]:
+    """What a region reads besides `h` and constants."""
+    found = dict.fromkeys(a for n in region for a in n.all_input_nodes)
+    return [a for a in found if a is not h and a not in region and a not in ws.values]
+
+
+def _equal(a: Tensor, b: Tensor, x: Tensor) -> bool:
+    """Whether two evaluations agree; `x` is what they were made of, and sets the size of roundings."""
+    allowed = _EXACT * torch.maximum(a.abs(), x.abs().clamp_min(1e-3))
+    return bool(torch.isfinite(a).all()) and bool(((a - b).abs() <= allowed).all())
+
+
+def _slopes(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """f(0), f(1) - f(0) and f(-1) - f(0) per channel."""
+    zero, plus, minus = (f(torch.full_like(x[:, :, :1], v)).flatten() for v in (0.0, 1.0, -1.0))
+    return zero, plus - zero, minus - zero
+
+
+def _column(v: Tensor) -> Tensor:
+    return v.view(1, -1, 1, 1)
+
+
+def _one_argument(
+    fused: _Fused, f: Callable[..., Tensor], x: Tensor, limit: float | None
+) -> tuple[_Fused, float | None] | None:
+    """An affine function, or an activation, of the convolution."""
+    y = f(x)
+    zero, plus, minus = _slopes(f, x)
+    free = fused.activation == "none" and (fused.residual is None)
+    if _equal(y, x * _column(plus) + _column(zero), x):
+        if not within(plus, limit):
+            return None
+        if free:
+            return fused.scaled(plus, zero), None
+        # c act(h) = act(c h) for c >= 0
+        homogeneous = fused.activation in ("relu", "leaky_relu") and fused.residual is None
+        if homogeneous and not bool(zero.any()) and bool((plus >= 0).all()):
+            return fused.scaled(plus, zero), None
+        return None
+    if fused.op == "conv3x3_pixel_shuffle" or fused.activation != "none":
+        return None
+    if fused.residual is not None and fused.mode != "post":
+        return None
+    mode = "post" if fused.residual is None else "pre"
+    for activation in _ACTIVATIONS:
+        if _equal(y, activate(x, activation, 0.0), x):
+            return replace(fused, activation=activation, mode=mode), None
+    # c times leaky ReLU with the same slope everywhere
+    if bool(zero.any()) or not bool((plus > 0).all()):
+        return None
+    slopes = -minus / plus
+    slope = float(slopes[0])
+    if bool((slopes - slope).abs().max() > _EXACT) or not within(plus, limit):
+        return None
+    if not _equal(y, _column(plus) * activate(x, "leaky_relu", slope), x):
+        return None
+    name = "relu" if slope == 0 else "leaky_relu"
+    if bool((plus == 1).all()):
+        return replace(fused, activation=name, slope=slope, mode=mode), None
+    if fused.residual is not None:
+        return None
+    return replace(fused.scaled(plus, zero), activation=name, slope=slope), None
+
+
+def _two_arguments(
+    fused: _Fused, f: Callable[..., Tensor], x: Tensor, residual: fx.Node, limit: float | None
+) -> tuple[_Fused, float | None] | None:
+    """A residual after or before the activation, or SPAN's attention."""
+    if fused.residual is not None or fused.op not in ("conv3x3", "conv3x3_pixel_shuffle"):
+        return None
+    permuted = torch.randperm(x.shape[2], generator=torch.Generator().manual_seed(1))
+    r = x[:, :, permuted]
+    size = torch.maximum(x.abs(), r.abs())
+    y = f(x, r)
+
+    def alone(v: Tensor) -> Tensor:
+        return f(v, torch.zeros_like(v))
+
+    if _equal(y - r, alone(x), size):
+        found = _one_argument(fused, alone, x, limit)
+        if found is None:
+            # The convolution as it is, without or after its activation.
+            found = (fused, None) if _equal(alone(x), x, x) else None
+        return None if found is None else (replace(found[0], residual=residual, mode="post"), None)
+    if fused.op != "conv3x3" or fused.activation != "none":
+        return None
+    before = _one_argument(fused, alone, x, limit)
+    if before is not None and before[0].activation != "none":
+        a = before[0]
+        if a.weight is fused.weight and _equal(y, activate(x + r, a.activation, a.slope), size):
+            return replace(a, residual=residual, mode="pre"), None
+    gate = attention(x, r)
+    factor = float((y * gate).sum() / (gate * gate).sum())
+    if factor and _equal(y / factor, gate, size):
+        exact = abs(factor - 1) < _EXACT
+        return replace(fused, residual=residual, mode="attention"), None if exact else factor
+    return None
+
+
+# --- enhanced spatial attention
+
+
+def _spatial_attention(ws: Workspace) -> None:
+    for node in list(ws.graph.nodes):
+        if node._erased or node.target is not aten.mul.Tensor or len(node.args) != 2 or not is_map(node):
+            continue
+        for x, gate in (node.args, node.args[::-1]):
+            found = _esa_of(ws, x, gate)
+            if found is not None:
+                args = tuple(w if w is None else ws.constant(w, ws.dtype(node)) for w in found)
+                ws.replace(node, ws.call(node, ops.esa.default, (x, *args), node))
+                ws.clean()
+                break
+
+
+def _single(ws: Workspace, node: Any, op: str) -> _Fused | None:
+    """An `esr` convolution of one tensor without a residual, if the node is that."""
+    found = _fused_of(ws, node) if isinstance(node, fx.Node) else None
+    if found is None or found.op != op or len(found.xs) != 1 or found.residual is not None:
+        return None
+    return found
+
+
+def _esa_of(ws: Workspace, x: Any, gate: Any) -> list[Tensor | None] | None:
+    """The fourteen weights of x * gate, if that is enhanced spatial attention in one of its three forms."""
+
+    def used_once(n: fx.Node) -> bool:
+        return len(n.users) == 1
+
+    if not is_map(x) or not isinstance(gate, fx.Node) or gate.target is not aten.sigmoid.default or not used_once(gate):
+        return None
+    conv4 = _single(ws, gate.args[0], "conv1x1")
+    if conv4 is None or conv4.activation != "none" or not used_once(conv4.node):
+        return None
+    total = conv4.xs[0]
+    if total.target is not aten.add.Tensor or total.kwargs or len(total.args) != 2 or not used_once(total):
+        return None
+    for up, skip in (total.args, total.args[::-1]):
+        if not isinstance(up, fx.Node) or up.target is not aten.upsample_bilinear2d.vec or not used_once(up):
+            continue
+        if up.args[2] or dims(up)[2:] != dims(x)[2:] or up.args[1] is None:
+            continue
+        third = _single(ws, up.args[0], "conv3x3")
+        if third is None or third.activation != "none" or not used_once(third.node):
+            continue
+        chain = [third]
+        while len(chain) < 3 and (before := _single(ws, chain[-1].xs[0], "conv3x3")) is not None:
+            if before.activation != "relu" or not used_once(before.node):
+                return None
+            chain.append(before)
+        pool = chain[-1].xs[0]
+        if len(chain) == 2 or pool.target is not aten.max_pool2d.default or not used_once(pool) or not _pools(pool):
+            continue
+        second = conv_of(ws, pool.args[0])
+        if second is None or second.kernel != (3, 3) or second.stride != (2, 2) or second.padding != (0, 0):
+            continue
+        if second.groups != 1 or second.dilation != (1, 1) or not used_once(second.node):
+            continue
+        first = _single(ws, second.x, "conv1x1")
+        if first is None or first.activation != "none" or first.xs[0] is not x:
+            continue
+        skip_conv: _Fused | None = None
+        if skip is not first.node:
+            skip_conv = _single(ws, skip, "conv1x1")
+            if skip_conv is None or skip_conv.activation != "none" or skip_conv.xs[0] is not first.node:
+                continue
+            if not used_once(skip_conv.node):
+                continue
+        if set(first.node.users) != {second.node, total if skip_conv is None else skip_conv.node}:
+            continue
+        hidden = first.weight.shape[0]
+        square: tuple[Any, ...] = (*chain, second)
+        if any(c.weight.shape[:2] != (hidden, hidden) for c in square):
+            continue
+        if skip_conv is not None and skip_conv.weight.shape[:2] != (hidden, hidden):
+            continue
+        inner = chain[::-1]  # conv_max, conv3, conv3_
+        w_max, conv3, last = inner if len(inner) == 3 else (None, inner[0], None)
+        weights: list[Tensor | None] = []
+        convs: tuple[Any, ...] = (first, second, conv3, conv4, skip_conv, w_max, last)
+        for conv in convs:
+            weights += [None, None] if conv is None else [conv.weight, conv.bias]
+        return weights
+    return None
+
+
+def _pools(node: fx.Node) -> bool:
+    """7x7 max pooling with stride 3 and nothing else."""
+    kernel, stride, padding, dilation, ceil = (*node.args[1:], *(None,) * 5)[:5]
+    wanted: Any = ((7, kernel), (3, stride), (0, padding or [0]), (1, dilation or [1]))
+    return not ceil and all(a and {v} == set(a) for v, a in wanted)

@@ -1,0 +1,546 @@
+"""Exact algebra on linear layers: what amounts to one convolution becomes one.
+
+All of it holds on the border of the image too: a shift in front of a zero-padded convolution, for one, stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+from torch.nn import functional as F
+
+from .workspace import _CASTS, Workspace, aten, dims, getitem, is_map, is_pointwise, is_random
+
+_SAME = {
+    *_CASTS,
+    aten.alias.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.lift_fresh_copy.default,
+    aten.expand.default,
+    aten.dropout.default,
+    aten.feature_dropout.default,
+}
+_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints}
+# What only moves elements.
+_MOVES = {
+    *_RESHAPES,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.unflatten.int,
+    aten.clone.default,
+    aten.contiguous.default,
+}
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A 2-D convolution with known weights (float64)."""
+
+    node: fx.Node
+    x: fx.Node
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        return int(self.weight.shape[2]), int(self.weight.shape[3])
+
+    @property
+    def cost(self) -> int:
+        """Multiply-adds per output pixel."""
+        return self.weight.numel()
+
+    @property
+    def plain(self) -> bool:
+        """Stride, dilation and groups of one."""
+        return self.stride == self.dilation == (1, 1) and self.groups == 1
+
+    def scaled(self, scale: Tensor, shift: Tensor) -> Conv:
+        """Followed by `y * scale + shift`, one number each per channel."""
+        bias = shift if self.bias is None else self.bias * scale + shift
+        return replace(self, weight=self.weight * scale.view(-1, 1, 1, 1), bias=bias if bool(bias.any()) else None)
+
+    def dense(self) -> Tensor:
+        """The weight with its groups written out."""
+        if self.groups == 1:
+            return self.weight
+        o, i, kh, kw = self.weight.shape
+        full = self.weight.new_zeros(self.groups, o // self.groups, self.groups, i, kh, kw)
+        index = torch.arange(self.groups)
+        full[index, :, index] = self.weight.view(self.groups, o // self.groups, i, kh, kw)
+        return full.view(o, i * self.groups, kh, kw)
+
+
+def conv_of(ws: Workspace, node: Any) -> Conv | None:
+    """A node as a convolution with known weights, if it is one."""
+    if not isinstance(node, fx.Node) or node.target is not aten.convolution.default or node in ws.values:
+        return None
+    x, w, b, stride, padding, dilation, transposed, _output_padding, groups = node.args
+    weight, bias = ws.known(w), ws.known(b) if b is not None else None
+    if transposed or not isinstance(weight, Tensor) or (b is not None and bias is None) or not is_map(x):
+        return None
+    if not all(isinstance(v, int) for v in (*stride, *padding, *dilation)):  # type: ignore[misc]
+        return None
+
+    def pair(v: Any) -> tuple[int, int]:
+        return (int(v[0]), int(v[-1]))
+
+    return Conv(node, x, weight, bias, pair(stride), pair(padding), pair(dilation), int(groups))  # type: ignore[arg-type]
+
+
+def write_conv(ws: Workspace, conv: Conv, at: fx.Node) -> fx.Node:
+    """The convolution as a new node in front of `at`, which it is about to replace."""
+    dtype = ws.dtype(conv.node)
+    weight = ws.constant(conv.weight, dtype)
+    bias = None if conv.bias is None else ws.constant(conv.bias, dtype)
+    settings = (list(conv.stride), list(conv.padding), list(conv.dilation), False, [0, 0], conv.groups)
+    node = ws.call(at, aten.convolution.default, (conv.x, weight, bias, *settings), at)
+    if "stack_trace" in conv.node.meta or "nn_module_stack" in conv.node.meta:
+        node.meta |= {k: conv.node.meta[k] for k in ("stack_trace", "nn_module_stack") if k in conv.node.meta}
+    return node
+
+
+def affine_of(ws: Workspace, node: fx.Node) -> tuple[fx.Node, Tensor, Tensor] | None:
+    """`x * scale + shift` with one float64 number each per channel of the map x, if a node is that."""
+    t: Any = node.target
+    kwargs: dict[str, Any] = dict(node.kwargs)
+    a: Any
+    b: Any
+    if t is aten.neg.default:
+        a, b, op = node.args[0], -1.0, "mul"
+    elif t in (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.rsub.Tensor):
+        a, b = node.args[:2]
+        alpha = float(node.args[2] if len(node.args) > 2 else kwargs.pop("alpha", 1))  # type: ignore[arg-type]
+        op = {"add": "add", "sub": "sub", "rsub": "rsub"}[t._schema.name.split("::")[1]]  # type: ignore[union-attr]
+    elif t in (aten.mul.Tensor, aten.mul.Scalar):
+        a, b, op = *node.args[:2], "mul"
+    elif t in (aten.div.Tensor, aten.div.Scalar):
+        a, b, op = *node.args[:2], "div"
+    else:
+        return None
+    if kwargs or node in ws.values or not is_map(node):
+        return None
+    swapped = ws.known(a) is not None
+    x, c = (b, a) if swapped else (a, b)
+    if not is_map(x) or x in ws.values or dims(x) != dims(node) or not isinstance(dims(x)[1], int):  # type: ignore[arg-type]
+        return None
+    channels = dims(x)[1]  # type: ignore[arg-type]
+    k = ws.per_channel(c, channels)
+    if k is None:
+        return None
+    one, zero = torch.ones_like(k), torch.zeros_like(k)
+    if op == "mul":
+        return x, k, zero  # type: ignore[return-value]
+    if op == "div":
+        return None if swapped else (x, 1 / k, zero)  # type: ignore[return-value]
+    if op == "rsub":  # b - alpha a
+        swapped = not swapped
+        op = "sub"
+    if op == "add":
+        return (x, alpha * one, k) if swapped else (x, one, alpha * k)  # type: ignore[return-value]
+    return (x, -alpha * one, k) if swapped else (x, one, -alpha * k)  # type: ignore[return-value]
+
+
+# --- one form for what can be written in many
+
+
+def canonicalize(ws: Workspace) -> None:
+    """Convolutions, normalisations and shuffles in one form each; what does nothing goes."""
+    for node in list(ws.graph.nodes):
+        if node.op != "call_function" or node in ws.values or node._erased:
+            continue
+        for rule in (_identity, _convolution, _batch_norm, _zero_pad, _filled):
+            if rule(ws, node):
+                break
+    ws.fold()
+    _share(ws)
+    ws.clean()
+
+
+def _share(ws: Workspace) -> None:
+    """Compute once what is computed twice."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(ws.graph.nodes):
+        if node.op != "call_function" or node in ws.values or is_random(node) or node is ws.returned():
+            continue
+        try:
+            key = (node.target, _frozen(node.args), _frozen(node.kwargs))
+            first = seen.setdefault(key, node)
+        except TypeError:
+            continue
+        if first is not node:
+            node.replace_all_uses_with(first)
+            ws.graph.erase_node(node)
+
+
+def _frozen(argument: Any) -> Any:
+    """An argument as something that can be looked up; 1, 1.0 and True are three."""
+    if isinstance(argument, (list, tuple)):
+        return tuple(_frozen(a) for a in argument)
+    if isinstance(argument, dict):
+        return tuple((k, _frozen(v)) for k, v in sorted(argument.items()))
+    return argument if isinstance(argument, fx.Node) else (type(argument), argument)
+
+
+_FILLS = {aten.zeros_like.default: 0.0, aten.ones_like.default: 1.0, aten.full_like.default: None}
+
+
+def _filled(ws: Workspace, node: fx.Node) -> bool:
+    """A map of one number, which others broadcast as well."""
+    if node.target not in _FILLS or not is_map(node):
+        return False
+    number = _FILLS[node.target] if _FILLS[node.target] is not None else ws.known(node.args[1])
+    if not isinstance(number, (int, float)):
+        return False
+    for user in node.users:
+        others = [n for n in user.all_input_nodes if n is not node]
+        if not is_pointwise(user) or not any(is_map(n) and dims(n) == dims(user) for n in others):
+            return False
+    ws.replace(node, ws.constant(torch.full((1, 1, 1, 1), float(number)), node.meta["val"].dtype))
+    return True
+
+
+def _identity(ws: Workspace, node: fx.Node) -> bool:
+    if node.target in _RESHAPES and node.target is not aten.flatten.using_ints:
+        # A view of a tensor whose copies are gone may have to copy.
+        node.target = aten.reshape.default
+    if node.target in _SAME:
+        source: Any = node.args[0]
+        if node.target in (aten.dropout.default, aten.feature_dropout.default) and node.args[2]:
+            return False
+    elif node.target in _RESHAPES:
+        source = node.args[0]
+    else:
+        return False
+    if not isinstance(source, fx.Node) or (source.op == "placeholder" and ws.returned() is node):
+        return False
+    before, after = source.meta.get("val"), node.meta.get("val")
+    if (
+        not isinstance(before, Tensor)
+        or not isinstance(after, Tensor)
+        or before.dtype != after.dtype
+        or dims(source) != dims(node)
+    ):
+        return False
+    ws.replace(node, source)
+    return True
+
+
+def _convolution(ws: Workspace, node: fx.Node) -> bool:
+    if node.target not in (aten.conv2d.default, aten.conv2d.padding):
+        return False
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    defaults = {"bias": None, "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
+    a: dict[str, Any] = defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    weight = a["weight"].meta["val"].shape
+    stride, dilation, padding = ([*v] * 2 if len(v) == 1 else [*v] for v in (a["stride"], a["dilation"], [0, 0]))
+    if a["padding"] == "same":
+        total = [d * (int(k) - 1) for d, k in zip(dilation, weight[2:], strict=True)]
+        if any(t % 2 for t in total):
+            return False
+        padding = [t // 2 for t in total]
+    elif a["padding"] != "valid":
+        padding = [*a["padding"]] * 2 if len(a["padding"]) == 1 else [*a["padding"]]
+    if node.args[0].meta["val"].dim() != 4:  # type: ignore[union-attr]
+        return False
+    args = (a["input"], a["weight"], a["bias"], stride, padding, dilation, False, [0, 0], a["groups"])
+    ws.replace(node, ws.call(node, aten.convolution.default, args, node))
+    return True
+
+
+def _batch_norm(ws: Workspace, node: fx.Node) -> bool:
+    """With running statistics: a factor and a term per channel."""
+    t = node.target
+    if t is aten._native_batch_norm_legit_no_training.default:
+        x, weight, bias, mean, var, _momentum, eps = node.args
+        results = getitem(node)
+    elif t in (aten.batch_norm.default, aten.native_batch_norm.default) and node.args[5] is False:
+        x, weight, bias, mean, var, _training, _momentum, eps = node.args[:8]
+        results = getitem(node) if t is aten.native_batch_norm.default else {0: node}
+    else:
+        return False
+    if not is_map(x) or 0 not in results or any(results[i].users for i in results if i):
+        return False
+    defaults = ((weight, 1.0), (bias, 0.0), (mean, None), (var, None))
+    w, b, m, v = (ws.known(default if a is None else a) for a, default in defaults)
+    if w is None or b is None or not isinstance(m, Tensor) or not isinstance(v, Tensor):
+        return False
+    scale: Tensor = w * torch.rsqrt(v + float(eps))  # type: ignore[arg-type,operator]
+    _write_affine(ws, results[0], x, scale, b - m * scale)
+    return True
+
+
+def _write_affine(ws: Workspace, target: fx.Node, x: Any, scale: Tensor, shift: Tensor) -> None:
+    """Replace `target` by x * scale + shift."""
+    dtype = target.meta["val"].dtype
+    new = ws.call(target, aten.mul.Tensor, (x, ws.constant(scale.view(1, -1, 1, 1), dtype)), target)
+    if bool(shift.any()):
+        new = ws.call(target, aten.add.Tensor, (new, ws.constant(shift.view(1, -1, 1, 1), dtype)), target)
+    ws.replace(target, new)
+
+
+def _zero_pad(ws: Workspace, node: fx.Node) -> bool:
+    if node.target is not aten.pad.default:
+        return False
+    mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+    value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value", 0.0)
+    if mode == "constant":
+        new = ws.call(node, aten.constant_pad_nd.default, (node.args[0], node.args[1], value or 0.0), node)
+    elif mode == "reflect" and len(node.args[1]) == 4:  # type: ignore[arg-type]
+        new = ws.call(node, aten.reflection_pad2d.default, (node.args[0], node.args[1]), node)
+    else:
+        return False
+    ws.replace(node, new)
+    return True
+
+
+# --- linear layers that amount to fewer
+
+
+def merge_linear(ws: Workspace, scale_limit: float | None = None) -> None:
+    """Fold factors, terms, paddings, 1x1 convolutions and parallel branches into the convolutions next to them.
+
+    Args:
+        scale_limit: factors larger than it, or smaller than its inverse, stay out of weights that will be float16.
+    """
+    rules: tuple[Callable[..., bool], ...] = (_scale_after, _scale_before, _padding, _pointwise_pair, _parallel)
+    changed = True
+    while changed:
+        changed = False
+        for node in list(ws.graph.nodes):
+            if node._erased or node.op != "call_function" or node in ws.values:
+                continue
+            for rule in rules:
+                if rule(ws, node, scale_limit) if rule is _scale_after else rule(ws, node):
+                    changed = True
+                    break
+    ws.clean()
+
+
+def within(scale: Tensor, limit: float | None) -> bool:
+    """Whether factors may go into weights."""
+    if not bool(torch.isfinite(scale).all()):
+        return False
+    return limit is None or bool(((scale.abs() <= limit) & (scale.abs() >= 1 / limit)).all())
+
+
+def _scale_after(ws: Workspace, node: fx.Node, limit: float | None) -> bool:
+    found = affine_of(ws, node)
+    conv = conv_of(ws, found[0]) if found else None
+    if found is None or conv is None or len(conv.node.users) != 1 or not within(found[1], limit):
+        return False
+    ws.replace(node, write_conv(ws, conv.scaled(found[1], found[2]), node), [conv.node])
+    return True
+
+
+def _scale_before(ws: Workspace, node: fx.Node) -> bool:
+    """conv(x * scale): zero padding stays zero. A term goes in only where there is no padding."""
+    conv = conv_of(ws, node)
+    found = affine_of(ws, conv.x) if conv else None
+    if conv is None or found is None or len(conv.x.users) != 1:
+        return False
+    x, scale, shift = found
+    if bool(shift.any()) and conv.padding != (0, 0):
+        return False
+    o = conv.weight.shape[0]
+
+    def by_weight(v: Tensor) -> Tensor:
+        """[C] -> what multiplies each weight, [O, C / groups, 1, 1]."""
+        return v.view(conv.groups, 1, -1).expand(-1, o // conv.groups, -1).reshape(o, -1, 1, 1)
+
+    bias = (conv.weight * by_weight(shift)).sum((1, 2, 3))
+    if conv.bias is not None:
+        bias = bias + conv.bias
+    merged = replace(conv, x=x, weight=conv.weight * by_weight(scale), bias=bias if bool(bias.any()) else None)
+    ws.replace(node, write_conv(ws, merged, node), [conv.x])
+    return True
+
+
+def _padding(ws: Workspace, node: fx.Node) -> bool:
+    """Explicit zero padding becomes the convolution's own."""
+    conv = conv_of(ws, node)
+    if conv is None or conv.x.target is not aten.constant_pad_nd.default or conv.kernel == (1, 1):
+        return False
+    pad: Any
+    source: Any
+    source, pad, *value = conv.x.args
+    if (value and value[0] != 0) or len(pad) != 4 or not all(isinstance(p, int) and p >= 0 for p in pad):
+        return False
+    left, right, top, bottom = pad
+    if left != right or top != bottom:
+        return False
+    padding = (conv.padding[0] + top, conv.padding[1] + left)
+    ws.replace(node, write_conv(ws, replace(conv, x=source, padding=padding), node), [conv.x])
+    return True
+
+
+def _pointwise_pair(ws: Workspace, node: fx.Node) -> bool:
+    """A 1x1 convolution before or after another one, where one is cheaper than both."""
+    second = conv_of(ws, node)
+    first = conv_of(ws, second.x) if second else None
+    if second is None or first is None or len(first.node.users) != 1 or second.groups != 1 or first.groups != 1:
+        return False
+    both = first.cost + second.cost
+    a, b = first.weight, second.weight
+    if second.kernel == (1, 1) and second.stride == (1, 1) and second.padding == (0, 0):
+        weight = torch.einsum("om,mikl->oikl", b[:, :, 0, 0], a)
+        merged = replace(first, weight=weight)
+    elif first.kernel == (1, 1) and first.stride == (1, 1) and first.padding == (0, 0):
+        if second.padding != (0, 0) and first.bias is not None and bool(first.bias.any()):
+            return False
+        weight = torch.einsum("omkl,mi->oikl", b, a[:, :, 0, 0])
+        merged = replace(second, x=first.x, weight=weight)
+    else:
+        return False
+    if merged.cost > both:
+        return False
+    bias = second.bias
+    if first.bias is not None:
+        constant = b.sum((2, 3)) @ first.bias
+        bias = constant if bias is None else bias + constant
+    ws.replace(node, write_conv(ws, replace(merged, node=second.node, bias=bias), node), [first.node])
+    return True
+
+
+def _centred(conv: Conv) -> bool:
+    """Odd kernel with as much padding as keeps the size, so that its middle tap is at the pixel itself."""
+    same = all(k % 2 == 1 and p == k // 2 for k, p in zip(conv.kernel, conv.padding, strict=True))
+    return same and conv.stride == conv.dilation == (1, 1)
+
+
+def _parallel(ws: Workspace, node: fx.Node) -> bool:
+    """conv(x) + conv(x), and conv(x) + x * scale + shift: one convolution."""
+    if node.target not in (aten.add.Tensor, aten.sub.Tensor) or node.kwargs or len(node.args) != 2:
+        return False
+    a, b = node.args
+    sign = -1.0 if node.target is aten.sub.Tensor else 1.0
+    first, second = conv_of(ws, a), conv_of(ws, b)
+    if (first is None and second is None) or a is b:
+        return False
+    for conv in (first, second):
+        if conv is not None and (len(conv.node.users) != 1 or not _centred(conv)):
+            return False
+    if first is None or second is None:
+        conv, other = (second, a) if first is None else (first, b)
+        found = _affine_from(ws, other, conv.x) if conv is not None else None
+        # A plain identity stays a residual: one added to float16 weights would cost their last bits.
+        if conv is None or found is None or conv.groups != 1:
+            return False
+        channels = int(found[0].shape[0])
+        if conv.weight.shape[0] != channels or conv.weight.shape[1] != channels:
+            return False
+        identity = Conv(other, conv.x, torch.diag(found[0]).view(channels, channels, 1, 1), found[1])  # type: ignore[arg-type]
+        first, second = (identity, conv) if first is None else (conv, identity)
+    if first.x is not second.x or first.weight.shape[0] != second.weight.shape[0]:
+        return False
+    if first.groups != second.groups and 1 not in (first.groups, second.groups):
+        return False
+    groups = first.groups if first.groups == second.groups else 1
+    weights = [c.weight if c.groups == groups else c.dense() for c in (first, second)]
+    kernel = [max(first.kernel[i], second.kernel[i]) for i in (0, 1)]
+    grown = [_grown(w, kernel) for w in weights]
+    zero = torch.zeros_like(grown[0][:, 0, 0, 0])
+    bias = (zero if first.bias is None else first.bias) + sign * (zero if second.bias is None else second.bias)
+    merged = Conv(
+        node if conv_of(ws, first.node) is None else first.node,
+        first.x,
+        grown[0] + sign * grown[1],
+        bias if bool(bias.any()) else None,
+        padding=(kernel[0] // 2, kernel[1] // 2),
+        groups=groups,
+    )
+    if merged.cost > first.cost + second.cost:
+        return False
+    ws.replace(node, write_conv(ws, merged, node), [first.node, second.node])
+    return True
+
+
+def _affine_from(ws: Workspace, node: Any, x: fx.Node) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift of a node that is x * scale + shift, one number each per channel, and nobody else's."""
+    if not isinstance(node, fx.Node) or len(node.users) != 1:
+        return None
+    found = affine_of(ws, node)
+    if found is None or found[0] is x:
+        return None if found is None else found[1:]
+    inner = _affine_from(ws, found[0], x)
+    return None if inner is None else (inner[0] * found[1], inner[1] * found[1] + found[2])
+
+
+def _grown(weight: Tensor, kernel: list[int]) -> Tensor:
+    """The kernel with zeros around it."""
+    y, x = ((kernel[i] - weight.shape[2 + i]) // 2 for i in (0, 1))
+    return F.pad(weight, (x, x, y, y))
+
+
+# --- moved elements
+
+
+def recognize_shuffles(ws: Workspace, image: fx.Node, example: Tensor) -> None:
+    """Chains of views and transpositions that amount to a pixel shuffle, its inverse or nothing.
+
+    They are told by what they do to the numbers of the elements, not by how they are written.
+
+    Args:
+        image: the image's placeholder, and an image for it.
+    """
+    known: dict[fx.Node, Any] = {}
+
+    def run(node: fx.Node) -> Any:
+        if not known:
+            known.update(ws.evaluate(image, example))
+        return known[node]
+
+    for node in list(ws.graph.nodes):
+        if node._erased or node.target not in _MOVES or node in ws.values or not is_map(node):
+            continue
+        if all(user.target in _MOVES for user in node.users):
+            continue  # the end of the chain decides
+        chain, source = [node], node.args[0]
+        while isinstance(source, fx.Node) and source.target in _MOVES and len(source.users) == 1:
+            chain.append(source)
+            source = source.args[0]
+        if not is_map(source) or len(chain) < 2:
+            continue
+        assert isinstance(source, fx.Node)
+        shuffle = _shuffle(ws, source, chain[::-1], run)
+        if shuffle is None:
+            continue
+        target, factor = shuffle
+        new = source if factor == 1 else ws.call(node, target, (source, factor), node)
+        ws.replace(node, new, chain[:0:-1])
+    ws.clean()
+
+
+def _shuffle(ws: Workspace, source: fx.Node, chain: list[fx.Node], run: Callable[[fx.Node], Any]) -> Any:
+    example = run(source)
+    if not isinstance(example, Tensor) or example.dim() != 4:
+        return None
+    numbers = torch.arange(example.numel(), dtype=torch.float64).view(example.shape)
+    moved = numbers
+    for step in chain:
+        args = (moved, *map_arg(step.args[1:], run))
+        moved = step.target(*args, **step.kwargs)  # type: ignore[operator]
+    if moved.shape == numbers.shape:
+        return (None, 1) if torch.equal(moved, numbers) and dims(chain[-1]) == dims(source) else None
+    for target, up in ((aten.pixel_shuffle.default, True), (aten.pixel_unshuffle.default, False)):
+        a, b = (example, moved) if up else (moved, example)
+        factor, rest = divmod(b.shape[2], a.shape[2])
+        if rest or factor < 2 or a.shape[2] * factor != b.shape[2] or a.shape[3] * factor != b.shape[3]:
+            continue
+        if a.shape[1] == b.shape[1] * factor**2 and torch.equal(target(numbers, factor), moved):
+            return target, factor
+    return None

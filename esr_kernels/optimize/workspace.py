@@ -1,0 +1,177 @@
+"""A graph under work: constants with their values, shapes by name, and what all rewrites share."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+aten = torch.ops.aten
+
+Dims = tuple[Any, ...]
+
+_CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
+# Element by element, though not tagged so.
+_POINTWISE = (aten.prelu.default, aten.hardswish.default, aten.square.default, aten.relu6.default)
+
+
+def dims(node: fx.Node) -> Dims:
+    """The shape of a node's tensor, comparable: numbers, and symbolic expressions where a size is dynamic."""
+    return tuple(d if isinstance(d, int) else d.node.expr for d in node.meta["val"].shape)
+
+
+def is_map(node: Any, rank: int = 4) -> bool:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return isinstance(value, Tensor) and value.dim() == rank and value.is_floating_point()
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether each element of its result depends on the same element of its (broadcast) arguments."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return torch.Tag.pointwise in node.target.tags or node.target in _POINTWISE or node.target in _CASTS
+
+
+def is_random(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+class Workspace:
+    """A functional graph, the values of its constants and the place of every node in the network.
+
+    Attributes:
+        graph: being rewritten; its output node returns one tensor.
+        values: node -> value of every node that does not depend on the image. Floating-point values are float64.
+    """
+
+    def __init__(self, graph: fx.Graph, values: dict[fx.Node, Tensor]) -> None:
+        self.graph = graph
+        self.values: dict[fx.Node, Any] = {}
+        for node, value in values.items():
+            self.values[node] = value.double() if value.is_floating_point() else value
+        self._dtypes: dict[fx.Node, torch.dtype] = {node: v.dtype for node, v in values.items()}
+        self.fold()
+
+    # --- constants
+
+    def fold(self) -> None:
+        """Compute every node that depends on constants alone, in float64."""
+        for node in self.graph.nodes:
+            if node.op != "call_function" or node in self.values or is_random(node):
+                continue
+            if not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
+                continue
+            if all(n in self.values for n in node.all_input_nodes):
+                self.values[node] = self._compute(node)
+
+    def _compute(self, node: fx.Node) -> Any:
+        def natural(n: fx.Node) -> Any:
+            value = self.values[n]
+            return value.to(self.dtype(n)) if isinstance(value, Tensor) and value.dtype == torch.float64 else value
+
+        flat = [*node.args, *node.kwargs.values()]
+        exact = not any(isinstance(a, torch.dtype) for a in flat) and node.target not in _CASTS
+        for resolve in ([self.values.__getitem__] if exact else []) + [natural]:
+            try:
+                args, kwargs = map_arg(node.args, resolve), map_arg(node.kwargs, resolve)
+                result = node.target(*args, **kwargs)  # type: ignore[operator]
+                break
+            except RuntimeError:
+                if resolve is natural:
+                    raise
+
+        def widened(t: Any) -> Any:
+            return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+
+        return [widened(t) for t in result] if isinstance(result, (tuple, list)) else widened(result)
+
+    def dtype(self, node: fx.Node) -> torch.dtype:
+        if node not in self._dtypes:
+            self._dtypes[node] = node.meta["val"].dtype
+        return self._dtypes[node]
+
+    def constant(self, value: Tensor, dtype: torch.dtype) -> fx.Node:
+        """A new constant; `dtype` is what the network computes in."""
+        first = next(iter(self.graph.nodes))
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder(f"constant_{len(self.values)}")
+        node.meta["val"] = torch.empty(value.shape, dtype=dtype, device="meta")
+        self.values[node] = value.double()
+        self._dtypes[node] = dtype
+        return node
+
+    def known(self, argument: Any) -> Tensor | float | None:
+        """The value of a number or constant tensor; None for what depends on the image."""
+        if isinstance(argument, fx.Node):
+            value = self.values.get(argument)
+            return value if isinstance(value, Tensor) else None
+        return argument if isinstance(argument, (int, float)) and not isinstance(argument, bool) else None
+
+    def per_channel(self, argument: Any, channels: int) -> Tensor | None:
+        """A number, or a constant with one number per channel of a map, as float64 [channels]; else None."""
+        value = self.known(argument)
+        if value is None:
+            return None
+        if not isinstance(value, Tensor):
+            return torch.full((channels,), float(value), dtype=torch.float64)
+        if value.is_complex():
+            return None
+        if value.numel() == 1:
+            return value.double().reshape(1).expand(channels).clone()
+        if value.dim() < 3 or value.shape[-3] != channels or value.numel() != channels:
+            return None
+        return value.double().flatten()
+
+    # --- rewriting
+
+    def call(self, before: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+        """A new node in front of `before` whose tensor has the shape and dtype of that of `like`."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args)
+        node.meta = {k: like.meta[k] for k in ("val", "stack_trace", "nn_module_stack") if k in like.meta}
+        return node
+
+    def replace(self, old: fx.Node, new: fx.Node, gone: Sequence[fx.Node] = ()) -> None:
+        """Let `new` take the place of `old`, and drop it and `gone` (in order of computation)."""
+        old.replace_all_uses_with(new)
+        for node in (old, *reversed(gone)):
+            if not node.users and not node._erased:
+                self.graph.erase_node(node)
+
+    def evaluate(self, image: fx.Node, example: Tensor) -> dict[fx.Node, Any]:
+        """The value of every node for an image."""
+        env: dict[fx.Node, Any] = {image: example}
+        for node, value in self.values.items():
+            natural = isinstance(value, Tensor) and value.dtype == torch.float64
+            env[node] = value.to(self.dtype(node)) if natural else value
+        for node in self.graph.nodes:
+            if node.op == "call_function" and node not in env:
+                args, kwargs = map_arg(node.args, env.__getitem__), map_arg(node.kwargs, env.__getitem__)
+                env[node] = node.target(*args, **kwargs)
+        return env
+
+    def clean(self) -> None:
+        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+
+    def returned(self) -> fx.Node:
+        return self.graph.output_node().args[0][0]  # type: ignore[index,return-value]
+
+
+def location(node: fx.Node) -> str:
+    """Where in the network a node comes from: the path of its module, or its line."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    path = path.removeprefix("L['self'].").removeprefix("network").removeprefix(".")
+    if path:
+        return path
+    lines = str(node.meta.get("stack_trace") or "").strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+def getitem(source: fx.Node) -> dict[int, fx.Node]:
+    """The users of a node with several results, by result."""
+    return {user.args[1]: user for user in source.users if user.target is operator.getitem}  # type: ignore[misc]

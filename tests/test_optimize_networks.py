@@ -1,0 +1,528 @@
+"""optimize on plain PyTorch networks written in many styles, against float64 of the original."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import largest_error
+from torch import nn
+from torch.nn import functional as F
+
+import esr_kernels
+from esr_kernels.optimize import OptimizedModel, optimize
+
+BACKENDS = [b.name for b in esr_kernels.list_backends() if b.available and b.name in ("reference", "native-cpu")]
+
+
+def conv(i, o, k=3, **options):
+    return nn.Conv2d(i, o, k, padding=options.pop("padding", k // 2), **options)
+
+
+class Net(nn.Module):
+    """A network from modules and a function of them and the image."""
+
+    def __init__(self, function, **modules):
+        super().__init__()
+        for name, module in modules.items():
+            if isinstance(module, torch.Tensor):
+                self.register_parameter(name, nn.Parameter(module))
+            else:
+                self.add_module(name, module)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def ops_of(fast: OptimizedModel) -> list[str]:
+    """Operators of its plans in order, with activation and residual mode."""
+    found = []
+    plans = [fast.plan]
+    if fast.plan is None:
+        plans = []
+        for module in fast.modules():
+            if isinstance(module, torch.fx.GraphModule):
+                plans += [
+                    esr_kernels.Plan.from_json(n.args[2]) for n in module.graph.nodes if "run_plan" in str(n.target)
+                ]
+    for plan in plans:
+        for layer in plan.layers:
+            a = layer.attributes
+            words = [layer.op]
+            if a.get("activation", "none") != "none":
+                words.append(a["activation"])
+            if layer.op in ("conv3x3", "conv3x3_pixel_shuffle") and len(layer.inputs) > 1:
+                words.append(a.get("residual_mode", "post"))
+            found.append(" ".join(words))
+    return found
+
+
+def check(network, images=None, tolerance=2e-5) -> OptimizedModel:
+    """Optimise and compare on every backend, also for sizes that the comparison inside does not know."""
+    network = network.eval()
+    fast = optimize(network)
+    exact = copy.deepcopy(network).double()
+    for shape in images or [(1, 3, 20, 22), (2, 3, 19, 27), (1, 3, 33, 24)]:
+        x = torch.randn(*shape)
+        with torch.no_grad():
+            wanted = exact(x.double())
+        for backend in BACKENDS:
+            with esr_kernels.use_backend(backend), torch.no_grad():
+                got = fast(x)
+            assert got.dtype == x.dtype and got.shape == wanted.shape
+            assert largest_error(got, wanted) <= 5 * tolerance * max(float(wanted.abs().max()), 1e-3)
+    return fast
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# --- activations, however they are written
+
+ACTIVATIONS = {
+    "relu F": (F.relu, "relu"),
+    "relu clamp": (lambda x: x.clamp(min=0), "relu"),
+    "relu max": (lambda x: torch.maximum(x, torch.zeros(1)), "relu"),
+    "relu where": (lambda x: torch.where(x > 0, x, torch.zeros_like(x)), "relu"),
+    "relu abs": (lambda x: (x + x.abs()) / 2, "relu"),
+    "relu in place": (lambda x: x.relu_(), "relu"),
+    "leaky F": (lambda x: F.leaky_relu(x, 0.2, inplace=True), "leaky_relu"),
+    "leaky max": (lambda x: torch.max(x, 0.1 * x), "leaky_relu"),
+    "leaky sum": (lambda x: F.relu(x) - 0.3 * F.relu(-x), "leaky_relu"),
+    "prelu one slope": (nn.PReLU(init=0.15), "leaky_relu"),
+    "prelu equal slopes": (nn.PReLU(12, init=0.15), "leaky_relu"),
+    "silu": (nn.SiLU(), "silu"),
+    "silu product": (lambda x: x * torch.sigmoid(x), "silu"),
+    "silu quotient": (lambda x: x / (1 + torch.exp(-x)), "silu"),
+    "silu tanh": (lambda x: 0.5 * x * (1 + torch.tanh(x / 2)), "silu"),
+    "silu in place": (lambda x: x.mul_(x.sigmoid()), "silu"),
+    "gelu": (nn.GELU(), "gelu"),
+    "gelu erf": (lambda x: x * 0.5 * (1.0 + torch.erf(x / 2**0.5)), "gelu"),
+    "gelu tanh": (nn.GELU("tanh"), "gelu_tanh"),
+    "gelu cubic": (
+        lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * torch.pow(x, 3)))),
+        "gelu_tanh",
+    ),
+    "scaled relu": (lambda x: 2.5 * F.relu(x), "relu"),
+}
+
+
+def activated(function):
+    if isinstance(function, nn.Module):
+        return Net(lambda m, x: m.act(m.c(x)), c=conv(3, 12), act=copy.deepcopy(function))
+    return Net(lambda m, x: function(m.c(x)), c=conv(3, 12))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name):
+    function, expected = ACTIVATIONS[name]
+    fast = check(activated(function), [(1, 3, 9, 12)])
+    assert ops_of(fast) == [f"conv3x3 {expected}"] and fast.plan is not None
+
+
+UNLIKE = {
+    "relu6": nn.ReLU6(),
+    "clamped at a thousand": lambda x: x.clamp(0, 1000.0),
+    "different slopes": Net(lambda m, x: F.prelu(x, m.w), w=torch.linspace(0.1, 0.3, 12)),
+    "hardswish": nn.Hardswish(),
+    "mish": nn.Mish(),
+    "quick gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "soft shrink": lambda x: F.softshrink(x, 1e-2),
+    "elu": nn.ELU(),
+    "channel weights": lambda x: F.relu(x) * x.mean((2, 3), keepdim=True),
+    "position": lambda x: F.relu(x + torch.linspace(0, 1, x.shape[-1])),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_what_only_looks_like_an_activation(name):
+    function = UNLIKE[name]
+    fast = check(activated(function), [(1, 3, 9, 12)])
+    assert fast.plan is None and ops_of(fast)[0] == "conv3x3" and fast.report().left
+
+
+# --- residuals and attention
+
+RESIDUALS = {
+    "post": (lambda m, x: F.relu(m.c(x)) + x, ["conv3x3 relu post"]),
+    "post reversed": (lambda m, x: x + F.silu(m.c(x)), ["conv3x3 silu post"]),
+    "pre": (lambda m, x: F.gelu(m.c(x) + x), ["conv3x3 gelu pre"]),
+    "pre in place": (lambda m, x: F.leaky_relu_(m.c(x).add_(x), 0.05), ["conv3x3 leaky_relu pre"]),
+    "scaled": (lambda m, x: x + 0.2 * m.c(x), ["conv3x3 post"]),
+    "alpha": (lambda m, x: torch.add(x, m.c(x), alpha=0.2), ["conv3x3 post"]),
+    "subtracted": (lambda m, x: x - m.c(x), ["conv3x3 post"]),
+    "scaled relu": (lambda m, x: x + 0.1 * F.relu(m.c(x)), ["conv3x3 relu post"]),
+    "two": (lambda m, x: m.d(m.c(x)) + x + m.c(x), ["conv3x3", "conv3x3 post", "add"]),
+    "attention": (lambda m, x: attention(m.c(x), x), ["conv3x3 attention"]),
+    "attention tanh": (lambda m, x: (m.c(x) + x) * torch.tanh(m.c(x) / 2) / 2, None),
+    "attention expanded": (lambda m, x: expanded(m.c(x), x), ["conv3x3 attention"]),
+    "attention doubled": (lambda m, x: doubled(m.c(x), x), ["conv3x3 attention", "normalize"]),
+    "attention reversed": (lambda m, x: (torch.sigmoid(h := m.c(x)) - 0.5) * (x + h), ["conv3x3 attention"]),
+}
+
+
+def attention(h, x):
+    return (h + x) * (torch.sigmoid(h) - 0.5)
+
+
+def expanded(h, x):
+    s = torch.sigmoid(h)
+    return h * s + x * s - 0.5 * h - 0.5 * x
+
+
+def doubled(h, x):
+    return (h + x) * (2 * torch.sigmoid(h) - 1)
+
+
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_residuals(name):
+    function, expected = RESIDUALS[name]
+    fast = check(Net(lambda m, x: function(m, m.head(x)), head=conv(3, 12), c=conv(12, 12), d=conv(12, 12)))
+    if expected is not None:
+        assert ops_of(fast) == ["conv3x3", *expected]
+
+
+NO_RESIDUALS = {
+    "broadcast over the image": lambda m, x: F.relu(m.c(x) + x.mean((2, 3), keepdim=True)),
+    "broadcast over channels": lambda m, x: m.c(x) + x[:, :1],
+    "read again before": lambda m, x: torch.cat([F.relu(h := m.c(x)), h], 1),
+    "activation of a sum read again": lambda m, x: (y := m.c(x) + x).relu() * y.sigmoid().sqrt(),
+    "product": lambda m, x: m.c(x) * x,
+    "half": lambda m, x: m.c(x) + 0.5 * x,
+    "wrong gate": lambda m, x: (m.c(x) + x) * (torch.sigmoid(m.d(x)) - 0.5),
+    "gate of 0.4": lambda m, x: ((h := m.c(x)) + x) * (torch.sigmoid(h) - 0.4),
+}
+
+
+@pytest.mark.parametrize("name", NO_RESIDUALS)
+def test_what_only_looks_like_a_residual(name):
+    function = NO_RESIDUALS[name]
+    fast = check(Net(lambda m, x: function(m, m.head(x)), head=conv(3, 12), c=conv(12, 12), d=conv(12, 12)))
+    operators = " ".join(ops_of(fast))
+    assert "conv3x3" in operators and "attention" not in operators
+    if name not in ("activation of a sum read again", "wrong gate"):
+        assert "post" not in operators and "pre" not in operators
+
+
+# --- linear layers
+
+
+def batch_norm(channels):
+    norm = nn.BatchNorm2d(channels)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+def padded(x, mode="constant"):
+    return F.pad(x, (1, 1, 1, 1), mode)
+
+
+class Branches(nn.Module):
+    """Re-parameterisation nested twice, done in forward: blocks of branches, weights of a sum of weights."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.three, self.one, self.norm = conv(channels, channels), conv(channels, channels, 1), batch_norm(channels)
+        self.inner = Net(lambda m, x: m.a(x) + m.b(x), a=conv(channels, channels), b=conv(channels, channels, 1))
+        self.a, self.b = (nn.Parameter(torch.randn(channels, channels, 3, 3) / 9) for _ in range(2))
+
+    def forward(self, x):
+        weight = self.a + torch.flip(self.b, [2, 3]) * self.a.std()
+        weight = weight + F.pad(self.one.weight.mean((2, 3), keepdim=True), (1, 1, 1, 1))
+        return self.three(x) + self.one(x) + self.norm(x) + self.inner(x) + F.conv2d(x, weight, padding=1)
+
+
+class PublishedConv3XC(nn.Module):
+    """As SPAN's authors wrote it: weights folded and assigned through `.data` on every forward pass."""
+
+    def __init__(self, i, o, gain=2):
+        super().__init__()
+        self.sk = nn.Conv2d(i, o, 1)
+        self.conv = nn.Sequential(
+            nn.Conv2d(i, i * gain, 1), nn.Conv2d(i * gain, o * gain, 3), nn.Conv2d(o * gain, o, 1)
+        )
+        self.eval_conv = nn.Conv2d(i, o, 3, padding=1)
+        self.eval_conv.weight.requires_grad = False
+
+    def update_params(self):
+        w1, w2, w3 = (c.weight.data.clone().detach() for c in self.conv)
+        b1, b2, b3 = (c.bias.data.clone().detach() for c in self.conv)
+        w = F.conv2d(w1.flip(2, 3).permute(1, 0, 2, 3), w2, padding=2, stride=1).flip(2, 3).permute(1, 0, 2, 3)
+        b = (w2 * b1.reshape(1, -1, 1, 1)).sum((1, 2, 3)) + b2
+        weight = F.conv2d(w.flip(2, 3).permute(1, 0, 2, 3), w3).flip(2, 3).permute(1, 0, 2, 3)
+        bias = (w3 * b.reshape(1, -1, 1, 1)).sum((1, 2, 3)) + b3
+        self.eval_conv.weight.data = weight.contiguous() + F.pad(self.sk.weight.data, [1, 1, 1, 1])
+        self.eval_conv.bias.data = bias.contiguous() + self.sk.bias.data
+
+    def forward(self, x):
+        self.update_params()
+        return self.eval_conv(x)
+
+
+class ExplicitConv3XC(nn.Module):
+    """The same with its branches run: padding, 1x1, 3x3, 1x1 and a skip."""
+
+    def __init__(self, i, o, gain=2):
+        super().__init__()
+        self.sk = nn.Conv2d(i, o, 1)
+        self.conv = nn.Sequential(
+            nn.Conv2d(i, i * gain, 1), nn.Conv2d(i * gain, o * gain, 3), nn.Conv2d(o * gain, o, 1)
+        )
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (1, 1, 1, 1), "constant", 0)) + self.sk(x)
+
+
+ONE_CONVOLUTION = {
+    "batch norm": lambda: nn.Sequential(conv(3, 12, bias=False), batch_norm(12)),
+    "affine by hand": lambda: Net(
+        lambda m, x: (m.c(x) - m.a.view(1, -1, 1, 1)) * m.b[None, :, None, None] / 3,
+        c=conv(3, 12),
+        a=torch.randn(12),
+        b=torch.randn(12),
+    ),
+    "factor before": lambda: Net(lambda m, x: m.c(x * 255.0), c=conv(3, 12)),
+    "padding": lambda: Net(lambda m, x: m.c(padded(x)), c=conv(3, 12, padding=0)),
+    "ZeroPad2d": lambda: nn.Sequential(nn.ZeroPad2d(1), conv(3, 12, padding=0)),
+    "same": lambda: conv(3, 12, padding="same"),
+    "1x1 after": lambda: nn.Sequential(conv(3, 24), conv(24, 6, 1)),
+    "1x1 before without a bias": lambda: nn.Sequential(conv(3, 12, 1, bias=False), conv(12, 7)),
+    "branches": lambda: Branches(3),
+    "published Conv3XC": lambda: PublishedConv3XC(3, 11),
+    "explicit Conv3XC": lambda: ExplicitConv3XC(3, 11),
+    "weight standardisation": lambda: Net(
+        lambda m, x: F.conv2d(
+            x, (m.w - m.w.mean((1, 2, 3), keepdim=True)) / m.w.std((1, 2, 3), keepdim=True), padding=1
+        ),
+        w=torch.randn(9, 3, 3, 3),
+    ),
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(conv(3, 12)),
+    "difference": lambda: Net(lambda m, x: m.a(x) - m.b(x), a=conv(3, 8), b=conv(3, 8)),
+    "dropout": lambda: nn.Sequential(nn.Dropout(0.5), conv(3, 12), nn.Identity(), nn.Dropout2d(0.5)),
+}
+
+
+@pytest.mark.parametrize("name", ONE_CONVOLUTION)
+def test_linear_layers_that_are_one_convolution(name):
+    assert ops_of(check(ONE_CONVOLUTION[name](), [(1, 3, 9, 12), (2, 3, 1, 5)])) == ["conv3x3"]
+
+
+NOT_ONE = {
+    "shift before zero padding": (lambda: Net(lambda m, x: m.c(x - 0.5), c=conv(3, 12)), ["normalize", "conv3x3"]),
+    "biased 1x1 before zero padding": (lambda: nn.Sequential(conv(3, 12, 1), conv(12, 12)), ["conv1x1", "conv3x3"]),
+    "activation between": (lambda: nn.Sequential(conv(3, 12), nn.ReLU(), conv(12, 4, 1)), ["conv3x3 relu", "conv1x1"]),
+    "reused between": (lambda: Net(lambda m, x: (h := m.a(x)) + m.b(h), a=conv(3, 12), b=conv(12, 12, 1)), None),
+    "wide in the middle is cheap": (
+        lambda: nn.Sequential(conv(3, 2, 1, bias=False), conv(2, 32)),
+        ["conv1x1", "conv3x3"],
+    ),
+    "stride": (lambda: nn.Sequential(conv(3, 12, stride=2), nn.ReLU()), []),
+    "dilation": (lambda: conv(3, 12, padding=2, dilation=2), []),
+    "groups": (lambda: conv(3, 12, groups=3), []),
+    "padding of 2": (lambda: conv(3, 12, padding=2), []),
+    "no padding": (lambda: conv(3, 12, padding=0), []),
+    "reflected": (lambda: conv(3, 12, padding_mode="reflect"), []),
+    "one-sided padding": (lambda: Net(lambda m, x: m.c(F.pad(x, (2, 0, 2, 0))), c=conv(3, 12, padding=0)), []),
+    "padding of ones": (lambda: Net(lambda m, x: m.c(F.pad(x, (1,) * 4, value=1.0)), c=conv(3, 12, padding=0)), []),
+    "weights from the image": (
+        lambda: Net(lambda m, x: F.conv2d(x, m.w * x.mean(), padding=1), w=torch.randn(3, 3, 3, 3)),
+        [],
+    ),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 5, 3, padding=1), []),
+    "instance norm": (lambda: nn.Sequential(conv(3, 12), nn.InstanceNorm2d(12)), ["conv3x3"]),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ONE)
+def test_linear_layers_that_are_not(name):
+    make, expected = NOT_ONE[name]
+    fast = check(make(), [(1, 3, 9, 12), (2, 3, 11, 5)])
+    if expected is not None:
+        assert ops_of(fast) == expected
+    if expected == []:
+        assert fast.report().left and "fused form" in str(fast.report())
+
+
+# --- whole networks
+
+
+class Attention(nn.Module):
+    """Enhanced spatial attention in its three forms."""
+
+    def __init__(self, n, f=6, form="rlfn"):
+        super().__init__()
+        self.form = form
+        self.conv1, self.conv_f, self.conv4 = conv(n, f, 1), conv(f, f, 1), conv(f, n, 1)
+        self.conv2, self.conv3 = conv(f, f, stride=2, padding=0), conv(f, f)
+        self.conv_max, self.conv3_ = conv(f, f), conv(f, f)
+        self.relu, self.sigmoid = nn.ReLU(inplace=True), nn.Sigmoid()
+
+    def forward(self, x):
+        c1_ = self.conv1(x)
+        v = F.max_pool2d(self.conv2(c1_), kernel_size=7, stride=3)
+        if self.form == "rfdn":
+            v = self.conv3_(self.relu(self.conv3(self.relu(self.conv_max(v)))))
+        else:
+            v = self.conv3(v)
+        c3 = F.interpolate(v, (x.size(2), x.size(3)), mode="bilinear", align_corners=False)
+        c4 = self.conv4(c3 + (c1_ if self.form == "r2net" else self.conv_f(c1_)))
+        return x * self.sigmoid(c4)
+
+
+class Separable(nn.Module):
+    def __init__(self, i, o, mode="zeros", bias=False):
+        super().__init__()
+        self.pw = conv(i, o, 1, bias=bias)
+        self.dw = conv(o, o, groups=o, padding_mode=mode)
+
+    def forward(self, x):
+        return self.dw(self.pw(x))
+
+
+def space(x, r):
+    n, c, h, w = x.shape
+    return x.view(n, c // r**2, r, r, h, w).permute(0, 1, 4, 2, 5, 3).reshape(n, c // r**2, h * r, w * r)
+
+
+def windowed(m, x):
+    h, w = x.shape[2:]
+    x = F.pad(x, (0, -w % 4, 0, -h % 4), mode="reflect")
+    return m.tail(F.relu(m.head(x)))[..., : 2 * h, : 2 * w]
+
+
+def tail(r, c=12):
+    return nn.Sequential(conv(c, 3 * r * r), nn.PixelShuffle(r))
+
+
+def shared(m, x):
+    y = m.head(x)
+    for _ in range(3):
+        y = y + m.act(m.body(y))
+    return m.tail(y)
+
+
+def dense(m, x):
+    maps = [m.head(x)]
+    for c in (m.a, m.b):
+        maps.append(F.leaky_relu(c(torch.cat(maps, dim=1)), 0.1))
+    return m.tail(torch.cat(maps, 1))
+
+
+def clipped(m, x):
+    return torch.clamp(m.tail(F.relu_(m.head(x))), 0.0, 1.0)
+
+
+def by_size(m, x):
+    y = F.relu(m.head(x))
+    if x.shape[2] >= 30:
+        y = m.body(y)
+    return m.tail(y)
+
+
+WHOLE = {
+    "espcn": (
+        lambda: nn.Sequential(conv(3, 12), nn.ReLU(True), conv(12, 27), nn.PixelShuffle(3)),
+        ["conv3x3 relu", "conv3x3_pixel_shuffle"],
+    ),
+    "shuffle by views": (lambda: Net(lambda m, x: space(m.c(x), 2), c=conv(3, 12)), ["conv3x3_pixel_shuffle"]),
+    "shuffle after the sum": (
+        lambda: Net(lambda m, x: F.pixel_shuffle(m.c(x) + torch.repeat_interleave(x, 4, 1), 2), c=conv(3, 12)),
+        ["conv3x3_pixel_shuffle post"],
+    ),
+    "bilinear skip": (
+        lambda: Net(
+            lambda m, x: m.tail(F.relu(m.head(x))) + F.interpolate(x, scale_factor=2, mode="bilinear"),
+            head=conv(3, 12),
+            tail=tail(2),
+        ),
+        ["conv3x3 relu", "conv3x3_pixel_shuffle post"],
+    ),
+    "nearest skip": (
+        lambda: Net(lambda m, x: F.interpolate(x, scale_factor=3) + m.tail(m.head(x)), head=conv(3, 12), tail=tail(3)),
+        ["conv3x3", "conv3x3_pixel_shuffle post"],
+    ),
+    "two upsamplings": (
+        lambda: Net(
+            lambda m, x: m.b(F.silu(m.a(m.head(x)))),
+            head=conv(3, 16),
+            a=nn.Sequential(conv(16, 64), nn.PixelShuffle(2)),
+            b=tail(2, 16),
+        ),
+        ["conv3x3", "conv3x3_pixel_shuffle", "conv3x3_pixel_shuffle"],
+    ),
+    "mean and range": (
+        lambda: Net(
+            lambda m, x: m.tail((x - m.mean) * 255) / 255 + m.mean,
+            tail=tail(2, 3),
+            mean=torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1),
+        ),
+        ["normalize", "conv3x3_pixel_shuffle"],
+    ),
+    "shared": (
+        lambda: Net(shared, head=conv(3, 12), body=conv(12, 12), act=nn.PReLU(), tail=tail(2)),
+        ["conv3x3", *["conv3x3 leaky_relu post"] * 3, "conv3x3_pixel_shuffle"],
+    ),
+    "dense 1x1": (
+        lambda: Net(dense, head=conv(3, 12), a=conv(12, 9, 1), b=conv(21, 5, 1), tail=conv(26, 8, 1)),
+        ["conv3x3", "conv1x1 leaky_relu", "conv1x1 leaky_relu", "conv1x1"],
+    ),
+    "dense 3x3": (lambda: Net(dense, head=conv(3, 12), a=conv(12, 9), b=conv(21, 5), tail=conv(26, 8, 1)), None),
+    "padded to a multiple of four": (
+        lambda: Net(windowed, head=conv(3, 12), tail=tail(2)),
+        ["conv3x3 relu", "conv3x3_pixel_shuffle"],
+    ),
+    "clipped": (lambda: Net(clipped, head=conv(3, 13), tail=tail(2, 13)), ["conv3x3 relu", "conv3x3_pixel_shuffle"]),
+    "branch on the size": (lambda: Net(by_size, head=conv(3, 12), body=conv(12, 12), tail=tail(2)), None),
+    "esa": (
+        lambda: nn.Sequential(conv(3, 10), Attention(10), tail(2, 10)),
+        ["conv3x3", "esa", "conv3x3_pixel_shuffle"],
+    ),
+    "esa rfdn": (lambda: nn.Sequential(conv(3, 10), Attention(10, form="rfdn")), ["conv3x3", "esa"]),
+    "esa r2net": (lambda: nn.Sequential(conv(3, 10), Attention(10, form="r2net")), ["conv3x3", "esa"]),
+    "separable": (lambda: nn.Sequential(Separable(3, 9), nn.GELU(), Separable(9, 5)), ["bsconv gelu", "bsconv"]),
+    "separable reflect": (lambda: nn.Sequential(Separable(3, 9, "reflect", bias=True), nn.SiLU()), ["bsconv silu"]),
+    "separable with a bias between": (lambda: Separable(3, 9, bias=True), ["conv1x1"]),
+    "channel attention": (
+        lambda: Net(
+            lambda m, x: (y := F.relu(m.head(x))) * torch.sigmoid(m.a(F.adaptive_avg_pool2d(y, 1))),
+            head=conv(3, 12),
+            a=conv(12, 12, 1),
+        ),
+        None,
+    ),
+    "layer norm": (
+        lambda: Net(
+            lambda m, x: m.tail(F.layer_norm(m.head(x).permute(0, 2, 3, 1), (12,)).permute(0, 3, 1, 2)),
+            head=conv(3, 12),
+            tail=tail(2),
+        ),
+        ["conv3x3", "conv3x3_pixel_shuffle"],
+    ),
+    "slices in place": (
+        lambda: Net(lambda m, x: partial(m, m.head(x)), head=conv(3, 12), c=conv(4, 4), tail=tail(2)),
+        None,
+    ),
+}
+
+
+def partial(m, x):
+    x[:, :4] = m.c(x[:, :4])
+    x += 1
+    return m.tail(x)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_networks(name):
+    make, expected = WHOLE[name]
+    fast = check(make())
+    if expected is not None:
+        assert ops_of(fast) == expected
+    assert fast.report().share > 0.2
+    assert fast.report().exact_difference < 1e-5 and fast.report().samples
