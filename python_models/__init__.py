@@ -16,6 +16,9 @@ __all__ = ["ModelCard", "card", "create", "list_models", "plain"]
 # Each file registers its models; `list_models` has this order.
 _MODULES = (
     *("span", "rlfn"),
+    *("r2net", "rden", "asr_prune", "slim_rlfn", "light_rlfn", "errn", "rfdn", "eern", "efqn", "dipnet"),  # 3x3
+    *("pfdn_lite", "safmn_pp", "smrn", "ifadnet", "lsanet", "depth_rlfn", "rlfn_bn", "rlff", "rcn"),
+    "efficient_srgan",
     *("smfan", "egfmn", "gfmn", "dirn", "emaxgman", "lkfn", "agdn"),  # pointwise, depthwise and attention
 )
 for _name in _MODULES:

@@ -35,6 +35,7 @@ from .base import Network
 from .distillation import Distillation
 from .layers import FUSED, PLAIN, Layers
 from .registry import ModelCard, register
+from .table1 import TABLE1
 
 _HEAD = 8  # channels
 _WINDOW = 96
@@ -191,20 +192,7 @@ register(
         section="4.5",
         parameters=69_272,
         flops=4_387_685_760,
-        table1={
-            "psnr_val": 26.9,
-            "psnr_test": 27.02,
-            "runtime_val_ms": 61.89,
-            "runtime_test_ms": 55.78,
-            "runtime_ms": 58.84,
-            "params_m": 0.069,
-            "flops_g": 4.39,
-            "score_runtime": 21974.0,
-            "score_params": 1.55,
-            "score_flops": 1.56,
-            "score": 15382.0,
-            "rank": 25,
-        },
+        table1=TABLE1[31],
     ),
     AGDN,
     PlainAGDN,

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from esr_kernels.reparam import fold_state_dict
+
+from .layers import FUSED, Layers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -19,6 +24,7 @@ class Network(nn.Module):
     """A super-resolution network.
 
     Attributes:
+        layers: what it is built from: its twin in plain PyTorch has `PLAIN` here.
         name: its name in the registry.
         scale: the output is this many times larger than the input.
         data_range: inputs and outputs are in [0, data_range]; outputs are not clamped.
@@ -28,6 +34,7 @@ class Network(nn.Module):
         options: the keyword arguments it was built with, as `python_models.create` and `plain` take them.
     """
 
+    layers: ClassVar[Layers] = FUSED
     name: str = ""
     data_range: float = 1.0
     receptive_radius: int | None = None
@@ -56,6 +63,11 @@ class Network(nn.Module):
         """
         return self
 
+    @classmethod
+    def fold(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict in any form in the slim one, with the published names; ValueError where branches do not fit."""
+        return fold_state_dict(state)
+
     def check_input(self, x: Tensor) -> None:
         """Raise TypeError or ValueError unless x is a [N, in_channels, H, W] floating-point image, large enough."""
         if torch.jit.is_tracing():
@@ -72,3 +84,30 @@ class Network(nn.Module):
                 f"x: {self.name} needs images of at least {smallest} x {smallest} pixels, "
                 f"got {x.shape[2]} x {x.shape[3]}"
             )
+
+    def enlarged(self, x: Tensor) -> Tensor:
+        """The image resized bilinearly to the size of the result: [N, C, H, W] -> [N, C, scale H, scale W]."""
+        return F.interpolate(x, scale_factor=self.scale, mode="bilinear", align_corners=False)
+
+
+class ResidualNetwork(Network):
+    """A network of RLFN's shape, which several others share; a subclass defines the layers.
+
+    Layers: `conv_1`, blocks `block_1`, `block_2`, ... in a row, `conv_2`, a skip from `conv_1` over all of them, and
+    `upsampler`. With `image_skip` the bilinearly enlarged image is added to the result.
+    """
+
+    conv_1: nn.Module
+    conv_2: nn.Module
+    upsampler: nn.Module
+    num_blocks: int = 4
+    image_skip: ClassVar[bool] = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_channels, H, W] -> [N, out_channels, scale H, scale W]."""
+        self.check_input(x)
+        shallow = self.conv_1(x)
+        y = shallow
+        for i in range(1, self.num_blocks + 1):
+            y = self.get_submodule(f"block_{i}")(y)
+        return self.upsampler(self.conv_2(y, residual=shallow), self.enlarged(x) if self.image_skip else None)

@@ -27,6 +27,7 @@ from esr_kernels.modules.arguments import positive
 from .base import Network
 from .layers import FUSED, PLAIN, Layers
 from .registry import ModelCard, register
+from .table1 import TABLE1
 
 _SLOPE = 0.05
 _GROUP = 16  # channels that share involution kernels
@@ -155,20 +156,7 @@ register(
         section="4.27",
         parameters=96_915,
         flops=6_480_201_984,
-        table1={
-            "psnr_val": 26.22,
-            "psnr_test": 26.33,
-            "runtime_val_ms": 21.45,
-            "runtime_test_ms": 15.96,
-            "runtime_ms": 18.71,
-            "params_m": 0.097,
-            "flops_g": 6.48,
-            "score_runtime": 24.01,
-            "score_params": 1.84,
-            "score_flops": 1.93,
-            "score": 17.38,
-            "rank": None,
-        },
+        table1=TABLE1[19],
     ),
     DIRN,
     PlainDIRN,

@@ -20,6 +20,7 @@ from esr_kernels.modules.arguments import positive
 from .base import Network
 from .layers import FUSED, PLAIN, Layers
 from .registry import ModelCard, register
+from .table1 import TABLE1
 
 
 class _FMM(nn.Module):
@@ -83,20 +84,7 @@ register(
         section="4.21",
         parameters=92_964,
         flops=5_891_851_008,
-        table1={
-            "psnr_val": 26.9,
-            "psnr_test": 27.01,
-            "runtime_val_ms": 21.21,
-            "runtime_test_ms": 15.74,
-            "runtime_ms": 18.48,
-            "params_m": 0.093,
-            "flops_g": 5.89,
-            "score_runtime": 23.09,
-            "score_params": 1.8,
-            "score_flops": 1.82,
-            "score": 16.71,
-            "rank": 18,
-        },
+        table1=TABLE1[43],
     ),
     EGFMN,
     PlainEGFMN,

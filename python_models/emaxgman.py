@@ -28,6 +28,7 @@ from esr_kernels.modules.arguments import positive
 from .base import Network
 from .layers import FUSED, PLAIN, Layers
 from .registry import ModelCard, register
+from .table1 import TABLE1
 
 _SLOPE = 0.05
 _HEADS = (2, 4, 8, 16)
@@ -147,20 +148,7 @@ register(
         section="4.25",
         parameters=346_480,
         flops=20_646_392_832,
-        table1={
-            "psnr_val": 26.91,
-            "psnr_test": 27.02,
-            "runtime_val_ms": 53.37,
-            "runtime_test_ms": 47.02,
-            "runtime_ms": 50.2,
-            "params_m": 0.346,
-            "flops_g": 20.65,
-            "score_runtime": 5065.299999999999,
-            "score_params": 8.87,
-            "score_flops": 8.16,
-            "score": 3548.2,
-            "rank": 24,
-        },
+        table1=TABLE1[15],
     ),
     EMaxGMan,
     PlainEMaxGMan,

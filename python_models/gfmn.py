@@ -26,6 +26,7 @@ from esr_kernels.modules.arguments import positive
 from .base import Network
 from .layers import FUSED, PLAIN, Layers
 from .registry import ModelCard, register
+from .table1 import TABLE1
 
 
 class _Modulation(SAFM):
@@ -118,20 +119,7 @@ register(
         section=None,
         parameters=88_408,
         flops=5_555_830_784,
-        table1={
-            "psnr_val": 26.89,
-            "psnr_test": 27.02,
-            "runtime_val_ms": 25.6,
-            "runtime_test_ms": 19.87,
-            "runtime_ms": 22.73,
-            "params_m": 0.088,
-            "flops_g": 5.56,
-            "score_runtime": 47.61,
-            "score_params": 1.74,
-            "score_flops": 1.76,
-            "score": 33.85,
-            "rank": None,
-        },
+        table1=TABLE1[22],
     ),
     GFMN,
     PlainGFMN,

@@ -8,17 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from esr_kernels.modules import ESA, BSConv, Conv1x1, Conv3x3, PixelShuffleUpsampler
+from esr_kernels.modules import (
+    ECB,
+    ESA,
+    RLFB,
+    BSConv,
+    Conv1x1,
+    Conv3x3,
+    Conv3x3PixelShuffle,
+    PixelShuffleUpsampler,
+    RepBlock,
+)
 
 from .plain_blocks import (
     PlainBSConv,
     PlainConv1x1,
     PlainConv3x3,
+    PlainConv3x3PixelShuffle,
     PlainESA,
+    PlainFolded,
+    PlainRLFB,
     PlainUpsampler,
 )
 
@@ -32,23 +46,35 @@ class Layers:
     conv3x3: Make
     conv1x1: Make
     bsconv: Make
+    conv3x3_pixel_shuffle: Make
     upsampler: Make
     esa: Make
+    rlfb: Make
+    ecb: Make
+    repblock: Make
 
 
 FUSED = Layers(
     conv3x3=Conv3x3,
     conv1x1=Conv1x1,
     bsconv=BSConv,
+    conv3x3_pixel_shuffle=Conv3x3PixelShuffle,
     upsampler=PixelShuffleUpsampler,
     esa=ESA,
+    rlfb=RLFB,
+    ecb=ECB,
+    repblock=RepBlock,
 )
 PLAIN = Layers(
     conv3x3=PlainConv3x3,
     conv1x1=PlainConv1x1,
     bsconv=PlainBSConv,
+    conv3x3_pixel_shuffle=PlainConv3x3PixelShuffle,
     upsampler=PlainUpsampler,
     esa=PlainESA,
+    rlfb=PlainRLFB,
+    ecb=partial(PlainFolded, "conv_infer"),
+    repblock=partial(PlainFolded, "rbr_reparam"),
 )
 
 

@@ -28,6 +28,7 @@ from .base import Network
 from .distillation import Distillation
 from .layers import FUSED, PLAIN, Layers
 from .registry import ModelCard, register
+from .table1 import TABLE1
 
 
 class _PartialLargeKernel(nn.Module):
@@ -131,20 +132,7 @@ register(
         section="4.7",
         parameters=89_676,
         flops=5_806_309_376,
-        table1={
-            "psnr_val": 26.93,
-            "psnr_test": 27.04,
-            "runtime_val_ms": 31.07,
-            "runtime_test_ms": 24.66,
-            "runtime_ms": 27.87,
-            "params_m": 0.09,
-            "flops_g": 5.81,
-            "score_runtime": 113.87,
-            "score_params": 1.76,
-            "score_flops": 1.81,
-            "score": 80.25,
-            "rank": 21,
-        },
+        table1=TABLE1[3],
     ),
     LKFN,
     PlainLKFN,

@@ -82,6 +82,18 @@ class PlainBSConv(nn.Module):
         return self.dw(self.pw(x))
 
 
+class PlainFolded(nn.Module):
+    """Deploy form of a re-parameterised convolution, whatever form is asked for, under its published name."""
+
+    def __init__(self, name: str, cin: int, cout: int, *, deploy: bool = True, **conv: Any) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, PlainConv3x3(cin, cout, **conv))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.get_submodule(self.name)(x, residual)
+
+
 class PlainConv3XC(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__()
@@ -105,49 +117,76 @@ class PlainSPAB(nn.Module):
 
 
 class PlainESA(nn.Module):
-    def __init__(self, channels: int, esa_channels: int = 16) -> None:
+    def __init__(
+        self, channels: int, esa_channels: int = 16, *, conv_f: bool = True, conv_max: bool = False, bias: bool = True
+    ) -> None:
         super().__init__()
         f = esa_channels
-        self.conv1 = nn.Conv2d(channels, f, 1)
-        self.conv_f = nn.Conv2d(f, f, 1)
-        self.conv2 = nn.Conv2d(f, f, 3, stride=2)
-        self.conv3 = nn.Conv2d(f, f, 3, padding=1)
-        self.conv4 = nn.Conv2d(f, channels, 1)
+        self.conv1 = nn.Conv2d(channels, f, 1, bias=bias)
+        self.conv_f = nn.Conv2d(f, f, 1, bias=bias) if conv_f else None
+        self.conv_max = nn.Conv2d(f, f, 3, padding=1, bias=bias) if conv_max else None
+        self.conv2 = nn.Conv2d(f, f, 3, stride=2, bias=bias)
+        self.conv3 = nn.Conv2d(f, f, 3, padding=1, bias=bias)
+        self.conv3_ = nn.Conv2d(f, f, 3, padding=1, bias=bias) if conv_max else None
+        self.conv4 = nn.Conv2d(f, channels, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         c1 = self.conv1(x)
-        y = self.conv3(F.max_pool2d(self.conv2(c1), 7, 3))
+        y = F.max_pool2d(self.conv2(c1), 7, 3)
+        if self.conv_max is not None and self.conv3_ is not None:
+            y = F.relu(self.conv3(F.relu(self.conv_max(y), inplace=True)), inplace=True)
+            y = self.conv3_(y)
+        else:
+            y = self.conv3(y)
         y = F.interpolate(y, size=x.shape[2:], mode="bilinear", align_corners=False)
-        return x * self.conv4(y + self.conv_f(c1)).sigmoid()
+        return x * self.conv4(y + (c1 if self.conv_f is None else self.conv_f(c1))).sigmoid()
 
 
 class PlainRLFB(nn.Module):
-    def __init__(self, channels: int, mid_channels: int, esa_channels: int = 16, negative_slope: float = 0.05) -> None:
+    def __init__(
+        self,
+        channels: int,
+        mid_channels: int | None = None,
+        out_channels: int | None = None,
+        esa_channels: int = 16,
+        *,
+        activation: str = "leaky_relu",
+        negative_slope: float = 0.05,
+        bias: bool = True,
+        esa_bias: bool = True,
+        esa_conv_f: bool = True,
+    ) -> None:
         super().__init__()
-        self.c1_r = nn.Conv2d(channels, mid_channels, 3, padding=1)
-        self.c2_r = nn.Conv2d(mid_channels, mid_channels, 3, padding=1)
-        self.c3_r = nn.Conv2d(mid_channels, channels, 3, padding=1)
-        self.c5 = nn.Conv2d(channels, channels, 1)
-        self.esa = PlainESA(channels, esa_channels)
-        self.negative_slope = negative_slope
+        mid = channels if mid_channels is None else mid_channels
+        out = channels if out_channels is None else out_channels
+        after: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope, "bias": bias}
+        self.c1_r = PlainConv3x3(channels, mid, **after)
+        self.c2_r = PlainConv3x3(mid, mid, **after)
+        self.c3_r = PlainConv3x3(mid, channels, **after)
+        self.c5 = PlainConv1x1(channels, out, bias=bias)
+        self.esa = PlainESA(out, esa_channels, conv_f=esa_conv_f, bias=esa_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x
-        for conv in (self.c1_r, self.c2_r, self.c3_r):
-            y = F.leaky_relu(conv(y), self.negative_slope, inplace=True)
-        return self.esa(self.c5(y + x))
+        return self.esa(self.c5(self.c3_r(self.c2_r(self.c1_r(x)), residual=x)))
+
+
+class PlainConv3x3PixelShuffle(nn.Conv2d):
+    def __init__(self, in_channels: int, out_channels: int = 3, upscale_factor: int = 4, *, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels * upscale_factor**2, 3, padding=1, bias=bias)
+        self.upscale_factor = upscale_factor
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = F.pixel_shuffle(super().forward(x), self.upscale_factor)
+        return y if residual is None else y + residual
 
 
 class PlainUpsampler(nn.Sequential):
-    def __init__(self, channels: int, out_channels: int = 3, upscale: int = 4, *, bias: bool = True) -> None:
+    def __init__(self, in_channels: int, out_channels: int = 3, upscale_factor: int = 4, *, bias: bool = True) -> None:
         super().__init__(
-            nn.Conv2d(channels, out_channels * upscale**2, 3, padding=1, bias=bias), nn.PixelShuffle(upscale)
+            nn.Conv2d(in_channels, out_channels * upscale_factor**2, 3, padding=1, bias=bias),
+            nn.PixelShuffle(upscale_factor),
         )
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = super().forward(x)
         return y if residual is None else y + residual
-
-
-def plain_upsampler(channels: int, out_channels: int, upscale: int, bias: bool = True) -> PlainUpsampler:
-    return PlainUpsampler(channels, out_channels, upscale, bias=bias)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from esr_kernels.checkpoint import CheckpointError, load_state_dict
-from esr_kernels.reparam import Reparameterized, fold_state_dict, slim_message
+from esr_kernels.reparam import Reparameterized, slim_message
 
 from .base import Network
 
@@ -123,7 +123,7 @@ def plain(
     allowed = inspect.signature(found.network).parameters
     taken = inspect.signature(found.plain).parameters
     # Options of the training form mean nothing here.
-    options = {k: v for k, v in options.items() if k in taken or k not in {*allowed, "deploy"}}
+    options = {k: v for k, v in options.items() if k != "deploy" and (k in taken or k not in allowed)}
     return _build(found, found.plain, weights, entry, options)
 
 
@@ -156,7 +156,7 @@ def _build(
     path = os.fspath(weights)
     state = load_state_dict(path, entry=entry)
     try:
-        slim = fold_state_dict(state)
+        slim = found.network.fold(state)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     inferred = {k: v for k, v in found.network.infer_options(state, slim).items() if k in allowed}
@@ -205,7 +205,7 @@ def _signature(name: str) -> dict[str, tuple[int, ...]]:
 
 def _check_fits(found: _Entry, path: str, model: nn.Module, slim: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless names, shapes and kinds, both sides in slim form, agree."""
-    wanted = fold_state_dict(model.state_dict())
+    wanted = found.network.fold(model.state_dict())
     missing = [k for k in wanted if k not in slim]
     unexpected = [k for k in slim if k not in wanted]
     both = [k for k in wanted if k in slim]

@@ -15,17 +15,16 @@ resized to the whole image, so an output pixel depends on all of it.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-
-from esr_kernels.modules import RLFB, Conv3x3, PixelShuffleUpsampler
+from esr_kernels.modules import RLFB
 from esr_kernels.modules.arguments import positive
 
-from .base import Network
-from .plain_blocks import PlainRLFB, plain_upsampler
+from .base import ResidualNetwork
+from .layers import PLAIN
 from .registry import ModelCard, register
+from .table1 import TABLE1
 
 
-class RLFN(Network):
+class RLFN(ResidualNetwork):
     """RLFN (report section 2.2).
 
     Args:
@@ -40,7 +39,6 @@ class RLFN(Network):
 
     name = "rlfn"
     data_range = 255.0
-    receptive_radius = None
     minimum_size = RLFB.minimum_size
 
     def __init__(
@@ -56,56 +54,19 @@ class RLFN(Network):
     ) -> None:
         super().__init__()
         positive(num_blocks=num_blocks)
-        c = feature_channels
+        b, c = self.layers, feature_channels
         self.scale, self.in_channels, self.num_blocks = upscale, in_channels, num_blocks
-        self.conv_1 = Conv3x3(in_channels, c)
+        self.conv_1 = b.conv3x3(in_channels, c)
         for i in range(1, num_blocks + 1):
-            self.add_module(f"block_{i}", RLFB(c, mid_channels, esa_channels=esa_channels))
-        self.conv_2 = Conv3x3(c, c)
-        self.upsampler = PixelShuffleUpsampler(c, out_channels, upscale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.check_input(x)
-        shallow = self.conv_1(x)
-        y = shallow
-        for i in range(1, self.num_blocks + 1):
-            y = self.get_submodule(f"block_{i}")(y)
-        return self.upsampler(self.conv_2(y, residual=shallow))
+            self.add_module(f"block_{i}", b.rlfb(c, mid_channels, esa_channels=esa_channels))
+        self.conv_2 = b.conv3x3(c, c)
+        self.upsampler = b.upsampler(c, out_channels, upscale)
 
 
-class PlainRLFN(Network):
+class PlainRLFN(RLFN):
     """`RLFN` in plain PyTorch."""
 
-    name = "rlfn"
-    data_range = 255.0
-    minimum_size = RLFN.minimum_size
-
-    def __init__(
-        self,
-        *,
-        feature_channels: int = 46,
-        mid_channels: int = 48,
-        num_blocks: int = 4,
-        esa_channels: int = 16,
-        upscale: int = 4,
-        in_channels: int = 3,
-        out_channels: int = 3,
-    ) -> None:
-        super().__init__()
-        c = feature_channels
-        self.scale, self.in_channels, self.num_blocks = upscale, in_channels, num_blocks
-        self.conv_1 = nn.Conv2d(in_channels, c, 3, padding=1)
-        for i in range(1, num_blocks + 1):
-            self.add_module(f"block_{i}", PlainRLFB(c, mid_channels, esa_channels))
-        self.conv_2 = nn.Conv2d(c, c, 3, padding=1)
-        self.upsampler = plain_upsampler(c, out_channels, upscale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        shallow = self.conv_1(x)
-        y = shallow
-        for i in range(1, self.num_blocks + 1):
-            y = self.get_submodule(f"block_{i}")(y)
-        return self.upsampler(self.conv_2(y) + shallow)
+    layers = PLAIN
 
 
 register(
@@ -118,20 +79,7 @@ register(
         parameters=317_218,
         flops=19_674_859_520,
         data_range=255.0,
-        table1={
-            "psnr_val": 26.96,
-            "psnr_test": 27.07,
-            "runtime_val_ms": 14.35,
-            "runtime_test_ms": 9.19,
-            "runtime_ms": 11.77,
-            "params_m": 0.317,
-            "flops_g": 19.67,
-            "score_runtime": 7.39,
-            "score_params": 7.39,
-            "score_flops": 7.39,
-            "score": 7.39,
-            "rank": None,
-        },
+        table1=TABLE1[0],
     ),
     RLFN,
     PlainRLFN,

@@ -28,6 +28,7 @@ from esr_kernels.modules.arguments import positive
 from .base import Network
 from .layers import FUSED, PLAIN, Layers
 from .registry import ModelCard, register
+from .table1 import TABLE1
 
 _POOL = 8
 
@@ -140,20 +141,7 @@ register(
         section="4.6",
         parameters=84_408,
         flops=4_973_592_576,
-        table1={
-            "psnr_val": 26.9,
-            "psnr_test": 27.03,
-            "runtime_val_ms": 18.76,
-            "runtime_test_ms": 13.31,
-            "runtime_ms": 16.03,
-            "params_m": 0.084,
-            "flops_g": 4.97,
-            "score_runtime": 15.24,
-            "score_params": 1.7,
-            "score_flops": 1.66,
-            "score": 11.17,
-            "rank": 17,
-        },
+        table1=TABLE1[24],
     ),
     SMFAN,
     PlainSMFAN,

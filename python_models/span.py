@@ -31,8 +31,9 @@ from esr_kernels.modules import SPAB, Conv1x1, Conv3XC, PixelShuffleUpsampler
 from esr_kernels.modules.arguments import positive
 
 from .base import RGB_MEAN, Network
-from .plain_blocks import PlainConv3XC, PlainSPAB, plain_upsampler
+from .plain_blocks import PlainConv3XC, PlainSPAB, PlainUpsampler
 from .registry import ModelCard, register
+from .table1 import TABLE1
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -185,7 +186,7 @@ class PlainSPAN(_Normalization):
             self.add_module(f"block_{i}", PlainSPAB(c, bias))
         self.conv_2 = PlainConv3XC(c, c, bias)
         self.conv_cat = nn.Conv2d(4 * c, c, 1)
-        self.upsampler = plain_upsampler(c, out_channels, upscale)
+        self.upsampler = PlainUpsampler(c, out_channels, upscale)
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = [self.conv_1(self._normalize(x))]
@@ -205,20 +206,7 @@ register(
         section="4.1",
         parameters=150_688,
         flops=9_833_807_872,
-        table1={
-            "psnr_val": 26.94,
-            "psnr_test": 27.01,
-            "runtime_val_ms": 5.62,
-            "runtime_test_ms": 5.57,
-            "runtime_ms": 5.59,
-            "params_m": 0.151,
-            "flops_g": 9.83,
-            "score_runtime": 2.59,
-            "score_params": 2.59,
-            "score_flops": 2.72,
-            "score": 2.61,
-            "rank": 1,
-        },
+        table1=TABLE1[38],
     ),
     SPAN,
     PlainSPAN,
@@ -233,20 +221,7 @@ register(
         section=None,
         parameters=130_828,
         flops=8_535_015_424,
-        table1={
-            "psnr_val": 26.92,
-            "psnr_test": 26.98,
-            "runtime_val_ms": 5.91,
-            "runtime_test_ms": 6.04,
-            "runtime_ms": 5.98,
-            "params_m": 0.131,
-            "flops_g": 8.54,
-            "score_runtime": 2.76,
-            "score_params": 2.29,
-            "score_flops": 2.38,
-            "score": 2.6,
-            "rank": None,
-        },
+        table1=TABLE1[39],
     ),
     SPAN,
     PlainSPAN,

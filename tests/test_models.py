@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
 import pickle
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,14 @@ BACKENDS = [b.name for b in esr_kernels.list_backends() if b.available]
 # Without a GPU its backends are emulated, a hundred times slower than the others.
 EMULATED = set() if torch.cuda.is_available() else {"native-cuda", "triton"}
 EMULATED_MODELS = ("span", "span_tiny", "rlfn")
+# The entry of a checkpoint that was ranked, where it is not the preferred one.
+ENTRIES = {"rlff": "params"}
+# No weights were published: the golden outputs were made with synthetic ones.
+SYNTHETIC = ("efficient_srgan",)
+# Enough of a network where its outputs are not compared with published ones.
+SMALLER: dict[str, dict[str, Any]] = {"efficient_srgan": {"num_blocks": 1}}
+# What `optimize` makes one operator of.
+WHOLE = {"span", "span_tiny", "rlfn", "r2net", "rden", "slim_rlfn", "rfdn", "eern", "dipnet"}
 # What is in a checkpoint and never runs: no gradients.
 UNUSED: dict[str, tuple[str, ...]] = {"dirn": ("block_5.", "block_6.")}
 
@@ -43,8 +53,39 @@ def weights_file(shared_models: Path, name: str) -> Path:
     return min((shared_models / "weights").glob(f"team{python_models.card(name).team_id:02d}_*"))
 
 
-def golden(shared_models: Path, name: str) -> Mapping[str, np.ndarray]:
-    return np.load(shared_models / "golden" / f"team{python_models.card(name).team_id:02d}.npz")
+def synthetic(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights drawn by name, as the README beside the golden outputs says."""
+    result = {}
+    for key, like in state.items():
+        a = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(tuple(like.shape)).astype(np.float32)
+        if like.dim() > 1:
+            a = a / np.float32(np.sqrt(np.prod(like.shape[1:])))
+        else:
+            a = 1 + np.float32(0.1) * a if key.endswith("weight") else np.float32(0.01) * a
+        result[key] = torch.from_numpy(a) if like.is_floating_point() else like
+    return result
+
+
+def published(shared_models: Path, name: str) -> Any:
+    """The network with its published weights."""
+    if name not in SYNTHETIC:
+        return python_models.create(name, weights_file(shared_models, name), entry=ENTRIES.get(name))
+    model = python_models.create(name)
+    model.load_state_dict(synthetic(model.state_dict()), strict=True)
+    return model
+
+
+@pytest.fixture(scope="module")
+def optimized(shared_models: Path) -> Any:
+    """`optimize` of a published network, which takes longer to trace than to run: once for all its tests."""
+    return functools.cache(lambda name: esr_kernels.optimize(published(shared_models, name)))
+
+
+def golden(shared_models: Path, name: str, case: str, suffix: str = "") -> tuple[Tensor, Tensor]:
+    """Input and output of the published network."""
+    number = python_models.card(name).team_id
+    data = np.load(shared_models / "golden" / f"team{number:02d}{suffix}.npz")
+    return torch.from_numpy(data[f"input{case}"]), torch.from_numpy(data[f"output{case}"])
 
 
 @pytest.fixture(autouse=True)
@@ -71,37 +112,61 @@ def saved(path: Path, content: Any) -> Path:
 
 @pytest.mark.parametrize("case", ["A", "B"])
 @on_backends()
-def test_golden(shared_models: Path, name: str, case: str, backend: str) -> None:
-    model = python_models.create(name, weights_file(shared_models, name))
-    data = golden(shared_models, name)
-    x, expected = torch.from_numpy(data[f"input{case}"]), torch.from_numpy(data[f"output{case}"])
+def test_golden(shared_models: Path, optimized: Any, name: str, case: str, backend: str) -> None:
+    x, expected = golden(shared_models, name, case)
+    model = published(shared_models, name)
+    allowed = 1e-4 * model.data_range
     with torch.no_grad():
-        if name in EMULATED_MODELS:
-            fast = esr_kernels.optimize(model)
-            assert fast.plan is not None
-            assert float((fast(x) - expected).abs().max()) <= 1e-4 * model.data_range
-        if backend == "triton" and not torch.cuda.is_available():
+        if name not in SMALLER:
+            fast = optimized(name)
+            assert (fast.plan is not None) == (name in WHOLE), str(fast.report())
+            if fast.plan is not None:
+                assert float((fast(x) - expected).abs().max()) <= allowed
+        if backend == "triton" and backend in EMULATED:
             return  # in the interpreter one run takes a quarter of a minute
-        assert float((model(x) - expected).abs().max()) <= 1e-4 * model.data_range
-        x = x.contiguous(memory_format=torch.channels_last)
-        assert float((model(x) - expected).abs().max()) <= 1e-4 * model.data_range
+        assert float((model(x) - expected).abs().max()) <= allowed
+        if name in EMULATED_MODELS:
+            x = x.contiguous(memory_format=torch.channels_last)
+            assert float((model(x) - expected).abs().max()) <= allowed
 
 
-@pytest.mark.parametrize(("name", "file", "case"), [("agdn", "team31_multiwin", "C")])
-def test_golden_of_other_inputs(shared_models: Path, name: str, file: str, case: str) -> None:
-    model = python_models.create(name, weights_file(shared_models, name))
-    data = np.load(shared_models / "golden" / f"{file}.npz")
+@pytest.mark.parametrize("name", SMALLER)
+def test_optimize_of_a_smaller_network(name: str) -> None:
+    model = python_models.create(name, **SMALLER[name])
+    fast = esr_kernels.optimize(model)
+    x = image(model, 9, 8)
     with torch.no_grad():
-        y = model(torch.from_numpy(data[f"input{case}"]))
-    assert float((y - torch.from_numpy(data[f"output{case}"])).abs().max()) <= 1e-4 * model.data_range
+        assert relative(fast(x), model(x)) <= 1e-5
+    assert fast.plan is not None or "has no fused form" in str(fast.report())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "weights", "suffix", "case"),
+    [
+        ("agdn", None, "_multiwin", "C"),
+        ("slim_rlfn", "team21_slimrlfn_prune.pth", "_prune", "A"),
+        ("slim_rlfn", "team21_slimrlfn_prune.pth", "_prune", "B"),
+    ],
+)
+def test_golden_of_other_inputs_and_weights(
+    shared_models: Path, name: str, weights: str | None, suffix: str, case: str
+) -> None:
+    path = shared_models / "weights" / weights if weights else weights_file(shared_models, name)
+    model = python_models.create(name, path)
+    if weights:
+        assert model.options["mid_channels"] == (28, 28, 28, 28, 28, 30)
+        assert sum(p.numel() for p in model.parameters()) == 197_134
+    x, expected = golden(shared_models, name, case, suffix)
+    with torch.no_grad():
+        assert float((model(x) - expected).abs().max()) <= 1e-4 * model.data_range
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in SYNTHETIC])
 def test_strict_in_the_published_form(shared_models: Path, name: str) -> None:
     path = weights_file(shared_models, name)
-    state = load_state_dict(path)
+    state = load_state_dict(path, entry=ENTRIES.get(name))
     python_models.create(name).load_state_dict(state, strict=True)
-    plain = python_models.plain(name, path)
+    plain = python_models.plain(name, path, entry=ENTRIES.get(name))
     assert all(torch.equal(plain.state_dict()[k], v) for k, v in state.items())
     assert plain.state_dict().keys() == state.keys()
 
@@ -118,7 +183,7 @@ def test_cards_agree_with_table_1(shared_models: Path, name: str) -> None:
     assert card.flops == round(row["flops_fvcore_g"] * 1e9)
     assert card.data_range == row["data_range"]
     assert card.table1 is not None
-    assert all(row.get(k) == v for k, v in card.table1.items())
+    assert all(row.get(k) == (None if v is None else pytest.approx(v, rel=1e-9)) for k, v in card.table1.items())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -126,9 +191,11 @@ def test_parameters_and_flops(name: str) -> None:
     card = python_models.card(name)
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     model = python_models.create(name).requires_grad_(False)
-    x = torch.rand(1, 3, 256, 256)
+    # Without pooling the count is the area times a constant: the largest network need not see the whole area.
+    parts = 256 if name in SMALLER else 1
+    x = torch.rand(1, 3, 256, 256 // parts)
     assert sum(p.numel() for p in model.parameters()) == card.parameters
-    published = FlopCountAnalysis(model, x).unsupported_ops_warnings(False).total()
+    published = parts * FlopCountAnalysis(model, x).unsupported_ops_warnings(False).total()
 
     # On the meta device nothing is computed.
     model, twin, x = model.to("meta"), python_models.plain(name).to("meta"), x.to("meta")
@@ -242,8 +309,9 @@ def equal_to_the_plain_twin(name: str, options: dict[str, Any], sizes: set[tuple
 
 @on_backends()
 def test_equal_to_the_plain_twin(name: str, backend: str) -> None:
-    smallest = python_models.create(name).minimum_size
-    equal_to_the_plain_twin(name, {}, {(smallest, smallest), (smallest + 1, smallest + 4)})
+    options = SMALLER.get(name, {})
+    smallest = python_models.create(name, **options).minimum_size
+    equal_to_the_plain_twin(name, options, {(smallest, smallest), (smallest + 1, smallest + 4)})
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
@@ -253,7 +321,7 @@ def test_options_equal_to_the_plain_twin(name: str, options: dict[str, Any], bac
 
 @pytest.mark.parametrize("name", MODELS)
 def test_batch(name: str) -> None:
-    model = python_models.create(name)
+    model = python_models.create(name, **SMALLER.get(name, {}))
     x = image(model, max(16, model.minimum_size), model.minimum_size + 3, batch=3)
     with torch.no_grad():
         together, apart = model(x), torch.cat([model(x[i : i + 1]) for i in range(3)])
@@ -264,7 +332,7 @@ def test_batch(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @on_backends()
 def test_half_types(name: str, dtype: torch.dtype, backend: str) -> None:
-    model, twin = twins(name, {})
+    model, twin = twins(name, SMALLER.get(name, {}))
     x = image(model, max(24, model.minimum_size), max(21, model.minimum_size)).to(dtype)
     model, twin = model.to(dtype), twin.to(dtype)
     exact = copy.deepcopy(twin).double()(x.double())
@@ -289,20 +357,22 @@ def test_receptive_radius() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_copies_and_round_trip(name: str) -> None:
-    model = python_models.create(name)
+    model = python_models.create(name, **SMALLER.get(name, {}))
     x = image(model, model.minimum_size + 1, model.minimum_size)
     with torch.no_grad():
         expected = model(x)
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(other(x), expected)
             assert other.options == model.options
-        other = python_models.create(name)
+        other = python_models.create(name, **model.options)
         assert not torch.equal(other(x), expected)
         other.load_state_dict(model.state_dict())
         assert torch.equal(other(x), expected)
 
 
-@pytest.mark.parametrize(("name", "options"), [("span", {"deploy": False}), *((name, {}) for name in MODELS)])
+@pytest.mark.parametrize(
+    ("name", "options"), [("span", {"deploy": False}), *((name, SMALLER.get(name, {})) for name in MODELS)]
+)
 def test_one_step_trains(name: str, options: dict[str, Any]) -> None:
     model = python_models.create(name, **options).train()
     x = image(model, max(16, model.minimum_size), max(18, model.minimum_size), batch=2)
@@ -479,7 +549,8 @@ def test_checkpoint_of_another_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_published_checkpoint_of_another_model(shared_models: Path, name: str) -> None:
-    other = MODELS[MODELS.index(name) - 2]
+    others = [other for other in MODELS if other not in (name, *SYNTHETIC)]
+    other = others[MODELS.index(name) % len(others)]
     refused(weights_file(shared_models, other), f"not a checkpoint of '{name}'", name)
 
 

@@ -19,7 +19,7 @@ from .rrrb import ERB, RRRB
 from .safm import SAFM
 from .scale import ElementScale
 from .spab import SPAB
-from .upsampler import PixelShuffleUpsampler
+from .upsampler import Conv3x3PixelShuffle, PixelShuffleUpsampler
 
 __all__ = [
     "CCA",
@@ -38,6 +38,7 @@ __all__ = [
     "Conv1x1",
     "Conv3XC",
     "Conv3x3",
+    "Conv3x3PixelShuffle",
     "ConvBN",
     "DepthwiseConv",
     "ElementScale",

@@ -1,6 +1,8 @@
-"""The tail of nearly every network here."""
+"""The tail of nearly every network here: 3x3 convolution and pixel shuffle (Shi et al., ESPCN)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -8,30 +10,47 @@ from .. import functional
 from .arguments import positive
 
 
-class PixelShuffleUpsampler(nn.Sequential):
-    """3x3 convolution and pixel shuffle (Shi et al., ESPCN) as one fused operator.
+class Conv3x3PixelShuffle(nn.Conv2d):
+    """3x3 convolution and pixel shuffle as one fused operator.
 
     Args:
         in_channels: of the feature map.
         out_channels: of the image.
-        upscale_factor: how many times larger the image is.
+        upscale_factor: r, how many times larger the image is.
         bias: whether the convolution has one.
+        factory: `device` and `dtype` of the parameters.
 
-    State dict: `0.weight`, `0.bias`, as of the published `nn.Sequential(conv, nn.PixelShuffle(r))`.
+    State dict: weight [O r r, C, 3, 3], bias [O r r].
     """
 
-    def __init__(self, in_channels: int, out_channels: int = 3, upscale_factor: int = 4, *, bias: bool = True) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int = 3, upscale_factor: int = 4, *, bias: bool = True, **factory: Any
+    ) -> None:
         positive(in_channels=in_channels, out_channels=out_channels, upscale_factor=upscale_factor)
-        super().__init__(
-            nn.Conv2d(in_channels, out_channels * upscale_factor**2, 3, padding=1, bias=bias),
-            nn.PixelShuffle(upscale_factor),
-        )
+        super().__init__(in_channels, out_channels * upscale_factor**2, 3, padding=1, bias=bias, **factory)
         self.upscale_factor = upscale_factor
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, C, H, W] and an optional residual [N, O, H r, W r] -> [N, O, H r, W r], NCHW-contiguous."""
-        conv = self[0]
-        assert isinstance(conv, nn.Conv2d)
         return functional.conv3x3_pixel_shuffle(
-            x, conv.weight, conv.bias, upscale_factor=self.upscale_factor, residual=residual
+            x, self.weight, self.bias, upscale_factor=self.upscale_factor, residual=residual
         )
+
+
+class PixelShuffleUpsampler(nn.Sequential):
+    """`Conv3x3PixelShuffle` under the names of the published `nn.Sequential(conv, nn.PixelShuffle(r))`.
+
+    Args: as of `Conv3x3PixelShuffle`.
+
+    State dict: `0.weight`, `0.bias`.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int = 3, upscale_factor: int = 4, *, bias: bool = True, **factory: Any
+    ) -> None:
+        super().__init__(Conv3x3PixelShuffle(in_channels, out_channels, upscale_factor, bias=bias, **factory))
+        self.upscale_factor = upscale_factor
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N, C, H, W] and an optional residual [N, O, H r, W r] -> [N, O, H r, W r], NCHW-contiguous."""
+        return self[0](x, residual)

@@ -1,0 +1,133 @@
+"""LSANet, IFADNet with lighter blocks.
+
+Team MViC_SR, rank 10, report section 4.14.
+
+    x - mean
+    fea_conv        3 -> C  -------------------------.
+    B1, B3, B5      LFEM: three BSConv with GELU, + input
+    B2, B4, B6      RSAB: BSConv and two 3x3 with GELU, 1x1, ESA, + input
+    c1              1x1 over all six results, GELU   |
+    c2              BSConv                           |
+    +  <---------------------------------------------'
+    upsampler       C -> 3 r r, pixel shuffle
+    + mean
+
+BSConv, blueprint separable convolution: 1x1, then depthwise 3x3 whose input is padded by reflection.
+
+Particular: the fewest multiplications among the networks with a run time near the baseline's. Against `ifadnet` the
+first convolution of the attention blocks is separable too, a 1x1 stands before the attention (the report has it
+behind), and the aggregation has a second convolution. In training form the 3x3 convolutions are `RepBlock`s.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import Tensor, nn
+
+from esr_kernels.modules import ESA
+
+from .base import Network
+from .layers import PLAIN, Layers, pad_same
+from .registry import ModelCard, register
+from .table1 import TABLE1
+
+
+class _LFEM(nn.Module):
+    """Local feature extraction module, C -> C."""
+
+    def __init__(self, b: Layers, channels: int) -> None:
+        super().__init__()
+
+        def conv() -> nn.Module:
+            return b.bsconv(channels, channels, padding_mode="reflect", activation="gelu")
+
+        self.c1_r = conv()
+        self.c2_r = nn.Sequential(OrderedDict(rbr_reparam=conv()))
+        self.c4 = nn.Sequential(OrderedDict(rbr_reparam=conv()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c4(self.c2_r(self.c1_r(x))) + x
+
+
+class _RSAB(nn.Module):
+    """Re-parameterised spaced attention block, C -> C."""
+
+    def __init__(self, b: Layers, channels: int, deploy: bool) -> None:
+        super().__init__()
+        self.c1_r = b.bsconv(channels, channels, padding_mode="reflect", activation="gelu")
+        self.c2_r = b.repblock(channels, channels, activation="gelu", deploy=deploy)
+        self.c4 = b.repblock(channels, channels, activation="gelu", deploy=deploy)
+        self.c5 = b.conv1x1(channels, channels)
+        self.esa = b.esa(channels, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.esa(self.c5(self.c4(self.c2_r(self.c1_r(x))))) + x
+
+
+class LSANet(Network):
+    """LSANet (report section 4.14).
+
+    Args:
+        feature_channels: width of the body, C.
+        upscale: 1, 2, 3, 4, ...
+        deploy: folded convolutions, as published, or the training form.
+
+    Images [N, 3, H, W] in [0, 1], at least 15 x 15; result [N, 3, r H, r W], not clamped.
+    """
+
+    name = "lsanet"
+    minimum_size = ESA.minimum_size
+
+    def __init__(self, *, feature_channels: int = 36, upscale: int = 4, deploy: bool = True) -> None:
+        super().__init__()
+        b, c = self.layers, feature_channels
+        self.scale = upscale
+        self.set_mean()
+        self.fea_conv = b.conv3x3(3, c)
+        self.B1 = _LFEM(b, c)
+        self.B2 = _RSAB(b, c, deploy)
+        self.B3 = _LFEM(b, c)
+        self.B4 = _RSAB(b, c, deploy)
+        self.B5 = _LFEM(b, c)
+        self.B6 = _RSAB(b, c, deploy)
+        self.c1 = b.conv1x1(6 * c, c, activation="gelu")
+        self.c2 = b.bsconv(c, c, padding_mode="reflect")
+        self.upsampler = nn.Sequential(OrderedDict(upsampleOneStep=b.upsampler(c, 3, upscale)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
+        shallow = self.fea_conv(x - self.mean)
+        y1 = self.B1(shallow)
+        y2 = self.B2(y1)
+        y3 = self.B3(y2)
+        y4 = self.B4(y3)
+        y5 = self.B5(y4)
+        y6 = self.B6(y5)
+        return self.upsampler(self.c2(self.c1([y1, y2, y3, y4, y5, y6])) + shallow) + self.mean
+
+
+class PlainLSANet(LSANet):
+    """`LSANet` in plain PyTorch."""
+
+    layers = PLAIN
+
+    def __init__(self, *, feature_channels: int = 36, upscale: int = 4) -> None:
+        super().__init__(feature_channels=feature_channels, upscale=upscale)
+        pad_same(self.fea_conv)
+
+
+register(
+    ModelCard(
+        name="lsanet",
+        title="LSANet",
+        team="MViC_SR",
+        team_id=44,
+        section="4.14",
+        parameters=138_492,
+        flops=8_162_797_056,
+        table1=TABLE1[44],
+    ),
+    LSANet,
+    PlainLSANet,
+)
