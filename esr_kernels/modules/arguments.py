@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ..library import ACTIVATIONS
+from ..library import ACTIVATIONS, RESIDUAL_MODES
 
 PaddingMode = Literal["zeros", "reflect"]  # of functional.bsconv
 
@@ -22,3 +22,11 @@ def known_activation(activation: str) -> None:
     """Raise ValueError unless it is the name of an activation of the operators."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def known_residual_mode(mode: str, activation: str) -> None:
+    """Raise ValueError unless it is a residual mode of `functional.conv3x3` that goes with the activation."""
+    if mode not in RESIDUAL_MODES:
+        raise ValueError(f"residual_mode: expected one of {', '.join(RESIDUAL_MODES)}, got {mode!r}")
+    if mode == "attention" and activation != "none":
+        raise ValueError(f'activation: residual_mode "attention" allows only "none", got {activation!r}')

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional
-from ..backends.reference._common import activate
-from .arguments import PaddingMode, known_activation, positive
+from ..backends.reference._common import activate, epilogue
+from .arguments import PaddingMode, known_activation, known_residual_mode, positive
 
 
 class _Conv(nn.Conv2d):
@@ -93,11 +93,20 @@ class Conv1x1(_Conv):
     ) -> None:
         super().__init__(in_channels, out_channels, 1, bias, activation, negative_slope, factory)
 
-    def forward(self, xs: Tensor | Sequence[Tensor]) -> Tensor:  # type: ignore[override]
-        """One [N, C, H, W] or several [N, C_i, H, W] -> [N, O, H, W]; several are never concatenated."""
-        return functional.conv1x1(
-            xs, self.weight, self.bias, activation=self.activation, negative_slope=self.negative_slope
-        )
+    def forward(  # type: ignore[override]
+        self, xs: Tensor | Sequence[Tensor], residual: Tensor | None = None, residual_mode: str = "post"
+    ) -> Tensor:
+        """One [N, C, H, W] or several [N, C_i, H, W] -> [N, O, H, W]; several are never concatenated.
+
+        A residual [N, O, H, W], with its mode as in `functional.conv3x3`, is a separate pass.
+        """
+        if residual is None:
+            return functional.conv1x1(
+                xs, self.weight, self.bias, activation=self.activation, negative_slope=self.negative_slope
+            )
+        known_residual_mode(residual_mode, self.activation)
+        h = functional.conv1x1(xs, self.weight, self.bias)
+        return epilogue(h, residual, self.activation, self.negative_slope, residual_mode)
 
 
 class DepthwiseConv(nn.Conv2d):

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional
-from ..backends.reference._common import activate
+from ..backends.reference._common import epilogue
 from ..reparam.algebra import Kernel, branch, fold_batch_norm
 from ..reparam.base import Reparameterized
-from .arguments import positive
+from .arguments import known_residual_mode, positive
 
 
 class ConvBN(Reparameterized):
@@ -77,14 +77,12 @@ class ConvBN(Reparameterized):
         return super().folded()
 
     def forward(self, x: Tensor, residual: Tensor | None = None, residual_mode: str = "post") -> Tensor:
-        """As `Reparameterized.forward`; in training mode the residual mode "attention" is not there."""
+        """As `Reparameterized.forward`."""
         if self.deployed or not self.training:
             return super().forward(x, residual, residual_mode)
-        if residual is not None and residual_mode not in ("pre", "post"):
-            raise ValueError(f'residual_mode: training allows "pre" and "post", got {residual_mode!r}')
+        if residual is not None and self.kernel_size == 1:
+            raise ValueError("residual: a 1x1 convolution takes none")
+        known_residual_mode(residual_mode, self.activation)
         conv = functional.conv1x1 if self.kernel_size == 1 else functional.conv3x3
         h = self.bn(conv(x, self.conv.weight, self.conv.bias))
-        if residual is not None and residual_mode == "pre":
-            h = h + residual
-        h = activate(h, self.activation, self.negative_slope)
-        return h + residual if residual is not None and residual_mode == "post" else h
+        return epilogue(h, residual, self.activation, self.negative_slope, residual_mode)

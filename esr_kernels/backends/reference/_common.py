@@ -99,6 +99,17 @@ def attention(h: Tensor, residual: Tensor) -> Tensor:
     return (h + residual) * (torch.sigmoid(h) - 0.5)
 
 
+def epilogue(h: Tensor, residual: Tensor | None, activation: str, negative_slope: float, residual_mode: str) -> Tensor:
+    """What follows a convolution's result `h` in `functional.conv3x3`."""
+    if residual is None:
+        return activate(h, activation, negative_slope)
+    if residual_mode == "pre":
+        return activate(h + residual, activation, negative_slope)
+    if residual_mode == "post":
+        return activate(h, activation, negative_slope) + residual
+    return attention(h, residual)
+
+
 def attention_backward(grad: Tensor, h: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `attention` to `h` and `residual`."""
     gate = torch.sigmoid(h)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._common import (
-    activate,
     activation_backward,
-    attention,
     attention_backward,
     conv,
     conv_backward,
+    epilogue,
     finish,
     masked,
     upcast,
+    upcast_optional,
 )
 
 
@@ -27,14 +27,7 @@ def conv3x3(
     residual_mode: str,
 ) -> Tensor:
     h = conv(x, weight, bias, padding=1)
-    if residual is None:
-        out = activate(h, activation, negative_slope)
-    elif residual_mode == "pre":
-        out = activate(h + upcast(residual), activation, negative_slope)
-    elif residual_mode == "post":
-        out = activate(h, activation, negative_slope) + upcast(residual)
-    else:
-        out = attention(h, upcast(residual))
+    out = epilogue(h, upcast_optional(residual), activation, negative_slope, residual_mode)
     return finish(out, x)
 
 
