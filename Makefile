@@ -15,11 +15,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_USER := 0
 unexport PYTHONHOME
 
-.PHONY: help run test test-triton sanitize lint format bench build clean distclean
+.PHONY: help run train-demo test test-triton sanitize lint format bench build clean distclean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make run        super-resolve a photograph, verified and timed   ARGS="--weights FILE ..."'
+	@echo 'make train-demo trains a small network on photographs in minutes  ARGS="--resume ..."'
 	@echo 'make test       lint, then all tests                             ARGS="-k NAME ..."'
 	@echo 'make test-triton  the Triton tests with TRITON_VERSIONS="$(TRITON_VERSIONS)"'
 	@echo 'make sanitize   the CPU backend under sanitizers      SANITIZERS="address thread"'
@@ -49,6 +50,10 @@ build: $(VENV)/.esr-requirements
 
 run: build
 	@$(PY) -m esr_kernels demo $(ARGS)
+
+# The folder of the run is kept: see docs/training.md.
+train-demo: build
+	@$(PY) -m esr_kernels train demo --output outputs/train-demo $(ARGS)
 
 lint: $(VENV)/.esr-requirements
 	$(VENV)/bin/ruff check .

@@ -9,9 +9,9 @@ challenge's public repository.
 
 from importlib import import_module
 
-from .registry import ModelCard, card, create, list_models, plain
+from .registry import ModelCard, bundled, card, create, list_models, plain
 
-__all__ = ["ModelCard", "card", "create", "list_models", "plain"]
+__all__ = ["ModelCard", "bundled", "card", "create", "list_models", "plain"]
 
 # Each file registers its models; `list_models` has this order.
 _MODULES = (

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from esr_kernels.checkpoint import CheckpointError, load_state_dict
 from esr_kernels.reparam import Reparameterized, slim_message
 
 from .base import Network
+
+# Weights that this project trained itself, `NAME_xSCALE.safetensors` with a card beside each.
+WEIGHTS = Path(__file__).with_name("weights")
+BUNDLED = "bundled"
 
 _SHOWN = 4  # names listed in a message before the dots
 
@@ -82,6 +87,18 @@ def card(name: str) -> ModelCard:
     return _entry(name).card
 
 
+def bundled(name: str) -> Path | None:
+    """The file of the model's weights that come with this package, trained by `esr-kernels train` on a few photographs
+    (docs/training.md); None where there are none. `create(name, weights="bundled")` takes them.
+
+    Raises:
+        ValueError: unknown name; names the nearest.
+    """
+    found = card(name)
+    file = WEIGHTS / f"{found.name}_x{found.scale}.safetensors"
+    return file if file.is_file() else None
+
+
 def create(
     name: str, weights: str | os.PathLike[str] | None = None, *, entry: str | None = None, **options: Any
 ) -> Network:
@@ -89,8 +106,9 @@ def create(
 
     Args:
         name: one of `list_models()`.
-        weights: checkpoint file, read by `esr_kernels.checkpoint.load_state_dict`; None: PyTorch's random
-            initialisation. Width, scale and form are taken from the file where the model's options allow others.
+        weights: checkpoint file, read by `esr_kernels.checkpoint.load_state_dict`; "bundled": this package's own (see
+            `bundled`); None: PyTorch's random initialisation. Width, scale and form are taken from the file where the
+            model's options allow others.
         entry: of the checkpoint, where it holds several sets of weights.
         options: the network's own, see its class. `deploy=False` builds the training form and is taken by all; it
             changes nothing in networks that have none.
@@ -99,7 +117,7 @@ def create(
         A module with the attributes of `Network` (name, scale, data_range, receptive_radius, minimum_size, options).
 
     Raises:
-        ValueError: unknown name; the message names the nearest.
+        ValueError: unknown name, the message names the nearest; or "bundled" for a model without such weights.
         TypeError: unknown option.
         FileNotFoundError: there is no such file.
         CheckpointError: the file is no checkpoint, or another model's; the message says which names and shapes differ
@@ -153,6 +171,13 @@ def _build(
             raise ValueError(f"entry: chooses inside a checkpoint, but no weights are given, got {entry!r}")
         return _finish(found, cls, {**found.pinned, **options})
 
+    if weights == BUNDLED:
+        weights = bundled(found.card.name)
+        if weights is None:
+            having = ", ".join(name for name in _entries if bundled(name)) or "no model"
+            raise ValueError(
+                f"weights: this package has none for {found.card.name!r}, only for {having}; give a checkpoint file"
+            )
     path = os.fspath(weights)
     state = load_state_dict(path, entry=entry)
     try:

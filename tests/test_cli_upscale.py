@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import python_models
 from esr_kernels import imaging
 from esr_kernels.cli import main
 from esr_kernels.imaging import Picture, read_image, write_image
+from python_models import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,7 +85,7 @@ def test_version_and_help(capsys):
         (["upscale", "a.png", "-o", "b.png", "--quality", "0"], "expected 1..100"),
         (["upscale", "a.png", "-o", "b.png", "--max-pixels", "-1"], "expected millions of pixels above 0"),
         (["upscale", "a.png", "-o", "b.png", "--weights", "nothing.pth"], "there is no file 'nothing.pth'"),
-        (["upscale", "a.png", "-o", "b.png"], "--weights: span needs a checkpoint"),
+        (["upscale", "a.png", "-o", "b.png", "--model", "rlfn"], "--weights: rlfn needs a checkpoint"),
     ],
 )
 def test_wrong_usage(argv, message, capsys):
@@ -376,9 +378,33 @@ def test_demo_says_that_weights_are_random(tmp_path, capsys, monkeypatch):
     from esr_kernels.commands import demo
 
     monkeypatch.setattr(demo, "_nearby_weights", lambda name: None)
+    monkeypatch.setattr(registry, "WEIGHTS", tmp_path)
     assert command("demo", "--photo", "chelsea", "--rounds", "1", "--output", tmp_path / "o.png") == 0
     text = capsys.readouterr().out
     assert "weights   RANDOM: the picture will be noise" in text and "PSNR" in text
+
+
+def test_without_a_checkpoint_the_packages_own_weights_are_taken(tmp_path, weights, capsys, monkeypatch):
+    from esr_kernels.commands import demo
+
+    (tmp_path / "weights").mkdir()
+    own = tmp_path / "weights" / "span_x4.safetensors"
+    save_file(torch.load(weights, weights_only=True), own)
+    monkeypatch.setattr(registry, "WEIGHTS", own.parent)
+    monkeypatch.setattr(demo, "_nearby_weights", lambda name: None)
+    write_image(tmp_path / "a.png", Picture(noise(20, 24)))
+    assert command("upscale", tmp_path / "a.png", "-o", tmp_path / "own.png") == 0
+    assert "published ones are better: the challenge's repository" in capsys.readouterr().err
+    assert command("upscale", tmp_path / "a.png", "-o", tmp_path / "given.png", "--weights", weights) == 0
+    assert capsys.readouterr().err == ""
+    assert np.array_equal(read_image(tmp_path / "own.png").pixels, read_image(tmp_path / "given.png").pixels)
+    argv = ["demo", "--image", tmp_path / "a.png", "--rounds", "1", "--output", tmp_path / "demo.png"]
+    assert command(*argv) == 0
+    assert "weights   this package's, trained on a few photographs; the published ones" in capsys.readouterr().out
+    assert np.array_equal(read_image(tmp_path / "own.png").pixels, read_image(tmp_path / "demo.png").pixels)
+    assert python_models.create("span", weights="bundled").options["feature_channels"] == 4
+    with pytest.raises(ValueError, match="weights: this package has none for 'rlfn', only for span"):
+        python_models.create("rlfn", weights="bundled")
 
 
 def test_demo_refuses_a_wrong_network(tmp_path, weights, capsys, monkeypatch):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,13 @@ from torch import Tensor
 
 from .. import imaging
 from ..cases import resolve_backend
-from ..imaging import ImageError, Picture
+from ..imaging import Picture
 from ..optimize import optimize
 from ..timing import alternate, machine, machine_line, table, thread_count
+from ..training import photographs
+from ..training.evaluate import psnr
 from ._arguments import backend_name, positive, weights_file
-from .upscale import PUBLISHED, chosen, make_folder, one_model, upscale_picture
+from .upscale import OWN, PUBLISHED, chosen, make_folder, one_model, upscale_picture
 
 # Photographs inside scikit-image's wheel.
 PHOTOGRAPHS = {
@@ -35,7 +35,6 @@ PHOTOGRAPHS = {
 NEARBY = {"span": "team38_span_ch28_slim.pth", "span_tiny": "team39_spantiny_ch26_slim.pth", "rlfn": "team00_rlfn.pth"}
 TOLERANCE = 1e-4  # of the largest value
 SIZE_LIMIT = 512  # plain PyTorch takes seconds and gigabytes for a photograph of today's cameras
-BORDER = 4  # pixels a side that the challenge's PSNR leaves out
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -72,22 +71,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def _photograph(name: str, scale: int) -> tuple[Picture, Picture]:
     """The photograph cut to a multiple of the scale, and the same downscaled bicubically."""
-    spec = find_spec("skimage")
-    if spec is None or spec.origin is None:
-        raise ImageError("scikit-image, which has the photographs, is not installed; name a picture with --image")
-    file = Path(spec.origin).parent / "data" / PHOTOGRAPHS[name]
-    original = imaging.read_image(file)
+    original = imaging.read_image(photographs.folder() / PHOTOGRAPHS[name])
     height, width = original.height // scale * scale, original.width // scale * scale
     pixels = np.ascontiguousarray(original.pixels[:height, :width])
     small = Image.fromarray(pixels).resize((width // scale, height // scale), Image.Resampling.BICUBIC)
     return Picture(pixels), Picture(np.asarray(small))
-
-
-def psnr(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-    """dB between two 8-bit pictures over all channels, without a border of 4 pixels (report section 2.3)."""
-    inner = (slice(BORDER, -BORDER), slice(BORDER, -BORDER))
-    error = float(np.mean((a[inner].astype(np.float64) - b[inner].astype(np.float64)) ** 2))
-    return math.inf if error == 0 else 20 * math.log10(255 / math.sqrt(error))
 
 
 def _middle(length: int, limit: int) -> slice:
@@ -108,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     import python_models
 
     card = python_models.card(args.model)
-    weights = args.weights or _nearby_weights(args.model)
+    weights = args.weights or _nearby_weights(args.model) or python_models.bundled(args.model)
     torch.manual_seed(0)
     model = python_models.create(args.model, weights=weights)
     scale, data_range = int(model.scale), float(model.data_range)  # type: ignore[arg-type]
@@ -130,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"network   {card.title} x{scale} ({where}), {_millions(model)} parameters")
         if weights is None:
             print(f"weights   RANDOM: the picture will be noise. Published weights: {PUBLISHED}; --weights FILE")
+        elif weights == python_models.bundled(args.model):
+            print(f"weights   {OWN}")
         else:
             print(f"weights   {weights.name}")
         how = f"downscaled x{scale} bicubically" if original is not None else "as it is"

@@ -27,6 +27,8 @@ from ._arguments import ALL, backend_name, dtype_name, model_name, positive, wei
 
 PUBLISHED = "the challenge's repository, github.com/Amazingren/NTIRE2024_ESR, has them in its folder model_zoo"
 
+OWN = f"this package's, trained on a few photographs; the published ones are better: {PUBLISHED}; --weights FILE"
+
 
 def _tile(text: str) -> int | str | None:
     if text in ("auto", "none"):
@@ -75,7 +77,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("inputs", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="pictures, or folders of pictures")
     add("-o", "--output", type=Path, required=True, metavar="OUT", help="a file for one picture, else a folder")
     add("--model", type=one_model, default="span", metavar="NAME", help="default: span")
-    add("--weights", type=weights_file, metavar="FILE", help="a checkpoint of the model")
+    add("--weights", type=weights_file, metavar="FILE", help="a checkpoint of the model (default: this package's)")
     add("--random-weights", action="store_true", help="run without a checkpoint; the result is noise")
     add("--backend", type=backend_name, metavar="NAME", help="default: the fastest that can run")
     add("--dtype", type=dtype_name, default="float32", metavar="NAME", help="default: float32")
@@ -247,22 +249,26 @@ def _one(args: argparse.Namespace, model: OptimizedModel, source: Path, target: 
 
 def run(args: argparse.Namespace) -> int:
     """Upscale; a picture that fails is reported and the others go on."""
-    if args.weights is None and not args.random_weights:
-        print(
-            f"error: --weights: {args.model} needs a checkpoint; this project has none of its own yet, {PUBLISHED}. "
-            "--random-weights runs without one, for a test",
-            file=sys.stderr,
-        )
-        return 2
     import python_models
 
+    weights = args.weights
+    if weights is None and not args.random_weights:
+        weights = python_models.bundled(args.model)
+        if weights is None:
+            print(
+                f"error: --weights: {args.model} needs a checkpoint; this package has none for it, {PUBLISHED}. "
+                "--random-weights runs without one, for a test",
+                file=sys.stderr,
+            )
+            return 2
+        print(f"weights: {OWN}", file=sys.stderr)
     from ..cases import DTYPES
 
     scale = python_models.card(args.model).scale
     jobs = _jobs(args, scale)
     failed = 0
     with thread_count(args.threads), chosen(args.backend), warnings.catch_warnings():
-        model = load_network(args.model, args.weights, DTYPES[args.dtype], args.device)
+        model = load_network(args.model, weights, DTYPES[args.dtype], args.device)
         if int(model.scale) != scale:  # type: ignore[arg-type]
             jobs = _jobs(args, int(model.scale))  # type: ignore[arg-type]
         shown = args.progress or sys.stderr.isatty()

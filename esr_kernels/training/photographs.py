@@ -38,7 +38,7 @@ def folder() -> Path:
     """
     spec = find_spec("skimage")
     if spec is None or spec.origin is None:
-        raise ImageError("scikit-image, which has the photographs, is not installed (pip install scikit-image)")
+        raise ImageError("scikit-image, which has the photographs, is not installed; give pictures of your own")
     return Path(spec.origin).parent / "data"
 
 
