@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
@@ -109,10 +110,28 @@ class Captured:
     written: dict[fx.Node, fx.Node] = field(default_factory=dict)  # placeholder -> what the forward pass writes to it
 
 
-class _DataWrites(TorchFunctionMode):
+# PyTorch's own takes no symbolic size, which would fix the graph to images of one size.
+torch.library.define("esr::adaptive_max_pool2d", "(Tensor x, SymInt height, SymInt width) -> Tensor")
+
+
+def adaptive_max_pool2d(x: Tensor, height: int, width: int) -> Tensor:
+    """What stands for the operator in a finished graph."""
+    return F.adaptive_max_pool2d(x, (height, width))
+
+
+torch.library.impl("esr::adaptive_max_pool2d", "CompositeExplicitAutograd", adaptive_max_pool2d)
+
+
+@torch.library.register_fake("esr::adaptive_max_pool2d")
+def _(x: Tensor, height: int, width: int) -> Tensor:
+    return x.new_empty(*x.shape[:-2], height, width)
+
+
+class _TraceMode(TorchFunctionMode):
     """Follows `parameter.data = tensor`, by which published networks fold their branches in `forward`.
 
-    torch.export does not see it. Within this mode a written tensor stands for the parameter from then on.
+    torch.export does not see it. Within this mode a written tensor stands for the parameter from then on. Adaptive
+    pooling to a size that depends on the image's stays so.
     """
 
     _GET, _SET = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # type: ignore[attr-defined]
@@ -133,7 +152,13 @@ class _DataWrites(TorchFunctionMode):
             return self._now(args[0]).detach()
         if self._written:
             args, kwargs = pytree.tree_map_only(Tensor, self._now, (args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if "adaptive_max_pool2d" in getattr(func, "__name__", "") and not any(args[2:]) and len(args) > 1:
+            size = args[1]
+            if isinstance(size, (tuple, list)) and any(isinstance(s, torch.SymInt) for s in size):
+                height, width = (args[0].shape[i - 2] if s is None else s for i, s in enumerate(size))
+                return torch.ops.esr.adaptive_max_pool2d(args[0], height, width)
+        return func(*args, **kwargs)
 
 
 class _Traced(nn.Module):
@@ -142,7 +167,7 @@ class _Traced(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor) -> Any:
-        with _DataWrites():
+        with _TraceMode():
             return self.network(x)
 
 

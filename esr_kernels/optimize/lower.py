@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..plan import ESA_WEIGHTS, Plan, PlanBuilder
+from .capture import adaptive_max_pool2d
 from .simplify import affine_of
 from .workspace import Workspace, aten, dims, is_map, location
 
@@ -291,7 +292,7 @@ def _assemble(ws: Workspace, groups: dict[int, list[fx.Node]], segments: dict[in
     def constant(node: fx.Node) -> fx.Node:
         value = ws.values[node]
         assert isinstance(value, Tensor)
-        return _buffer(root, graph, value.to(ws.dtype(node)) if value.dtype == torch.float64 else value)
+        return _store(root, graph, value.to(ws.dtype(node)) if value.dtype == torch.float64 else value)
 
     def argument(node: fx.Node) -> fx.Node:
         if node not in new:
@@ -313,10 +314,12 @@ def _assemble(ws: Workspace, groups: dict[int, list[fx.Node]], segments: dict[in
                 continue
             if i is None:
                 new[node] = graph.node_copy(node, argument)
+                if node.target is ops.adaptive_max_pool2d.default:
+                    new[node].target = adaptive_max_pool2d
                 continue
             segment = segments[i]
             done.add(i)
-            weights = [_buffer(root, graph, w) for w in segment.weights]
+            weights = [_store(root, graph, w) for w in segment.weights]
             call = graph.call_function(
                 ops.run_plan.default, ([argument(n) for n in segment.inputs], weights, segment.plan.to_json())
             )
@@ -328,14 +331,20 @@ def _assemble(ws: Workspace, groups: dict[int, list[fx.Node]], segments: dict[in
     graph.output(argument(ws.returned()))
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     for node in graph.nodes:
-        node.meta = {}  # fake tensors, which cannot be pickled
+        # No fake tensors, which cannot be pickled.
+        value = node.meta.get("val")
+        node.meta = {"floating": isinstance(value, Tensor) and value.is_floating_point()}
     graph.lint()
     return fx.GraphModule(root, graph, "Optimized")
 
 
-def _buffer(root: nn.Module, graph: fx.Graph, value: Tensor) -> fx.Node:
-    name = f"constant_{len(root._buffers)}"
-    root.register_buffer(name, value.contiguous() if value.is_contiguous() else value.clone())
+def _store(root: nn.Module, graph: fx.Graph, value: Tensor) -> fx.Node:
+    name = f"constant_{len(root._buffers) + len(root._parameters)}"
+    value = value if value.is_contiguous() else value.clone()
+    if value.is_floating_point():  # counted as the network's own were
+        root.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    else:
+        root.register_buffer(name, value)
     return graph.get_attr(name)
 
 

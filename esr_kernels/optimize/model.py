@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,6 +38,8 @@ _ALGEBRA_TOLERANCE = 1e-5
 _FLOAT16_FACTOR = 16.0
 # Image sizes to remember the guard's answer for.
 _SIZES = 256
+# Relative error from which on plain PyTorch in a half type is no measure.
+_BROKEN = 0.1
 # Operations of at least this part of the arithmetic are hot.
 _HOT_SHARE = 0.01
 
@@ -69,7 +72,7 @@ class Program(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Program:
         super()._apply(fn, recurse)
-        tensor = next(self.body.buffers(), None)
+        tensor = next(iter([*self.body.parameters(), *self.body.buffers()]), None)
         if tensor is not None:  # tensors made on the way, such as coordinates
             for node in self.body.graph.nodes:
                 if "device" in node.kwargs and node.kwargs["device"] is not None:
@@ -132,7 +135,8 @@ class OptimizedModel(nn.Module):
         with torch.inference_mode(False):
             for weight_name, w in zip(self._weight_names, weights, strict=True):
                 # A tensor of inference mode does not count its changes, which a graph has to notice.
-                self.register_buffer(weight_name, w.clone() if w.is_inference() else w)
+                weight = nn.Parameter(w.clone() if w.is_inference() else w, requires_grad=False)
+                self.register_parameter(weight_name, weight)
         for name, value in attributes.items():
             setattr(self, name, value)
 
@@ -156,8 +160,8 @@ class OptimizedModel(nn.Module):
         return y if self._memory_format is None else y.contiguous(memory_format=self._memory_format)
 
     def _replay(self, graphs: GraphCache, x: Tensor, at_once: bool) -> Tensor | None:
-        buffers: dict[str, Any] = self._buffers  # attribute look-up in a module takes several times as long
-        weights = [buffers[name] for name in self._weight_names]
+        parameters: dict[str, Any] = self._parameters  # attribute look-up in a module takes several times as long
+        weights = [parameters[name] for name in self._weight_names]
         return graphs.run(
             lambda image: ops.run_plan([image], weights, self._plan_json)[0],
             x,
@@ -546,6 +550,8 @@ class _Optimizer:
                 if dtype != torch.float32:
                     twin = _in(self.network, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
                     error = cases.relative_error(twin(x.contiguous(memory_format=torch.channels_last)), exact)
+                    if error > _BROKEN:
+                        error = math.inf  # no measure
         except Exception:
             return True  # no measure
         # A chosen backend may be an interpreter or an emulator, which take minutes.
@@ -613,18 +619,20 @@ def _with_islands(module: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, lis
         for node in sensitive:
             names[str(node.target)] = None
             with graph.inserting_before(node):
-                wide = {n: graph.call_function(_cast, (n, torch.float32)) for n in node.all_input_nodes}
+                wide = {n: _cast(graph, n, torch.float32) for n in node.all_input_nodes}
             node.args = fx.node.map_arg(node.args, wide.__getitem__)
             node.kwargs = fx.node.map_arg(node.kwargs, wide.__getitem__)
-            with graph.inserting_after(node):
-                narrow = graph.call_function(_cast, (node, dtype))
-            node.replace_all_uses_with(narrow, delete_user_cb=narrow.__ne__)
+            parts = [n for n in node.users if n.target is operator.getitem]
+            for part in parts or [node]:
+                with graph.inserting_after(part):
+                    narrow = graph.call_function(aten._to_copy.default, (part,), {"dtype": dtype})
+                part.replace_all_uses_with(narrow, delete_user_cb=narrow.__ne__)
         program.body.recompile()
     return (result.to(dtype), list(names)) if names else None
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors in another dtype, results of several tensors too; anything else as it is."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(_cast(v, dtype) for v in value)
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """The node in another dtype, if it is a floating-point tensor."""
+    if node.op == "call_function" and not node.meta.get("floating", False):
+        return node
+    return graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -60,10 +61,11 @@ class Report:
             lines += ["CUDA graphs:", *(f"  {line}" for line in self.graphs)]
         return "\n".join(lines)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes; numbers that are not finite are None."""
+        values = asdict(self)
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
     def to_json(self) -> str:
-        """The report as JSON; what is not finite is null."""
-
-        def clean(value: object) -> object:
-            return None if isinstance(value, float) and not math.isfinite(value) else value
-
-        return json.dumps({k: clean(v) for k, v in asdict(self).items()}, indent=1)
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=1)
