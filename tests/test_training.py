@@ -20,12 +20,12 @@ import esr_kernels
 import python_models
 from esr_kernels.cli import main
 from esr_kernels.errors import TrainingError
-from esr_kernels.imaging import Picture, read_image, write_image
+from esr_kernels.imaging import Picture, image_kind, read_image, write_image
 from esr_kernels.training import config as configuration
-from esr_kernels.training import evaluate, log
+from esr_kernels.training import evaluate, log, photographs
 from esr_kernels.training.config import Config, ConfigError
 from esr_kernels.training.distributed import Process
-from esr_kernels.training.resize import downscale, resize
+from esr_kernels.training.resize import bicubic, crop_to_multiple, downscale, resize
 from esr_kernels.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -615,3 +615,35 @@ def test_a_killed_process_ends_the_run_and_leaves_the_checkpoint(folders, tmp_pa
         ],
     )
     assert isinstance(resumed, Config) and start(resumed, resume=True).steps == state["steps"]
+
+
+# --- photographs and the weights trained on them -------------------------------------------------------------------
+
+
+def test_no_held_out_photograph_is_trained_on():
+    assert not set(photographs.TRAIN) & set(photographs.HELD_OUT)
+    for name in photographs.TRAIN + photographs.HELD_OUT:
+        height, width, kind = image_kind(photographs.folder() / name)
+        assert min(height, width) >= 128 and kind in ("RGB", "grey")
+    with pytest.raises(ValueError, match=r"this release of scikit-image has no moon\.jpg"):
+        photographs.files(("moon.png", "moon.jpg"))
+
+
+@pytest.mark.parametrize("name", [n for n in python_models.list_models() if python_models.bundled(n)])
+def test_weights_of_the_package_are_what_their_card_says(name):
+    file = python_models.bundled(name)
+    assert file.stat().st_size < 1_000_000 and file.with_suffix(".md").is_file()
+    card = json.loads(file.with_suffix(".json").read_text())
+    model = python_models.create(name, weights="bundled")
+    assert card["model"] == name and card["parameters"] == sum(p.numel() for p in model.parameters())
+    held_out = {Path(n).stem: photographs.folder() / n for n in photographs.HELD_OUT}
+    assert card["psnr"].keys() == held_out.keys() and not card["psnr"].keys() & set(card["trained_on"])
+    fast, gains = esr_kernels.optimize(model), []
+    for name, value in card["psnr"].items():
+        high = crop_to_multiple(read_image(held_out[name]).pixels, model.scale)
+        low = downscale(high, model.scale)
+        assert evaluate.psnr(bicubic(low, model.scale), high) == pytest.approx(value["bicubic"], abs=2e-3)
+        network = evaluate.psnr(evaluate.upscaled(fast, low, ALONE.device), high)
+        assert network == pytest.approx(value["network"], abs=5e-3) and network > value["bicubic"]
+        gains.append(network - value["bicubic"])
+    assert sum(gains) / len(gains) > 0.8
