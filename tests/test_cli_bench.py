@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 import esr_kernels
 from esr_kernels import cases, dispatch
 from esr_kernels.cli import main
+from esr_kernels.commands import _bench_train
 
 
 def command(*argv: str) -> int:
@@ -419,3 +421,53 @@ def test_verify_with_published_weights(shared_models: Path, capsys: pytest.Captu
     weights = shared_models / "weights" / "team38_span_ch28_slim.pth"
     assert command("verify", "--model", "span", "--weights", str(weights), "--backend", "reference", *SMALL) == 0
     assert "weights: team38_span_ch28_slim.pth" in capsys.readouterr().out
+
+
+# --- training steps --------------------------------------------------------------------------------------------------
+
+
+def test_train_times_steps(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(_bench_train, "peak_memory", lambda training, engine, threads: 5_000_000)
+    file = tmp_path / "steps.json"
+    options = ["--size", "16x16", "--batch", "2", "--threads", "1", "--rounds", "1", "--against", "eager"]
+    assert command("bench", "--train", "--op", "spab", *options, "--json", str(file)) == 0
+    assert "5.0" in capsys.readouterr().out
+    for record in json.loads(file.read_text())["results"]:
+        assert record["ok"] and set(record["engines"]) == {"esr_kernels", "esr_kernels channels_last", "eager"}
+        for entry in record["engines"].values():
+            assert entry["median"] > 0 and entry["error"] < 1e-4
+
+
+def test_peak_memory_of_a_step():
+    case = cases.operator_cases("conv3x3")[0]
+    training = _bench_train.Training("operator", case.name, (4, 64, 64), torch.float32, "cpu", None)
+    peak = _bench_train.peak_memory(training, "eager", 1)
+    if sys.platform == "linux":
+        assert peak is not None
+        # At least the result and the gradient to the input, at most what no convolution needs.
+        feature_map = 4 * case.arguments(1, 64, 64)["x"].nbytes
+        assert feature_map < peak < 100 * feature_map
+
+
+def test_train_steps_a_network_with_its_training_form():
+    training = _bench_train.Training("model", "span", (1, 9, 10), torch.float32, "cpu", None)
+    assert training.engines(["eager"]) == ["esr_kernels", "training form", "eager"]
+    exact = training.exact()
+    for engine in ("esr_kernels", "eager", "channels_last"):
+        step, gradients = training.make(engine)
+        for g, e in zip(gradients(), exact, strict=True):
+            assert cases.relative_error(g, e) < 1e-3
+        assert torch.isfinite(step()).all()
+    assert torch.isfinite(training.make("training form")[0]()).all()
+
+
+def test_train_does_not_time_wrong_gradients(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    corrupt(monkeypatch, "spab_backward", slightly_wrong)
+    options = ["--size", "16x16", "--threads", "1", "--rounds", "1", "--against", "eager"]
+    assert command("bench", "--train", "--op", "spab", *options) == 1
+    assert "wrong gradients" in capsys.readouterr().err
+
+
+def test_train_takes_no_weights(capsys: pytest.CaptureFixture[str]):
+    assert command("bench", "--train", "--weights", __file__) == 1
+    assert "--train: takes neither --weights" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from ..dispatch import use_backend
 from ..errors import BackendError, OptimizeError
 from ..optimize import OptimizedModel
 from ..timing import Timing, alternate, machine, machine_line, table, thread_count, write_json
+from . import _bench_train
 from ._arguments import (
     backend_name,
     dtype_name,
@@ -67,6 +68,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--size", nargs="+", type=size, default=[(256, 256)], metavar="HxW", help="input sizes (default: 256x256)"
+    )
+    parser.add_argument(
+        "--train",
+        action="store_true",
+        help="time steps of training and their peak memory instead: a model's modules with L1 loss and Adam, an "
+        "operator's forward and backward",
     )
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="images per call (default: 1)")
     parser.add_argument(
@@ -385,6 +392,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--weights: operators have none, use it with --model")
     if args.op is not None and MODULES in args.against:
         raise ValueError("--against: modules stands for a model's modules, use it with --model")
+    if args.train and (args.weights is not None or MODULES in args.against):
+        raise ValueError("--train: takes neither --weights nor --against modules; it trains a model's modules")
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -398,12 +407,17 @@ def run(args: argparse.Namespace) -> int:
     for chosen, dtype_text, (height, width) in itertools.product(args.backend or [None], args.dtype, args.size):
         dtype, shape = cases.DTYPES[dtype_text], (args.batch, height, width)
         for name, make in _subjects(args, dtype, shape):
-            subject = make()
+            subject = None if args.train else make()
             for threads in thread_counts:
                 print(f"{name} {'x'.join(map(str, shape))} {dtype_text}, {threads} thread(s)", file=sys.stderr)
                 try:
                     with thread_count(threads), use_backend(chosen) if chosen else nullcontext():
-                        record = _measure(subject, args, dtype, shape)
+                        if subject is None:
+                            kind = "operator" if args.op is not None else "model"
+                            step = _bench_train.Training(kind, name, shape, dtype, args.device, chosen)
+                            record = _bench_train.measure(step, args, threads)
+                        else:
+                            record = _measure(subject, args, dtype, shape)
                 except BackendError as error:
                     raise ValueError(f"--backend: {error}") from None
                 if record["problem"]:
@@ -417,8 +431,12 @@ def run(args: argparse.Namespace) -> int:
 
     print(machine_line(info))
     print(f"medians of up to {args.rounds} rounds taking turns; ratio: the peer's time over ours;")
-    print("GFLOP/s: the work of direct convolutions, a multiply-add as two, over the time")
-    print(_rows(records))
+    if args.train:
+        print("peak: memory a step needs on top of weights, optimiser and images; error: of the gradients")
+        print(_bench_train.rows(records))
+    else:
+        print("GFLOP/s: the work of direct convolutions, a multiply-add as two, over the time")
+        print(_rows(records))
     if args.json is not None:
         settings = {"rounds": args.rounds, "budget": args.budget, "weights": _name_of(args.weights)}
         write_json(args.json, {"command": _command_line(), "machine": info, "settings": settings, "results": records})
