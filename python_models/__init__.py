@@ -19,7 +19,8 @@ _MODULES = (
     *("r2net", "rden", "asr_prune", "slim_rlfn", "light_rlfn", "errn", "rfdn", "eern", "efqn", "dipnet"),  # 3x3
     *("pfdn_lite", "safmn_pp", "smrn", "ifadnet", "lsanet", "depth_rlfn", "rlfn_bn", "rlff", "rcn"),
     "efficient_srgan",
-    *("smfan", "egfmn", "gfmn", "dirn", "emaxgman", "lkfn", "agdn"),  # pointwise, depthwise and attention
+    # Pointwise and depthwise convolutions, attention.
+    *("smfan", "egfmn", "gfmn", "dirn", "emaxgman", "lkfn", "agdn", "msn", "harn", "craft", "dvmsr", "magicsr"),
 )
 for _name in _MODULES:
     import_module(f".{_name}", __name__)

@@ -152,7 +152,7 @@ class AGDN(Network):
 
     name = "agdn"
     minimum_size = 15
-    layers = FUSED
+    kit = FUSED
 
     def __init__(self, *, channels: int = 24, num_blocks: int = 4, upscale: int = 4) -> None:
         super().__init__()
@@ -161,12 +161,12 @@ class AGDN(Network):
             raise ValueError(f"channels: must be a multiple of {_HEAD}, got {channels}")
         self.scale, self.num_blocks = upscale, num_blocks
         self.set_mean()
-        self.fea_conv = self.layers.conv3x3(3, channels)
+        self.fea_conv = self.kit.conv3x3(3, channels)
         for i in range(1, num_blocks + 1):
-            self.add_module(f"B{i}", _AGDB(self.layers, channels))
-        self.c1 = self.layers.conv1x1(num_blocks * channels, channels, activation="gelu")
-        self.c2 = self.layers.bsconv(channels, channels, padding_mode="reflect")
-        self.upsampler = self.layers.upsampler(channels, 3, upscale)
+            self.add_module(f"B{i}", _AGDB(self.kit, channels))
+        self.c1 = self.kit.conv1x1(num_blocks * channels, channels, activation="gelu")
+        self.c2 = self.kit.bsconv(channels, channels, padding_mode="reflect")
+        self.upsampler = self.kit.upsampler(channels, 3, upscale)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -180,7 +180,7 @@ class AGDN(Network):
 class PlainAGDN(AGDN):
     """`AGDN` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

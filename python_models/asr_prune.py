@@ -40,7 +40,7 @@ class ASRPrune(Network):
 
     def __init__(self, *, feature_channels: int = 46, mid_channels: int = 48, upscale: int = 4) -> None:
         super().__init__()
-        b, c, m = self.layers, feature_channels, mid_channels
+        b, c, m = self.kit, feature_channels, mid_channels
         self.scale = upscale
         self.conv_1 = b.conv3x3(3, c)
         self.block_1 = b.rlfb(c, m, bias=False)
@@ -61,7 +61,7 @@ class ASRPrune(Network):
 class PlainASRPrune(ASRPrune):
     """`ASRPrune` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

@@ -24,7 +24,7 @@ class Network(nn.Module):
     """A super-resolution network.
 
     Attributes:
-        layers: what it is built from: its twin in plain PyTorch has `PLAIN` here.
+        kit: what it is built from: its twin in plain PyTorch has `PLAIN` here.
         name: its name in the registry.
         scale: the output is this many times larger than the input.
         data_range: inputs and outputs are in [0, data_range]; outputs are not clamped.
@@ -34,7 +34,7 @@ class Network(nn.Module):
         options: the keyword arguments it was built with, as `python_models.create` and `plain` take them.
     """
 
-    layers: ClassVar[Layers] = FUSED
+    kit: ClassVar[Layers] = FUSED
     name: str = ""
     data_range: float = 1.0
     receptive_radius: int | None = None

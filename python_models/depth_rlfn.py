@@ -41,7 +41,7 @@ class DepthRLFN(ResidualNetwork):
 
     def __init__(self, *, feature_channels: int = 46, mid_channels: int = 48, upscale: int = 4) -> None:
         super().__init__()
-        b, c, m = self.layers, feature_channels, mid_channels
+        b, c, m = self.kit, feature_channels, mid_channels
         self.scale = upscale
         self.conv_1 = b.conv3x3(3, c)
         for i in range(1, self.num_blocks + 1):
@@ -59,7 +59,7 @@ class DepthRLFN(ResidualNetwork):
 class PlainDepthRLFN(DepthRLFN):
     """`DepthRLFN` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

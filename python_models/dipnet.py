@@ -37,7 +37,7 @@ class DIPNet(ResidualNetwork):
 
     def __init__(self, *, feature_channels: int = 44, mid_channels: int = 38, upscale: int = 4) -> None:
         super().__init__()
-        b, c = self.layers, feature_channels
+        b, c = self.kit, feature_channels
         self.scale = upscale
         self.conv_1 = b.conv3x3(3, c, bias=False)
         for i in range(1, self.num_blocks + 1):
@@ -49,7 +49,7 @@ class DIPNet(ResidualNetwork):
 class PlainDIPNet(DIPNet):
     """`DIPNet` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

@@ -118,7 +118,7 @@ class DIRN(Network):
     """
 
     name = "dirn"
-    layers = FUSED
+    kit = FUSED
 
     def __init__(self, *, channels: int = 48, upscale: int = 4) -> None:
         super().__init__()
@@ -126,11 +126,11 @@ class DIRN(Network):
         if channels % _GROUP:
             raise ValueError(f"channels: must be a multiple of {_GROUP}, got {channels}")
         self.scale = upscale
-        self.conv_1 = self.layers.conv3x3(3, channels)
+        self.conv_1 = self.kit.conv3x3(3, channels)
         for i, kinds in enumerate((*_BLOCKS, *_UNUSED_BLOCKS), 1):
-            self.add_module(f"block_{i}", _DIRB(self.layers, channels, kinds))
-        self.conv_2 = self.layers.conv3x3(channels, channels)
-        self.upsampler = self.layers.upsampler(channels, 3, upscale)
+            self.add_module(f"block_{i}", _DIRB(self.kit, channels, kinds))
+        self.conv_2 = self.kit.conv3x3(channels, channels)
+        self.upsampler = self.kit.upsampler(channels, 3, upscale)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -144,7 +144,7 @@ class DIRN(Network):
 class PlainDIRN(DIRN):
     """`DIRN` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from esr_kernels.modules import CCA, DepthwiseConv
+
 from .layers import Layers
 
 
@@ -37,3 +39,17 @@ class Distillation(nn.Module):
 
     def refine(self, conv: nn.Module, t: Tensor) -> Tensor:
         return F.gelu(conv(t) + t)
+
+
+class EnhancedCCA(nn.Module):
+    """`CCA` to one channel and back, between a 1x1 and a depthwise convolution, + input.
+
+    State dict: `body.0`, `body.2`, `body.3`.
+    """
+
+    def __init__(self, layers: Layers, c: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(layers.conv1x1(c, c, activation="gelu"), nn.Identity(), CCA(c, 1), DepthwiseConv(c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + x

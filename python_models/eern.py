@@ -53,7 +53,7 @@ class EERN(Network):
 
     def __init__(self, *, feature_channels: int = 84, upscale: int = 4) -> None:
         super().__init__()
-        b, c = self.layers, feature_channels
+        b, c = self.kit, feature_channels
         self.scale = upscale
         self.head = b.conv3x3(3, c)
         self.recon_trunk = nn.Sequential(*(_ERB(b, c) for _ in range(4)))
@@ -69,7 +69,7 @@ class EERN(Network):
 class PlainEERN(EERN):
     """`EERN` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

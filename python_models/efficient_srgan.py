@@ -80,7 +80,7 @@ class EfficientSRGAN(Network):
     def __init__(self, *, feature_channels: int = 64, growth_channels: int = 32, num_blocks: int = 23) -> None:
         super().__init__()
         positive(feature_channels=feature_channels, growth_channels=growth_channels, num_blocks=num_blocks)
-        b, c = self.layers, feature_channels
+        b, c = self.kit, feature_channels
         # conv_first, 15 convolutions a block, trunk_conv; then 1 pixel of the doubled and 3 of the final size.
         self.receptive_radius = 1 + 15 * num_blocks + 1 + 2
         after = {"activation": "leaky_relu", "negative_slope": 0.2}
@@ -104,7 +104,7 @@ class EfficientSRGAN(Network):
 class PlainEfficientSRGAN(EfficientSRGAN):
     """`EfficientSRGAN` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

@@ -40,7 +40,7 @@ class EFQN(Network):
 
     def __init__(self, *, feature_channels: int = 64, upscale: int = 4) -> None:
         super().__init__()
-        b, c = self.layers, feature_channels
+        b, c = self.kit, feature_channels
         self.scale = upscale
         layers: list[nn.Module] = [b.conv3x3(12, c), nn.Hardtanh(0.0, 1.0)]
         for _ in range(11):
@@ -58,7 +58,7 @@ class EFQN(Network):
 class PlainEFQN(EFQN):
     """`EFQN` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

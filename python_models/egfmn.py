@@ -52,16 +52,16 @@ class EGFMN(Network):
 
     name = "egfmn"
     minimum_size = SAFM.minimum_size
-    layers = FUSED
+    kit = FUSED
 
     def __init__(self, *, channels: int = 36, num_blocks: int = 7, ffn_scale: float = 2.0, upscale: int = 4) -> None:
         super().__init__()
         positive(channels=channels, num_blocks=num_blocks, upscale=upscale)
         self.scale = upscale
-        self.to_feat = self.layers.conv3x3(3, channels)
+        self.to_feat = self.kit.conv3x3(3, channels)
         hidden = int(channels * ffn_scale)
-        self.feats = nn.Sequential(*(_FMM(self.layers, channels, hidden) for _ in range(num_blocks)))
-        self.to_img = self.layers.upsampler(channels, 3, upscale)
+        self.feats = nn.Sequential(*(_FMM(self.kit, channels, hidden) for _ in range(num_blocks)))
+        self.to_img = self.kit.upsampler(channels, 3, upscale)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -72,7 +72,7 @@ class EGFMN(Network):
 class PlainEGFMN(EGFMN):
     """`EGFMN` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

@@ -109,7 +109,7 @@ class EMaxGMan(Network):
 
     name = "emaxgman"
     minimum_size = ESA.minimum_size
-    layers = FUSED
+    kit = FUSED
 
     def __init__(self, *, channels: int = 64, num_blocks: int = 3, upscale: int = 4) -> None:
         super().__init__()
@@ -117,12 +117,12 @@ class EMaxGMan(Network):
         if channels % 16:
             raise ValueError(f"channels: must be a multiple of 16, got {channels}")
         self.scale, self.num_blocks = upscale, num_blocks
-        self.conv_in = self.layers.conv3x3(3, channels)
-        self.multi_head = _MultiHead(self.layers, channels)
+        self.conv_in = self.kit.conv3x3(3, channels)
+        self.multi_head = _MultiHead(self.kit, channels)
         for i in range(1, num_blocks + 1):
-            self.add_module(f"block_{i}", _ERLFB(self.layers, channels))
-        self.conv_out = self.layers.conv3x3(channels, channels)
-        self.upsampler = self.layers.upsampler(channels, 3, upscale)
+            self.add_module(f"block_{i}", _ERLFB(self.kit, channels))
+        self.conv_out = self.kit.conv3x3(channels, channels)
+        self.upsampler = self.kit.upsampler(channels, 3, upscale)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -136,7 +136,7 @@ class EMaxGMan(Network):
 class PlainEMaxGMan(EMaxGMan):
     """`EMaxGMan` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

@@ -61,7 +61,7 @@ class ERRN(ResidualNetwork):
 
     def __init__(self, *, feature_channels: int = 40, upscale: int = 4) -> None:
         super().__init__()
-        b, c = self.layers, feature_channels
+        b, c = self.kit, feature_channels
         self.scale = upscale
         self.conv_1 = b.conv3x3(3, c)
         for i in range(1, self.num_blocks + 1):
@@ -73,7 +73,7 @@ class ERRN(ResidualNetwork):
 class PlainERRN(ERRN):
     """`ERRN` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

@@ -84,17 +84,17 @@ class GFMN(Network):
 
     name = "gfmn"
     minimum_size = SAFM.minimum_size
-    layers = FUSED
+    kit = FUSED
 
     def __init__(self, *, channels: int = 32, num_blocks: int = 8, ffn_scale: float = 1.8, upscale: int = 4) -> None:
         super().__init__()
         positive(channels=channels, num_blocks=num_blocks, upscale=upscale)
         self.scale = upscale
         self.set_mean()
-        self.to_feat = self.layers.conv3x3(3, channels)
+        self.to_feat = self.kit.conv3x3(3, channels)
         hidden = int(channels * ffn_scale)
-        self.feats = nn.Sequential(*(_FMM(self.layers, channels, hidden) for _ in range(num_blocks)))
-        self.to_img = self.layers.upsampler(channels, 3, upscale)
+        self.feats = nn.Sequential(*(_FMM(self.kit, channels, hidden) for _ in range(num_blocks)))
+        self.to_img = self.kit.upsampler(channels, 3, upscale)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -107,7 +107,7 @@ class GFMN(Network):
 class PlainGFMN(GFMN):
     """`GFMN` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

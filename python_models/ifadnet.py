@@ -78,7 +78,7 @@ class IFADNet(Network):
 
     def __init__(self, *, feature_channels: int = 36, upscale: int = 4, deploy: bool = True) -> None:
         super().__init__()
-        b, c = self.layers, feature_channels
+        b, c = self.kit, feature_channels
         self.scale = upscale
         self.set_mean()
         self.fea_conv = b.conv3x3(3, c)
@@ -106,7 +106,7 @@ class IFADNet(Network):
 class PlainIFADNet(IFADNet):
     """`IFADNet` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
     def __init__(self, *, feature_channels: int = 36, upscale: int = 4) -> None:
         super().__init__(feature_channels=feature_channels, upscale=upscale)

@@ -1,6 +1,6 @@
 """What a network is made of: the same wiring from fused layers, or from plain PyTorch ones.
 
-Networks whose data flow is more than a list of convolutions are written once, with `self.layers`: `FUSED` in the
+Networks whose data flow is more than a list of convolutions are written once, with `self.kit`: `FUSED` in the
 network, `PLAIN` in its twin, which then computes what the published network does in the steps it does it in.
 """
 
@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from esr_kernels.modules import (
     ECB,
@@ -34,6 +36,7 @@ from .plain_blocks import (
     PlainFolded,
     PlainRLFB,
     PlainUpsampler,
+    plain_attention,
 )
 
 Make = Callable[..., Any]
@@ -52,6 +55,14 @@ class Layers:
     rlfb: Make
     ecb: Make
     repblock: Make
+    attention: Callable[..., Tensor]
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """softmax(scale q k^T + bias) v over tokens, [B, heads, T, D]; in elementary steps while `torch.jit` traces."""
+    if torch.jit.is_tracing():
+        return plain_attention(q, k, v, scale, bias)
+    return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
 
 
 FUSED = Layers(
@@ -64,6 +75,7 @@ FUSED = Layers(
     rlfb=RLFB,
     ecb=ECB,
     repblock=RepBlock,
+    attention=_attention,
 )
 PLAIN = Layers(
     conv3x3=PlainConv3x3,
@@ -75,10 +87,11 @@ PLAIN = Layers(
     rlfb=PlainRLFB,
     ecb=partial(PlainFolded, "conv_infer"),
     repblock=partial(PlainFolded, "rbr_reparam"),
+    attention=plain_attention,
 )
 
 
-def pad_same(*convs: nn.Conv2d) -> None:
+def pad_same(*convs: Any) -> None:
     """Write the padding as "same", as some published networks do: fvcore then does not count the convolution."""
     for conv in convs:
         conv.padding = "same"

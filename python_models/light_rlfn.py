@@ -39,7 +39,7 @@ class LightRLFN(ResidualNetwork):
 
     def __init__(self, *, feature_channels: int = 36, mid_channels: int = 48, upscale: int = 4) -> None:
         super().__init__()
-        b, c = self.layers, feature_channels
+        b, c = self.kit, feature_channels
         self.scale = upscale
         self.conv_1 = b.conv3x3(3, c)
         for i in range(1, self.num_blocks + 1):
@@ -51,7 +51,7 @@ class LightRLFN(ResidualNetwork):
 class PlainLightRLFN(LightRLFN):
     """`LightRLFN` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

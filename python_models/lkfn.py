@@ -93,7 +93,7 @@ class LKFN(Network):
     """
 
     name = "lkfn"
-    layers = FUSED
+    kit = FUSED
 
     def __init__(self, *, channels: int = 28, num_blocks: int = 8, upscale: int = 4) -> None:
         super().__init__()
@@ -101,12 +101,12 @@ class LKFN(Network):
         if channels % 2:
             raise ValueError(f"channels: must be even, got {channels}")
         self.scale, self.num_blocks = upscale, num_blocks
-        self.fea_conv = self.layers.bsconv(12, channels)
+        self.fea_conv = self.kit.bsconv(12, channels)
         for i in range(1, num_blocks + 1):
-            self.add_module(f"B{i}", _LKFB(self.layers, channels))
-        self.c1 = self.layers.conv1x1(num_blocks * channels, channels, activation="gelu")
-        self.c2 = self.layers.bsconv(channels, channels)
-        self.upsampler = self.layers.upsampler(channels, 3, upscale)
+            self.add_module(f"B{i}", _LKFB(self.kit, channels))
+        self.c1 = self.kit.conv1x1(num_blocks * channels, channels, activation="gelu")
+        self.c2 = self.kit.bsconv(channels, channels)
+        self.upsampler = self.kit.upsampler(channels, 3, upscale)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -120,7 +120,7 @@ class LKFN(Network):
 class PlainLKFN(LKFN):
     """`LKFN` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

@@ -81,7 +81,7 @@ class LSANet(Network):
 
     def __init__(self, *, feature_channels: int = 36, upscale: int = 4, deploy: bool = True) -> None:
         super().__init__()
-        b, c = self.layers, feature_channels
+        b, c = self.kit, feature_channels
         self.scale = upscale
         self.set_mean()
         self.fea_conv = b.conv3x3(3, c)
@@ -110,7 +110,7 @@ class LSANet(Network):
 class PlainLSANet(LSANet):
     """`LSANet` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
     def __init__(self, *, feature_channels: int = 36, upscale: int = 4) -> None:
         super().__init__(feature_channels=feature_channels, upscale=upscale)

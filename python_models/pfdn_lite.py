@@ -88,7 +88,7 @@ class PFDNLite(Network):
     def __init__(self, *, feature_channels: int = 48, upscale: int = 4) -> None:
         super().__init__()
         positive(feature_channels=feature_channels, upscale=upscale)
-        b, c = self.layers, feature_channels
+        b, c = self.kit, feature_channels
         self.scale = upscale
         self.head = b.conv3x3(3, c)
         self.block1 = _PFDB(b, c, pruned=False)
@@ -113,7 +113,7 @@ class PFDNLite(Network):
 class PlainPFDNLite(PFDNLite):
     """`PFDNLite` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

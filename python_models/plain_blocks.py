@@ -180,6 +180,11 @@ class PlainConv3x3PixelShuffle(nn.Conv2d):
         return y if residual is None else y + residual
 
 
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    scores = (q * scale) @ k.transpose(-2, -1)
+    return (scores if bias is None else scores + bias).softmax(-1) @ v
+
+
 class PlainUpsampler(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int = 3, upscale_factor: int = 4, *, bias: bool = True) -> None:
         super().__init__(

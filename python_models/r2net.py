@@ -53,7 +53,7 @@ class R2Net(Network):
 
     def __init__(self, *, feature_channels: int = 48, upscale: int = 4) -> None:
         super().__init__()
-        b, c = self.layers, feature_channels
+        b, c = self.kit, feature_channels
         self.scale = upscale
         self.conv_1 = b.conv3x3(3, c, bias=False)
         self.block_1 = _ReNRB(b, c)
@@ -73,7 +73,7 @@ class R2Net(Network):
 class PlainR2Net(R2Net):
     """`R2Net` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

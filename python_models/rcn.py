@@ -83,7 +83,7 @@ class RCN(ResidualNetwork):
 
     def __init__(self, *, feature_channels: int = 40, upscale: int = 4, deploy: bool = True) -> None:
         super().__init__()
-        b, c = self.layers, feature_channels
+        b, c = self.kit, feature_channels
         self.scale = upscale
         self.conv_1 = b.conv3x3(3, c)
         for i in range(1, self.num_blocks + 1):
@@ -99,7 +99,7 @@ class RCN(ResidualNetwork):
 class PlainRCN(RCN):
     """`RCN` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

@@ -55,7 +55,7 @@ class RDEN(Network):
 
     def __init__(self, *, feature_channels: int = 37, upscale: int = 4, deploy: bool = True) -> None:
         super().__init__()
-        b, c = self.layers, feature_channels
+        b, c = self.kit, feature_channels
         self.scale = upscale
         self.conv_1 = b.conv3x3(3, c, bias=False)
         self.block_1 = _SRRB(b, c, deploy)
@@ -75,7 +75,7 @@ class RDEN(Network):
 class PlainRDEN(RDEN):
     """`RDEN` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

@@ -68,7 +68,7 @@ class RFDN(Network):
 
     def __init__(self, *, feature_channels: int = 50, upscale: int = 4) -> None:
         super().__init__()
-        b, c = self.layers, feature_channels
+        b, c = self.kit, feature_channels
         self.scale = upscale
         self.fea_conv = b.conv3x3(3, c)
         self.B1 = _RFDB(b, c)
@@ -92,7 +92,7 @@ class RFDN(Network):
 class PlainRFDN(RFDN):
     """`RFDN` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

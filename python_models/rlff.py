@@ -41,7 +41,7 @@ class RLFF(ResidualNetwork):
 
     def __init__(self, *, feature_channels: int = 48, hidden_channels: int = 127, upscale: int = 4) -> None:
         super().__init__()
-        b, c = self.layers, feature_channels
+        b, c = self.kit, feature_channels
         self.scale = upscale
         self.conv_1 = b.conv3x3(3, c)
         self.block_1 = b.rlfb(c, activation="gelu")
@@ -56,7 +56,7 @@ class RLFF(ResidualNetwork):
 class PlainRLFF(RLFF):
     """`RLFF` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

@@ -54,7 +54,7 @@ class RLFN(ResidualNetwork):
     ) -> None:
         super().__init__()
         positive(num_blocks=num_blocks)
-        b, c = self.layers, feature_channels
+        b, c = self.kit, feature_channels
         self.scale, self.in_channels, self.num_blocks = upscale, in_channels, num_blocks
         self.conv_1 = b.conv3x3(in_channels, c)
         for i in range(1, num_blocks + 1):
@@ -66,7 +66,7 @@ class RLFN(ResidualNetwork):
 class PlainRLFN(RLFN):
     """`RLFN` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

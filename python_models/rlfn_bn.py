@@ -96,7 +96,7 @@ class RLFNBN(ResidualNetwork):
 
     def __init__(self, *, feature_channels: int = 46, mid_channels: int = 48, upscale: int = 4) -> None:
         super().__init__()
-        b, c = self.layers, feature_channels
+        b, c = self.kit, feature_channels
         self.scale = upscale
         self.conv_1 = b.conv3x3(3, c)
         for i in range(1, self.num_blocks + 1):
@@ -108,7 +108,7 @@ class RLFNBN(ResidualNetwork):
 class PlainRLFNBN(RLFNBN):
     """`RLFNBN` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

@@ -96,7 +96,7 @@ class SAFMNPP(Network):
     ) -> None:
         super().__init__()
         positive(feature_channels=feature_channels, num_blocks=num_blocks, upscale=upscale)
-        b, c = self.layers, feature_channels
+        b, c = self.kit, feature_channels
         self.scale = upscale
         self.to_feat = b.conv3x3(3, c, bias=False)
         self.feats = nn.Sequential(*(_AttBlock(b, c, ffn_scale) for _ in range(num_blocks)))
@@ -110,7 +110,7 @@ class SAFMNPP(Network):
 class PlainSAFMNPP(SAFMNPP):
     """`SAFMNPP` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

@@ -55,7 +55,7 @@ class SlimRLFN(Network):
     ) -> None:
         super().__init__()
         positive(num_blocks=num_blocks)
-        b, c = self.layers, feature_channels
+        b, c = self.kit, feature_channels
         widths = [mid_channels] * num_blocks if isinstance(mid_channels, int) else list(mid_channels)
         if len(widths) != num_blocks:
             raise ValueError(f"mid_channels: expected one width or one for each of {num_blocks} blocks, got {widths}")
@@ -81,7 +81,7 @@ class SlimRLFN(Network):
 class PlainSlimRLFN(SlimRLFN):
     """`SlimRLFN` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

@@ -110,15 +110,15 @@ class SMFAN(Network):
 
     name = "smfan"
     minimum_size = _POOL
-    layers = FUSED
+    kit = FUSED
 
     def __init__(self, *, channels: int = 24, num_blocks: int = 8, ffn_scale: float = 1.5, upscale: int = 4) -> None:
         super().__init__()
         positive(channels=channels, num_blocks=num_blocks, upscale=upscale)
         self.scale = upscale
-        self.to_feat = self.layers.conv3x3(3, channels, bias=False)
-        self.feats = nn.Sequential(*(_FMB(self.layers, channels, ffn_scale) for _ in range(num_blocks)))
-        self.to_img = self.layers.upsampler(channels, 3, upscale, bias=False)
+        self.to_feat = self.kit.conv3x3(3, channels, bias=False)
+        self.feats = nn.Sequential(*(_FMB(self.kit, channels, ffn_scale) for _ in range(num_blocks)))
+        self.to_img = self.kit.upsampler(channels, 3, upscale, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -129,7 +129,7 @@ class SMFAN(Network):
 class PlainSMFAN(SMFAN):
     """`SMFAN` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

@@ -60,7 +60,7 @@ class SMRN(Network):
 
     def __init__(self, *, feature_channels: int = 48, upscale: int = 4) -> None:
         super().__init__()
-        b, c = self.layers, feature_channels
+        b, c = self.kit, feature_channels
         self.scale = upscale
         self.set_mean()
         self.conv_1 = b.conv3x3(3, c, bias=False)
@@ -81,7 +81,7 @@ class SMRN(Network):
 class PlainSMRN(SMRN):
     """`SMRN` in plain PyTorch."""
 
-    layers = PLAIN
+    kit = PLAIN
 
 
 register(

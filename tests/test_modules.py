@@ -14,7 +14,18 @@ from torch.nn import functional as F
 
 import esr_kernels
 from esr_kernels import ESA, RLFB, SPAB, BackendError, Conv3XC, PixelShuffleUpsampler
-from esr_kernels.modules import Conv1x1, Conv3x3
+from esr_kernels.modules import (
+    CCA,
+    GDFN,
+    SAFM,
+    BSConv,
+    Conv1x1,
+    Conv3x3,
+    DepthwiseConv,
+    ElementScale,
+    LayerNorm2d,
+    local_variance,
+)
 
 WB = ("weight", "bias")
 
@@ -285,3 +296,112 @@ def test_bad_inputs() -> None:
         SPAB(4)(torch.randn(1, 5, 5, 5))
     with pytest.raises(ValueError, match=r"residual: expected shape \[1, 3, 10, 10\], got \[1, 3, 5, 5\]"):
         PixelShuffleUpsampler(4, 3, 2)(torch.randn(1, 4, 5, 5), residual=torch.randn(1, 3, 5, 5))
+
+
+# --- blocks of the pointwise and depthwise networks -----------------------------------------------------------------
+
+
+def plain_bsconv(m: BSConv, x: Tensor) -> Tensor:
+    y = F.conv2d(x, m.pw.weight)
+    y = F.pad(y, (1, 1, 1, 1), mode="reflect" if m.dw.padding_mode == "reflect" else "constant")
+    y = F.conv2d(y, m.dw.weight, m.dw.bias, stride=m.dw.stride, groups=y.shape[1])
+    return F.gelu(y) if m.activation == "gelu" else y
+
+
+def plain_layer_norm(m: LayerNorm2d, x: Tensor) -> Tensor:
+    return F.layer_norm(x.permute(0, 2, 3, 1), m.weight.shape, m.weight, m.bias, m.eps).permute(0, 3, 1, 2)
+
+
+def plain_gdfn(m: GDFN, x: Tensor) -> Tensor:
+    t = F.conv2d(x, m.project_in.weight)
+    a, b = F.conv2d(t, m.dwconv.weight, padding=1, groups=t.shape[1]).chunk(2, 1)
+    return F.conv2d((F.gelu(a) if m.gelu else a) * b, m.project_out.weight)
+
+
+def plain_safm(m: SAFM, x: Tensor) -> Tensor:
+    levels = []
+    for i, part in enumerate(x.chunk(4, 1)):
+        conv = m.mfr[i]
+        sides = [s if i == 0 else s // 2 ** (i + 1) for s in x.shape[2:]]
+        y = F.conv2d(F.adaptive_max_pool2d(part, sides), conv.weight, conv.bias, padding=1, groups=part.shape[1])
+        levels.append(F.interpolate(y, x.shape[2:], mode="nearest"))
+    return F.gelu(F.conv2d(torch.cat(levels, 1), m.aggr.weight, m.aggr.bias)) * x
+
+
+def plain_cca(m: CCA, x: Tensor) -> Tensor:
+    v = x.std((2, 3), correction=0, keepdim=True) + x.mean((2, 3), keepdim=True)
+    first, second = m.conv_du[0], m.conv_du[2]
+    return x * torch.sigmoid(plain_conv(second, F.relu(plain_conv(first, v))))
+
+
+PLAIN_BLOCKS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Any], int]] = {
+    "bsconv": (lambda: BSConv(12, 9), plain_bsconv, 12),
+    "bsconv-reflect": (lambda: BSConv(12, 9, padding_mode="reflect", activation="gelu"), plain_bsconv, 12),
+    "bsconv-stride": (lambda: BSConv(6, 7, padding_mode="reflect", stride=2), plain_bsconv, 6),
+    "depthwise": (lambda: DepthwiseConv(7, (5, 3), activation="gelu"), lambda m, x: F.gelu(plain_depthwise(m, x)), 7),
+    "depthwise-dilated": (lambda: DepthwiseConv(7, 5, dilation=3, bias=False), lambda m, x: plain_depthwise(m, x), 7),
+    "layer-norm": (lambda: LayerNorm2d(24, 1e-5), plain_layer_norm, 24),
+    "gdfn": (lambda: GDFN(10, 27), plain_gdfn, 10),
+    "gdfn-without-gelu": (lambda: GDFN(10, 12, gelu=False), plain_gdfn, 10),
+    "safm": (lambda: SAFM(20), plain_safm, 20),
+    "cca": (lambda: CCA(20, 3), plain_cca, 20),
+    "scale": (lambda: ElementScale(5), lambda m, x: x * m.scale, 5),
+}
+
+
+def plain_depthwise(m: DepthwiseConv, x: Tensor) -> Tensor:
+    dilation = m.dilation[0]
+    pad = [(k // 2) * dilation for k in m.kernel_size]
+    return F.conv2d(x, m.weight, m.bias, padding=pad, dilation=dilation, groups=x.shape[1])
+
+
+@pytest.mark.parametrize("name", PLAIN_BLOCKS)
+def test_blocks_of_pointwise_networks(name: str) -> None:
+    torch.manual_seed(0)
+    make, plain, channels = PLAIN_BLOCKS[name]
+    module = make()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    x = torch.randn(2, channels, 19, 22)
+    exact = copy.deepcopy(module).double()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        y = x.detach().contiguous(memory_format=layout).requires_grad_()
+        z = x.double().requires_grad_()
+        out, expected = module(y), plain(exact, z)
+        assert error(out, expected) < 1e-4
+        out.square().sum().backward()
+        expected.square().sum().backward()
+        assert error(y.grad, z.grad) < 1e-3
+        assert all(error(a.grad, b.grad) < 1e-3 for a, b in zip(module.parameters(), exact.parameters(), strict=True))
+        for p in (*module.parameters(), *exact.parameters()):
+            p.grad = None
+
+
+def test_local_variance() -> None:
+    x = torch.randn(2, 3, 13, 17, dtype=torch.float64)
+    padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    y = local_variance(x, 5)
+    assert y.shape == (2, 3, 4, 5)
+    for i in range(4):
+        for j in range(5):
+            window = padded[:, :, 3 * i : 3 * i + 5, 3 * j : 3 * j + 5].flatten(2)
+            torch.testing.assert_close(y[:, :, i, j], window.var(-1))
+
+
+def test_bad_arguments_of_pointwise_blocks() -> None:
+    with pytest.raises(ValueError, match="channels: must be a multiple of 4, got 6"):
+        SAFM(6)
+    with pytest.raises(ValueError, match="x: SAFM needs images of at least 16 x 16 pixels, got 15 x 20"):
+        SAFM(8)(torch.randn(1, 8, 15, 20))
+    with pytest.raises(ValueError, match=r"kernel_size: must be odd to keep the size, got \(3, 2\)"):
+        DepthwiseConv(4, (3, 2))
+    with pytest.raises(ValueError, match="padding_mode: expected one of zeros, reflect, got 'circular'"):
+        BSConv(4, 4, padding_mode="circular")
+    with pytest.raises(ValueError, match="activation: stride 2 allows only \"none\", got 'gelu'"):
+        BSConv(4, 4, stride=2, activation="gelu")
+    with pytest.raises(ValueError, match="activation: expected one of"):
+        DepthwiseConv(4, activation="sine")
+    for make in (lambda: CCA(0, 1), lambda: GDFN(4, 0), lambda: LayerNorm2d(0), lambda: ElementScale(0)):
+        with pytest.raises(ValueError, match="must be at least 1, got 0"):
+            make()

@@ -38,10 +38,9 @@ class SAFM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> the same shape; height and width at least `minimum_size`."""
         height, width = x.shape[2:]
-        if min(height, width) < self.minimum_size:
-            raise ValueError(
-                f"x: needs images of at least {self.minimum_size} x {self.minimum_size}, got {height} x {width}"
-            )
+        least = self.minimum_size
+        if height < least or width < least:
+            raise ValueError(f"x: SAFM needs images of at least {least} x {least} pixels, got {height} x {width}")
         levels = []
         for i, (part, conv) in enumerate(zip(x.chunk(4, 1), self.mfr, strict=True)):
             if i == 0:
