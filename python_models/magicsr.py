@@ -5,14 +5,16 @@ Super-Resolution".
 
     zeros to multiples of 32, (x - mean) / std
     shallow_extract     3 -> 64  ----------------------------------------------------.
-    encoder_layer1      6 blocks  --- downsampled --.  \                             |
-    encoder_layer2      4 blocks, at half the size  |   | bottleneck: the three,     |
-    encoder_layer3      4 blocks, at a quarter      |   | each + pooled shallow map, |
-                                                       /  pixel-shuffled to full size|
-    bottleneck          dw3x3, GELU, linear, layer norm; + encoder_layer1            |
+    encoder_layer1      6 blocks  -----------------------------------------.         |
+    encoder_layer2      4 blocks at half the size, from the downsampled    |         |
+    encoder_layer3      4 blocks at a quarter                              |         |
+    bottleneck          each of the three + LeakyReLU of the pooled        |         |
+                        shallow map, pixel-shuffled to the full size;      |         |
+                        depthwise 3x3, GELU, linear, layer norm            |         |
+    +  <-------------------------------------------------------------------'         |
     decoder_layer1      6 blocks, layer norm                                         |
     +  <-----------------------------------------------------------------------------'
-    to_target           64 -> 3 r r, pixel shuffle, 3x3; * std + mean, cropped
+    to_target           64 -> 3 r r, pixel shuffle; 3x3; * std + mean, cropped
 
     block   attention in windows of 8 x 8 by scaled cosines, layer norm, + input; MLP, layer norm, + its input. To the
             pixels of a window is first added a context: attention among 2 x 2 neighbouring windows' embeddings,
