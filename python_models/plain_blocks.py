@@ -155,6 +155,7 @@ class PlainRLFB(nn.Module):
         bias: bool = True,
         esa_bias: bool = True,
         esa_conv_f: bool = True,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         mid = channels if mid_channels is None else mid_channels
@@ -165,9 +166,12 @@ class PlainRLFB(nn.Module):
         self.c3_r = PlainConv3x3(mid, channels, **after)
         self.c5 = PlainConv1x1(channels, out, bias=bias)
         self.esa = PlainESA(out, esa_channels, conv_f=esa_conv_f, bias=esa_bias)
+        self.bn1 = nn.BatchNorm2d(mid) if batch_norm else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.esa(self.c5(self.c3_r(self.c2_r(self.c1_r(x)), residual=x)))
+        first = self.c1_r
+        y = first(x) if self.bn1 is None else first._act(self.bn1(nn.Conv2d.forward(first, x)))
+        return self.esa(self.c5(self.c3_r(self.c2_r(y), residual=x)))
 
 
 class PlainConv3x3PixelShuffle(nn.Conv2d):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import functional
 from .arguments import positive
@@ -32,6 +33,9 @@ class Conv3x3PixelShuffle(nn.Conv2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, C, H, W] and an optional residual [N, O, H r, W r] -> [N, O, H r, W r], NCHW-contiguous."""
+        if self.weight.shape[2] == 1:  # after `reparam.pruning.prune_kernels`
+            y = F.pixel_shuffle(functional.conv1x1(x, self.weight, self.bias), self.upscale_factor)
+            return y if residual is None else y + residual
         return functional.conv3x3_pixel_shuffle(
             x, self.weight, self.bias, upscale_factor=self.upscale_factor, residual=residual
         )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _Tensors = tuple[Tensor | None, ...]
+_Folding = Callable[[Mapping[str, Tensor], torch.dtype], _Tensors]
 
 
 class Reparameterized(nn.Module):
@@ -81,7 +82,7 @@ class Reparameterized(nn.Module):
         self.activation, self.negative_slope = activation, float(negative_slope)
         self.deploy_name = self.default_deploy_name if deploy_name is None else deploy_name
         self.deployed = bool(deploy)
-        self._kept: _Kept | None = None
+        self._cache = FoldCache()
         if deploy:
             self._build_deployed(bias)
 
@@ -111,9 +112,7 @@ class Reparameterized(nn.Module):
         """The exact weight [O, I, k, k] and bias [O] or None: computed in float64, rounded once to the dtype."""
         if self.deployed:
             return tuple(None if t is None else t.detach() for t in self._deployed_tensors())  # type: ignore[return-value]
-        # Outside inference mode, so that the result may meet inputs that need a gradient.
-        with torch.inference_mode(False), torch.no_grad():
-            return self._folding()(self._branch_parameters(), torch.float64)  # type: ignore[return-value]
+        return _exactly(self._folding(), self._branch_parameters())  # type: ignore[return-value]
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias for a fused operator; gradients flow through them to the branches' parameters."""
@@ -123,23 +122,11 @@ class Reparameterized(nn.Module):
         if self.deployed:
             return self._deployed_tensors()
         fold, parameters = self._folding(), self._branch_parameters()
-        if self.training or torch.compiler.is_compiling():
+        if self.training:
             return fold(parameters, _working_dtype(parameters.values()))
-        values = list(parameters.values())
-        try:
-            stamp = [_stamp(p) for p in values]
-        except RuntimeError:  # no storage: under torch.func, or a fake tensor
-            return fold(parameters, _working_dtype(values))
-        kept = self._kept
-        if kept is None or kept.stamp != stamp:
-            kept = self._kept = _Kept(stamp, [(p, p.detach()) for p in values], self.fold())
-        if torch.is_grad_enabled() and not torch.jit.is_tracing() and any(p.requires_grad for p in values):
-            there = [t for t in kept.tensors if t is not None]
-            results = iter(_KeptFold.apply(fold, list(parameters), there, *values))
-            return tuple(None if t is None else next(results) for t in kept.tensors)
-        return kept.tensors
+        return self._cache.folded(fold, parameters)
 
-    def _folding(self) -> Callable[[Mapping[str, Tensor], torch.dtype], _Tensors]:
+    def _folding(self) -> _Folding:
         return partial(_fold, self.combine, self.options())
 
     def _branch_parameters(self) -> dict[str, Tensor]:
@@ -165,7 +152,7 @@ class Reparameterized(nn.Module):
         needs_grad = any(p.requires_grad for p in self.parameters())
         for name in self._branch_names():
             delattr(self, name)
-        self._kept = None
+        self._cache = FoldCache()
         # The meta device spares the random initialisation of tensors that are replaced at once.
         with torch.device("meta"):
             self._build_deployed(bias=tensors[-1] is not None)
@@ -206,15 +193,12 @@ class Reparameterized(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, deploy={self.deployed}{activation}"
 
     def train(self, mode: bool = True) -> Self:
-        self._kept = None
+        self._cache = FoldCache()
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._kept = None
+        self._cache = FoldCache()
         return super()._apply(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
 
     # --- state dicts ----------------------------------------------------------------------------------------------
 
@@ -242,7 +226,7 @@ class Reparameterized(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self._kept = None
+        self._cache = FoldCache()
         branches = any(f"{prefix}{key}" in state_dict for key in (*self.branch_keys, *self.bias_keys))
         single = [key for key in (f"{prefix}{key}" for key in self._deployed_keys()) if key in state_dict]
         if self.deployed and branches:
@@ -278,6 +262,45 @@ def published_forms() -> list[type[Reparameterized]]:
         waiting.extend(subclasses)
         forms.extend(c for c in subclasses if "branch_keys" in vars(c) and c.recognised)
     return sorted(forms, key=lambda form: -len(form.branch_keys))
+
+
+class FoldCache:
+    """Folded weights of a module in eval mode, kept until what they were folded from changes. Copies start empty."""
+
+    def __init__(self) -> None:
+        self._kept: _Kept | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kept": None}
+
+    def folded(self, fold: _Folding, parameters: Mapping[str, Tensor]) -> _Tensors:
+        """What `fold` makes of the parameters in float64, with the derivative of folding them.
+
+        Args:
+            fold: takes the parameters and the dtype to compute in.
+            parameters: by name, of one dtype.
+        """
+        values = list(parameters.values())
+        if torch.compiler.is_compiling():
+            return fold(parameters, _working_dtype(values))
+        try:
+            stamp = [_stamp(p) for p in values]
+        except RuntimeError:  # no storage: under torch.func, or a fake tensor
+            return fold(parameters, _working_dtype(values))
+        kept = self._kept
+        if kept is None or kept.stamp != stamp:
+            kept = self._kept = _Kept(stamp, [(p, p.detach()) for p in values], _exactly(fold, parameters))
+        if torch.is_grad_enabled() and not torch.jit.is_tracing() and any(p.requires_grad for p in values):
+            there = [t for t in kept.tensors if t is not None]
+            results = iter(_KeptFold.apply(fold, list(parameters), there, *values))
+            return tuple(None if t is None else next(results) for t in kept.tensors)
+        return kept.tensors
+
+
+def _exactly(fold: _Folding, parameters: Mapping[str, Tensor]) -> _Tensors:
+    # Outside inference mode, so that the result may meet inputs that need a gradient.
+    with torch.inference_mode(False), torch.no_grad():
+        return fold(parameters, torch.float64)
 
 
 def _fold(

@@ -19,7 +19,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @runtime_checkable
 class Deployable(Protocol):
-    """A module with something to fold: `Reparameterized`, or a block that folds one of its layers into another."""
+    """A module with something to fold, as `Reparameterized`."""
 
     def switch_to_deploy(self) -> None:
         """Fold, in place."""
@@ -28,12 +28,20 @@ class Deployable(Protocol):
         """Fold this module's entries of a network's state dict, in which their names start with `prefix`."""
 
 
+@runtime_checkable
+class Normalised(Protocol):
+    """A block that can fold its batch normalisation into the convolution before it."""
+
+    def fuse_batch_norm(self) -> None:
+        """Fold, in place."""
+
+
 def deploy(model: Module) -> Module:
     """A copy of the network in which every re-parameterised module is folded into one convolution.
 
     Computes the same function to rounding, with the state-dict names of the slim published files. Modules that have
-    nothing to fold are copied as they are, so any `nn.Module` may be given. Batch normalisation is folded where a
-    module of ours has it (`ConvBN`, `RLFB`); for others see `fuse_batch_norms`.
+    nothing to fold are copied as they are, so any `nn.Module` may be given. Batch normalisation that published files
+    have (`RLFB`), or that is not ours, stays: see `fuse_batch_norms`.
 
     Raises:
         TypeError: `model` is not a module.
@@ -104,7 +112,8 @@ def fuse_batch_norms(model: Module, pairs: Iterable[tuple[str, str]] | None = No
     Args:
         model: any network.
         pairs: names of a convolution and of the normalisation that alone reads its result. None: those that follow one
-            another in an `nn.Sequential`; a network that reads in the middle of one must name its pairs.
+            another in an `nn.Sequential`, and those inside of blocks that can fold their own (`RLFB`); a network that
+            reads in the middle of an `nn.Sequential` must name its pairs.
 
     Raises:
         TypeError: `model` is not a module, or a pair is not a convolution and a normalisation.
@@ -112,6 +121,10 @@ def fuse_batch_norms(model: Module, pairs: Iterable[tuple[str, str]] | None = No
             convolution has an activation.
     """
     model = copied(model)
+    if pairs is None:
+        for module in list(model.modules()):
+            if isinstance(module, Normalised):
+                module.fuse_batch_norm()
     for first, second in list(_in_sequence(model)) if pairs is None else list(pairs):
         conv, norm = named(model, first), named(model, second)
         if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):

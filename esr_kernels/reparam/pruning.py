@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..modules import SPAB, Conv1x1, Conv3x3, PixelShuffleUpsampler
+from ..modules import SPAB, Conv1x1, Conv3x3, Conv3x3PixelShuffle
 from .base import Reparameterized
 from .network import Module, copied, named, replace
 
@@ -62,8 +62,8 @@ def centre_share(model: nn.Module, inputs: Tensor | None = None) -> dict[str, fl
 def prune_kernels(model: Module, names: Iterable[str]) -> Module:
     """A copy with 3x3 convolutions replaced by the 1x1 of their centre taps (AdvancedSR, report section 4.11).
 
-    Exact where the other eight taps are zero. A `Conv3x3` becomes a `Conv1x1` with the same activation, a
-    `PixelShuffleUpsampler` a 1x1 convolution and a pixel shuffle with the same entries.
+    Exact where the other eight taps are zero. A `Conv3x3` becomes a `Conv1x1` with the same activation,
+    `Conv3x3PixelShuffle` is then a 1x1 operator and a pixel shuffle.
 
     Args:
         model: a network in deploy form.
@@ -73,16 +73,20 @@ def prune_kernels(model: Module, names: Iterable[str]) -> Module:
     Raises:
         TypeError, ValueError: `model` is not a module, or a name is not that of such a convolution.
     """
+    kinds = (nn.Conv2d, Conv3x3, Conv3x3PixelShuffle)
     model = copied(model)
     for name in _listed(names):
         name, conv = _convolution(model, name)
         parents = [".".join(name.split(".")[:i]) for i in range(name.count(".") + 1)]
         if any(isinstance(named(model, parent), SPAB) for parent in parents):
             raise ValueError(f"names: {name!r}: SPAB runs its three 3x3 convolutions as one operator")
-        if not _is_conv3x3(conv) or not (isinstance(conv, Reparameterized) or type(conv) in (nn.Conv2d, Conv3x3)):
+        if not _is_conv3x3(conv) or not (isinstance(conv, Reparameterized) or type(conv) in kinds):
             raise ValueError(f"names: {name!r}: expected a 3x3 convolution of stride 1 and padding 1, got {conv}")
         if isinstance(conv, Reparameterized):
             conv.weight, conv.kernel_size = _centre(conv.weight), 1
+            continue
+        if isinstance(conv, Conv3x3PixelShuffle):
+            conv.weight, conv.kernel_size, conv.padding = _centre(conv.weight), (1, 1), (0, 0)
             continue
         pruned: nn.Conv2d
         if isinstance(conv, Conv3x3):
@@ -92,12 +96,6 @@ def prune_kernels(model: Module, names: Iterable[str]) -> Module:
             pruned = nn.Conv2d(conv.in_channels, conv.out_channels, 1, groups=conv.groups, device="meta")
         pruned.weight, pruned.bias = _centre(conv.weight), conv.bias
         replace(model, name, pruned.train(conv.training))
-        upsampler = named(model, parents[-1]) if name else model
-        if isinstance(upsampler, PixelShuffleUpsampler):
-            tail = nn.Sequential(*upsampler.children()).train(upsampler.training)
-            if not parents[-1]:
-                return tail  # type: ignore[return-value]
-            replace(model, parents[-1], tail)
     return model
 
 
