@@ -518,6 +518,12 @@ def partial(m, x):
     return m.tail(x)
 
 
+def test_images_too_small_for_spatial_attention():
+    fast = optimize(nn.Sequential(conv(3, 10), Attention(10)).eval())
+    with pytest.raises(ValueError, match="at least 15 x 15 pixels, got 14 x 20"):
+        fast(torch.zeros(1, 3, 14, 20))
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_networks(name):
     make, expected = WHOLE[name]

@@ -17,7 +17,7 @@ from .. import cases
 from ..backends import reference
 from ..dispatch import chosen_backend, use_backend
 from ..errors import BackendError, OptimizeError
-from ..functional import decomposes
+from ..functional import ESA_MINIMUM, decomposes
 from ..graphs import GraphCache
 from ..plan import Plan
 from ..reparam import deploy
@@ -289,8 +289,11 @@ def optimize(
         raise OptimizeError(f"strict=True: operations stayed plain PyTorch: {'; '.join(found.plain)}\n{report}")
     if found.plan is None and cuda_graphs is True:
         report.graphs = ["none: only a fused network is captured"]
-    if found.plan is not None and found.minimum > 1:
-        attributes.setdefault("minimum_size", found.minimum)
+    if found.plan is not None:
+        attention = any(layer.op == "esa" for layer in found.plan.layers)
+        smallest = max(found.minimum, ESA_MINIMUM if attention else 1)
+        if smallest > 1:
+            attributes.setdefault("minimum_size", smallest)
     optimized = OptimizedModel(
         found.plan,
         found.weights,
