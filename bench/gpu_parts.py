@@ -56,6 +56,8 @@ SWITCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
         ("float16", "bfloat16"),
         ("span",),
     ),
+    # For networks only: a single operator packs its weights in every call.
+    "ESR_KERNELS_CUDA_WINOGRAD": ((), ("float16", "bfloat16"), ("span", "rlfn")),
     "ESR_KERNELS_CUDA_HALF_SUMS": (
         ("conv3x3 span 28>28 silu", "conv3x3 rlfn 48>46 leaky_relu post"),
         ("float16",),

@@ -409,7 +409,7 @@ def test_switches_are_those_of_the_kernels():
 
 
 @pytest.mark.skipif(not esr_kernels.native.emulated(), reason="the emulator is not in use")
-@pytest.mark.parametrize("item", ["ESR_KERNELS_CUDA_SPAB | spab span 28", "ESR_KERNELS_CUDA_SPAB | span 16x16"])
+@pytest.mark.parametrize("item", ["SPAB | spab span 28", "SPAB | span 16x16", "WINOGRAD | span 16x16"])
 def test_switches_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch, item: str):
     """Off and on on the emulator; what is on reaches the engine."""
     monkeypatch.setattr(gpu_engines, "alternate", lambda passes, **_: {n: once(p) for n, p in passes.items()})
@@ -422,11 +422,12 @@ def test_switches_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch, item: s
         return every(self)
 
     monkeypatch.setattr(Engine, "every", spied)
-    found = gpu_parts.switches(options)[f"{item} | float16"].run()
+    found = gpu_parts.switches(options)[f"ESR_KERNELS_CUDA_{item} | float16"].run()
+    switch = f"ESR_KERNELS_CUDA_{item.partition(' | ')[0]}"
     own = "native-cuda channels_last" if "spab" in item else "native-cuda"
-    assert list(found["engines"]) == ["eager", own, f"{own} with ESR_KERNELS_CUDA_SPAB"]
+    assert list(found["engines"]) == ["eager", own, f"{own} with {switch}"]
     assert all(entry["check"]["ok"] and entry["median_us"] > 0 for entry in found["engines"].values())
-    assert {None, "ESR_KERNELS_CUDA_SPAB"} <= set(seen) and "ESR_KERNELS_CUDA_SPAB" not in os.environ
+    assert {None, switch} <= set(seen) and switch not in os.environ
 
 
 def once(call: Callable[[], object]) -> Timing:

@@ -164,6 +164,8 @@ def test_readable_names(name: str, short: str) -> None:
         (("convolution_float16_half_sums", 4), "float16", "convolution_kernel<Float16, 4, half_sums>"),
         (("spab_float16", 4), "float16", "spab_kernel<Float16, 4>"),
         (("spab_large_bfloat16", 5), "bfloat16", "spab_large_kernel<BFloat16, 5>"),
+        (("winograd_float16", 3), "float16", "winograd_kernel<Float16, 3>"),
+        (("winograd_pack", 0), "float16", "winograd_pack_kernel"),
     ],
 )
 def test_the_kernel_of_a_launch(launch: tuple[str, int], precision: str, kernel: str) -> None:
@@ -177,6 +179,7 @@ def test_the_kernel_of_a_launch(launch: tuple[str, int], precision: str, kernel:
         "weight_gradient_kernel<Tf32>",
         "spab_kernel<BFloat16, 5>",
         "spab_large_kernel<Float16, 4>",
+        "winograd_kernel<BFloat16, 3>",
         "esa_pack_kernel",
     ]
     found = resources.Launch(*launch, threads=256, rows=1, blocks=1, shared_bytes=0)
@@ -246,6 +249,7 @@ def test_every_kernel_is_there_for_every_architecture(kernels: list[dict[str, An
     for precision in ("Float16", "BFloat16"):
         assert {f"spab_kernel<{precision}, {n}>" for n in range(3, 9)} <= first
         assert {f"spab_large_kernel<{precision}, {n}>" for n in range(3, 7)} <= first
+        assert {f"winograd_kernel<{precision}, {n}>" for n in range(1, 5)} <= first
     for precision in ("Float16", "BFloat16", "Tf32", "Tf32x3"):
         assert {f"convolution_kernel<{precision}, {n}, forward>" for n in range(1, 9)} <= first
 
@@ -265,9 +269,11 @@ def test_launches_keep_to_the_architecture(kernels: list[dict[str, Any]]) -> Non
         assert limits is not None
         assert kernel["static_shared_bytes"] + (kernel["dynamic_shared_bytes"] or 0) <= limits.shared_bytes, kernel
         # A whole SPAB has most tiles and channels where shared memory is large.
-        launched = r"convolution_kernel<.*(forward|backward|half_sums)>|spab_kernel<\w+, [345]>"
+        launched = (
+            r"convolution_kernel<.*(forward|backward|half_sums)>|spab_kernel<\w+, [345]>|winograd_kernel<\w+, [123]>"
+        )
         if kernel["architecture"] == "9.0":
-            launched += "|spab_"
+            launched += "|spab_|winograd"
         if re.match(launched, kernel["kernel"]):
             assert kernel["layer"] is not None, kernel
             assert kernel["occupancy"] > 0, kernel
@@ -337,7 +343,7 @@ def test_products_are_those_of_tensor_cores(kernels: list[dict[str, Any]]) -> No
         for k in native.compiled_kernels()
         if k["architecture"] == architecture
         and re.match(
-            r"convolution_kernel<(\w+, 4, forward|Float16, 4, \w+)>|spab_(large_)?kernel<\w+, 4>|"
+            r"convolution_kernel<(\w+, 4, forward|Float16, 4, \w+)>|(spab|spab_large|winograd)_kernel<\w+, 4>|"
             r"(weight_gradient|gate)_kernel<\w+16(, 2)?>",
             resources.readable(k["name"]),
         )
@@ -354,5 +360,5 @@ def test_products_are_those_of_tensor_cores(kernels: list[dict[str, Any]]) -> No
     for symbol, text in code.items():
         name = wanted[symbol]
         found = set(re.findall(r"\b(HMMA|LDSM|LDGSTS)\b", text))
-        whole = name.startswith(("convolution_kernel", "spab"))
+        whole = name.startswith(("convolution_kernel", "spab", "winograd"))
         assert found >= ({"HMMA", "LDSM", "LDGSTS"} if whole else {"HMMA"}), name

@@ -387,6 +387,126 @@ def test_other_spabs_are_three_launches(monkeypatch, dtype, channels):
     check_close(got, exact, lambda: plain_spab(x, *parameters)[0], "native-cuda")
 
 
+# --- Winograd -----------------------------------------------------------------------------------------------------
+
+WINOGRAD = "ESR_KERNELS_CUDA_WINOGRAD"
+
+
+def convolution_plan(cin, cout, mode="post", activation=PLAIN):
+    """A convolution with bias and residual, as part of a network."""
+    b = PlanBuilder()
+    inputs = [b.input(cin), b.input(cout)]
+    return b.finish([b.add("conv3x3", inputs, cout, {"weight": 0, "bias": 1}, **activation, residual_mode=mode)])
+
+
+def transforms(plan, weights, inputs) -> bool:
+    compiled = cuda._compile(plan, weights, inputs, network=True)
+    return "Winograd" in cuda.library().describe_plan(compiled.handle)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "size", "layout"),
+    [
+        (torch.float16, (28, 28), (17, 65), "channels_last"),
+        (torch.bfloat16, (26, 28), (9, 33), "nchw"),
+        (torch.float16, (48, 46), (8, 32), "channels_last"),
+        (torch.float16, (9, 3), (1, 1), "sliced"),
+        (torch.bfloat16, (64, 64), (2, 5), "permuted"),
+        (torch.float16, (37, 60), (7, 41), "channels_last"),
+        (torch.float16, (16, 9), (18, 35), "nchw"),
+    ],
+)
+def test_winograd_is_exact_for_small_integers(monkeypatch, gpu, dtype, channels, size, layout):
+    """Every sum is a number that float16 has, so results are the convolution's, rounded once."""
+    monkeypatch.setenv(WINOGRAD, "1")
+    monkeypatch.setenv("ESR_EMULATOR_ORDER", f"random:{sum(channels)}")
+    torch.manual_seed(sum(channels))
+    cin, cout = channels
+
+    def integers(*shape, most):
+        return torch.randint(-most, most + 1, shape).to(dtype)
+
+    x, residual = (lay_out(integers(2, c, *size, most=8), layout) for c in channels)
+    weights = [4 * integers(cout, cin, 3, 3, most=2), integers(cout, most=64)]
+    plan = convolution_plan(cin, cout)
+    assert transforms(plan, weights, [x, residual])
+    exact = F.conv2d(x.double(), weights[0].double(), weights[1].double(), padding=1) + residual.double()
+    assert torch.equal(run(plan, weights, [x, residual])[0], exact.to(dtype))
+
+
+@only_emulated
+def test_winograd_of_an_image_of_two_and_more_layers(monkeypatch):
+    """The usual epilogues: SiLU, attention, and a pixel shuffle to the image."""
+    monkeypatch.setenv(WINOGRAD, "1")
+    torch.manual_seed(8)
+    b = PlanBuilder()
+    x = b.input(28)
+    y, mid, _ = spab_layers(b, x, 28, "", 20)
+    z = b.add(
+        "conv1x1",
+        [b.add("conv3x3", [y], 24, {"weight": "c"}, **LEAKY, residual_mode="post")],
+        17,
+        {"weight": "d"},
+        **PLAIN,
+    )
+    image = b.add("conv3x3_pixel_shuffle", [z], 3, {"weight": "e", "bias": "f"}, upscale_factor=4)
+    plan = b.finish([image, mid])
+    weights = [
+        *spab_weights((28, 20, 28, 28), torch.float32),
+        kernel(24, 28),
+        kernel(17, 24, 1),
+        kernel(48, 17),
+        rand(48),
+    ]
+    x = rand(1, 28, 13, 35)
+
+    def plain(x, w):
+        y, mid = plain_spab(x, *w[:6])
+        y = F.conv2d(F.leaky_relu(F.conv2d(y, w[6], padding=1), 0.05), w[7])
+        return F.pixel_shuffle(F.conv2d(y, w[8], w[9], padding=1), 4), mid
+
+    for dtype in DTYPES[1:]:
+        values, parameters = x.to(dtype), [w.to(dtype) for w in weights]
+        compiled = cuda._compile(plan, parameters, [values], network=True)
+        assert cuda.library().describe_plan(compiled.handle).count("Winograd") == 5
+        got, exact = run(plan, parameters, [values]), plain(*to((values, parameters), torch.float64))
+        for i in range(2):
+            check_close(got[i], exact[i], lambda i=i, v=values, p=parameters: plain(v, p)[i], "native-cuda")
+
+
+@pytest.mark.parametrize("channels", [(12, 16), (28, 28), (48, 48), (64, 64)])
+def test_what_winograd_costs_in_accuracy(monkeypatch, channels):
+    """At +-127: bfloat16 keeps the contract, its products being float16; float16 does not, so operators do without."""
+    torch.manual_seed(channels[0])
+    cin, cout = channels
+    plan = convolution_plan(cin, cout)
+    for dtype in DTYPES[1:]:
+        x = lay_out(((torch.rand(1, cin, 19, 37) - 0.5) * 255).to(dtype), "channels_last").to(DEVICE)
+        residual = torch.zeros(1, cout, 19, 37, dtype=dtype, device=DEVICE)
+        weights = [kernel(cout, cin, dtype=dtype).to(DEVICE), rand(cout, dtype=dtype).to(DEVICE)]
+        exact = F.conv2d(x.double(), weights[0].double(), weights[1].double(), padding=1)
+        usual = run(plan, weights, [x, residual])[0]
+        monkeypatch.setenv(WINOGRAD, "1")
+        assert transforms(plan, weights, [x, residual])
+        got = run(plan, weights, [x, residual])[0]
+        assert not torch.equal(got, usual)
+        assert torch.equal(conv3x3(x, *weights, residual=residual), usual), "an operator is a plan of its own"
+        monkeypatch.delenv(WINOGRAD)
+        if dtype == torch.bfloat16:
+            check_close(got, exact, lambda x=x, w=weights: F.conv2d(x, *w, padding=1), "native-cuda")
+        error, direct = ((t.double() - exact) for t in (got, usual))
+        assert float(error.square().mean().sqrt()) < 3.5 * float(direct.square().mean().sqrt())
+        assert float(error.abs().max()) < 4 * float(direct.abs().max())
+
+
+@pytest.mark.parametrize(("dtype", "cin"), [(torch.float32, 28), (torch.float16, 8), (torch.float16, 65)])
+def test_other_convolutions_are_not_transformed(monkeypatch, dtype, cin):
+    monkeypatch.setenv(WINOGRAD, "1")
+    weights = [kernel(8, cin, dtype=dtype).to(DEVICE), rand(8, dtype=dtype).to(DEVICE)]
+    x = rand(1, cin, 5, 6, dtype=dtype).to(DEVICE)
+    assert not transforms(convolution_plan(cin, 8), weights, [x, rand(1, 8, 5, 6, dtype=dtype).to(DEVICE)])
+
+
 # --- numbers ------------------------------------------------------------------------------------------------------
 
 

@@ -85,8 +85,9 @@ ESR_DEVICE U32x4 gather_unit(const View& v, const unsigned char* pixel, int chan
   }
 }
 
-// Brings units [first, first + units) of a tile's input pixels to shared memory.
-template <typename Value, typename Args>
+// Brings units [first, first + units) of a tile's input pixels to shared memory; where columns are apart, all even ones
+// of a row before all odd ones.
+template <typename Value, bool kColumnsApart = false, typename Args>
 ESR_DEVICE void load_input(const Args& a, const View& v, const Tile& tile, int first, int units, unsigned char* stage) {
   constexpr int kChannels = kUnitBytes / sizeof(Value);
   const int lane = device::thread_index() & 31, warp = device::thread_index() >> 5;
@@ -108,7 +109,8 @@ ESR_DEVICE void load_input(const Args& a, const View& v, const Tile& tile, int f
       const int column = planar ? remainder : quotient, unit = planar ? quotient : remainder;
       const int x = mirrored(x0 + column, a.width, a.reflect);
       const bool inside = row_inside && static_cast<unsigned>(x) < static_cast<unsigned>(a.width);
-      unsigned char* to = out + column * a.pitch + unit * kUnitBytes;
+      const int place = kColumnsApart ? (column & 1) * (a.in_tile_width >> 1) + (column >> 1) : column;
+      unsigned char* to = out + place * a.pitch + unit * kUnitBytes;
       const unsigned char* pixel = row + x * v.pixel;
       if (v.blocked) {
         device::copy_async<16>(to, inside ? pixel + (first + unit) * kUnitBytes : v.data, inside);
@@ -328,12 +330,28 @@ ESR_DEVICE void multiply_tail(const ConvolutionArgs& a, const unsigned char* ope
   turn_around<kN>(sums, results);
 }
 
+struct Pixel {
+  int y, x;
+};
+
+// The pixels of a warp's products one after the other, in rows as wide as the tile.
+template <int kM>
+struct PixelsInRows {
+  const ConvolutionArgs& a;
+  const Tile& tile;
+
+  ESR_DEVICE Pixel operator()(int m, int pixel) const {
+    const int q = ((device::thread_index() >> 5) * kM + m) * 16 + pixel;
+    return {tile.y + (q >> a.tile_width_log2), tile.x + (q & ((1 << a.tile_width_log2) - 1))};
+  }
+};
+
 // Epilogue and stores of one warp; one for a backward pass knows no pixel shuffle. The
 // results pass through shared memory, 16 pixels at a time, from the layout of tensor-core products to eight channels of
-// a pixel for each lane.
-template <typename P, int kN, int kM, Variant kVariant>
-ESR_DEVICE void store_results(const ConvolutionArgs& a, const Tile& tile, const float (&sums)[kM][kN][4],
-                              unsigned char* shared) {
+// a pixel for each lane. `place(m, i)` is where pixel i of product m lies.
+template <typename P, int kN, int kM, Variant kVariant, typename Place>
+ESR_DEVICE void store_results(const ConvolutionArgs& a, const Tile& tile, int first_channel,
+                              const float (&sums)[kM][kN][4], unsigned char* shared, const Place& place) {
   using Value = typename P::Value;
   constexpr int kPitch = result_pitch(kN);
   constexpr bool kBackward = kVariant == Variant::kBackward, kTail = kVariant == Variant::kTail;
@@ -341,9 +359,7 @@ ESR_DEVICE void store_results(const ConvolutionArgs& a, const Tile& tile, const 
   const int lane = device::thread_index() & 31, warp = device::thread_index() >> 5;
   unsigned char* const own = shared + warp * result_bytes(kN, sizeof(Value), kTail);
   float* const results = reinterpret_cast<float*>(own);
-  const int first_channel = device::block_row() * kN * 8;
   const bool pixels_first = !a.output.blocked && (shuffle > 1 || a.output.channel != int64_t{sizeof(Value)});
-  const int width_mask = (1 << a.tile_width_log2) - 1;
   constexpr int kOperandPitch = operand_pitch(kN, sizeof(Value));
   if constexpr (kTail) {
     // The odd half of a last step is multiplied by zero weights, and must be a number.
@@ -361,8 +377,8 @@ ESR_DEVICE void store_results(const ConvolutionArgs& a, const Tile& tile, const 
     device::sync_warp();
     for (int i = lane; i < 16 * kN; i += 32) {
       const int pixel = pixels_first ? i & 15 : i / kN, n = pixels_first ? i >> 4 : i - pixel * kN;
-      const int q = (warp * kM + m) * 16 + pixel;
-      const int y = tile.y + (q >> a.tile_width_log2), x = tile.x + (q & width_mask), c = first_channel + n * 8;
+      const auto [y, x] = place(m, pixel);
+      const int c = first_channel + n * 8;
       const bool inside = y < a.out_height && x < a.out_width && c < a.out_channels;
       if (!kTail && !inside) continue;
       float values[8] = {}, residual[8] = {};
@@ -408,8 +424,7 @@ ESR_DEVICE void store_results(const ConvolutionArgs& a, const Tile& tile, const 
       device::sync_warp();
       for (int i = lane; i < 16 * kN; i += 32) {
         const int pixel = pixels_first ? i & 15 : i / kN, n = pixels_first ? i >> 4 : i - pixel * kN;
-        const int q = (warp * kM + m) * 16 + pixel;
-        const int y = tile.y + (q >> a.tile_width_log2), x = tile.x + (q & width_mask);
+        const auto [y, x] = place(m, pixel);
         if (y >= a.out_height || x >= a.out_width || n * 8 >= a.tail_channels) continue;
         float values[8];
         read_results(results + pixel * kPitch + n * 8, values);
@@ -512,7 +527,7 @@ convolution_kernel(ESR_ARGUMENT(ConvolutionArgs) a) {
       }
       device::sync_block();
     }
-    store_results<P, kN, kM, kVariant>(a, tile, sums, shared);
+    store_results<P, kN, kM, kVariant>(a, tile, first_channel, sums, shared, PixelsInRows<kM>{a, tile});
     device::sync_block();
   }
 }

@@ -201,6 +201,22 @@ ESR_DEVICE void unpack_pair(uint32_t bits, float& low, float& high) {
   }
 }
 
+// a + b and a - b of both values, each rounded.
+template <typename T>
+ESR_DEVICE uint32_t add_pairs(uint32_t a, uint32_t b) {
+  static_assert(__is_same(T, float16));
+  uint32_t sum;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
+}
+template <typename T>
+ESR_DEVICE uint32_t subtract_pairs(uint32_t a, uint32_t b) {
+  static_assert(__is_same(T, float16));
+  uint32_t difference;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
+  return difference;
+}
+
 ESR_DEVICE uint32_t float_bits(float v) { return __float_as_uint(v); }
 ESR_DEVICE float bits_float(uint32_t v) { return __uint_as_float(v); }
 // The nearest tf32, ties away from zero, as a float32's bits.

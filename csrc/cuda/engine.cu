@@ -32,8 +32,9 @@ struct Geometry {
 
 class CompiledPlan {
  public:
-  CompiledPlan(Program program, const Weights& weights, const std::vector<int64_t>& input_channels, Precision precision)
-      : program_(std::move(program)), precision_(precision) {
+  CompiledPlan(Program program, const Weights& weights, const std::vector<int64_t>& input_channels, Precision precision,
+               bool network)
+      : program_(std::move(program)), precision_(precision), network_(network) {
     STD_TORCH_CHECK(static_cast<int64_t>(input_channels.size()) == program_.inputs, "compile_plan: channels of ",
                     input_channels.size(), " inputs given, the plan has ", program_.inputs);
     Shapes shapes;
@@ -62,6 +63,7 @@ class CompiledPlan {
     for (size_t k = 0; k < steps_.size(); ++k) {
       const Use& use = uses_[static_cast<size_t>(program_.inputs) + k];
       text += steps_[k]->layer().name();
+      if (!steps_[k]->way().empty()) text += ": " + steps_[k]->way();
       if (use.absorbed) text += ": applied by its readers";
       if (use.passed_on) text += ": in the launch of layer " + std::to_string(k + 1);
       if (blocks && place_in_block(k) < 2)
@@ -152,7 +154,7 @@ class CompiledPlan {
       case Op::kAdd:
         return make_add(layer, precision_);
       default:
-        return make_convolution(layer, precision_, weights, inputs);
+        return make_convolution(layer, precision_, weights, inputs, network_);
     }
   }
 
@@ -381,6 +383,7 @@ class CompiledPlan {
 
   const Program program_;
   const Precision precision_;
+  const bool network_;
   std::vector<std::unique_ptr<Step>> steps_;
   std::vector<int64_t> packed_at_;
   int64_t packed_bytes_ = 0;
@@ -395,8 +398,8 @@ using Plans = Registry<CompiledPlan>;
 }  // namespace
 
 int64_t compile_plan(const std::vector<int64_t>& program, const std::vector<double>& constants,
-                     const std::vector<Tensor>& weights, const std::vector<int64_t>& input_channels,
-                     int64_t precision) {
+                     const std::vector<Tensor>& weights, const std::vector<int64_t>& input_channels, int64_t precision,
+                     bool network) {
   STD_TORCH_CHECK(precision >= 0 && precision < kPrecisionCount, "compile_plan: precision is ", precision,
                   ", must be 0..", kPrecisionCount - 1);
   Program parsed = ProgramReader(program, constants, static_cast<int64_t>(weights.size())).read();
@@ -404,9 +407,9 @@ int64_t compile_plan(const std::vector<int64_t>& program, const std::vector<doub
   // Tiles depend on the device.
   std::optional<DeviceScope> scope;
   if (!weights.empty()) scope.emplace(weights[0]);
-  return Plans::instance().add(std::make_shared<CompiledPlan>(std::move(parsed),
-                                                              read_weights(weights, Access::kShape, none),
-                                                              input_channels, static_cast<Precision>(precision)));
+  return Plans::instance().add(
+      std::make_shared<CompiledPlan>(std::move(parsed), read_weights(weights, Access::kShape, none), input_channels,
+                                     static_cast<Precision>(precision), network));
 }
 
 Tensor pack_plan(int64_t handle, const std::vector<Tensor>& weights) {

@@ -10,10 +10,10 @@
 namespace esr::cuda {
 
 // Parses and checks a program for weights and inputs of these shapes, and returns a handle (> 0). The weights' values
-// do not matter. `precision` is view.h's Precision.
+// do not matter. `precision` is view.h's Precision; `network`: weights are packed once for many runs.
 int64_t compile_plan(const std::vector<int64_t>& program, const std::vector<double>& constants,
                      const std::vector<torch::stable::Tensor>& weights, const std::vector<int64_t>& input_channels,
-                     int64_t precision);
+                     int64_t precision, bool network);
 
 // The weights, folded and packed for a plan: [bytes] uint8.
 torch::stable::Tensor pack_plan(int64_t handle, const std::vector<torch::stable::Tensor>& weights);

@@ -5,6 +5,7 @@
 #include "spab.h"
 #include "step.h"
 #include "switches.h"
+#include "winograd.h"
 
 namespace esr::cuda {
 namespace {
@@ -15,7 +16,7 @@ namespace {
 // bias, so that zeros around the input are zeros around its result.
 class ConvolutionStep : public Step {
  public:
-  ConvolutionStep(const Layer& layer, Precision precision, const Weights& weights, const Shapes& inputs)
+  ConvolutionStep(const Layer& layer, Precision precision, const Weights& weights, const Shapes& inputs, bool network)
       : Step(layer, precision), separable_(layer.op == Op::kBsconv) {
     const int64_t maps = static_cast<int64_t>(inputs.size()) - layer.has_residual;
     for (int64_t i = 0; i < maps; ++i)
@@ -41,6 +42,9 @@ class ConvolutionStep : public Step {
       packing_ = plan_packing(precision, taps_, channels_.data(), static_cast<int32_t>(channels_.size()),
                               static_cast<int32_t>(out_channels_), 1);
     }
+    // A network's convolutions only: a single one's float16 results are up to twice further off than is allowed.
+    transforms_ = network && switched_on(kWinogradSwitch) && taps_ == 9 && !separable_ &&
+                  plan_winograd(precision, channels_[0], static_cast<int32_t>(out_channels_), &winograd_packing_);
   }
 
   Shape result(const Shapes& inputs) const override {
@@ -63,6 +67,7 @@ class ConvolutionStep : public Step {
 
   bool take_over(const Step& next) override {
     if (layer_.op != Op::kConv3x3 || next.layer().op != Op::kConv1x1 || next.layer().inputs.size() != 1) return false;
+    if (transforms_) return false;
     const auto& tail = static_cast<const ConvolutionStep&>(next);
     if (!plan_tail(packing_, static_cast<int32_t>(tail.out_channels_), &tail_packing_)) return false;
     tail_ = &tail;
@@ -80,6 +85,7 @@ class ConvolutionStep : public Step {
     if (!fits) return false;
     const auto& b = static_cast<const ConvolutionStep&>(second);
     const auto& c = static_cast<const ConvolutionStep&>(third);
+    if (transforms_ || b.transforms_ || c.transforms_) return false;
     return c.out_channels_ == channels_[0] && plan_spab(packing_, b.packing_, c.packing_);
   }
 
@@ -103,13 +109,19 @@ class ConvolutionStep : public Step {
   }
 
   int64_t packed_bytes() const override {
+    if (transforms_) return winograd_packing_.bytes();
     return tail_ == nullptr ? packing_.bytes() : tail_at() + tail_packing_.bytes();
   }
 
   void pack(const Weights& weights, unsigned char* packed, device::Stream stream) const override {
+    if (transforms_) {
+      return launch_winograd_pack({pack_args(packing_, weights, packed), winograd_packing_}, stream);
+    }
     pack_as(packing_, weights, packed, stream);
     if (tail_ != nullptr) tail_->pack_as(tail_packing_, weights, packed + tail_at(), stream);
   }
+
+  std::string way() const override { return transforms_ ? "Winograd" : ""; }
 
   int64_t temporary_bytes(const Shapes& inputs, int64_t batch) const override {
     return gathers() ? blocked_bytes(precision_, gathered_shape(inputs), batch) : 0;
@@ -117,8 +129,9 @@ class ConvolutionStep : public Step {
 
   void run(const Run& run) const override {
     Convolution c;
+    Winograd winograd;
     c.packing = packing_;
-    ConvolutionArgs& a = c.args;
+    ConvolutionArgs& a = transforms_ ? winograd.args.convolution : c.args;
     const Shape& in = run.inputs[0].shape;
     bool overlap = run.overlap;
     if (gathers()) {
@@ -132,7 +145,8 @@ class ConvolutionStep : public Step {
     a.output = run.output.view;
     if (layer_.has_residual) a.residual = run.inputs.back().view;
     a.weights = run.packed;
-    a.bias = reinterpret_cast<const float*>(run.packed + packing_.weight_bytes());
+    const int64_t weight_bytes = transforms_ ? winograd_packing_.weight_bytes() : packing_.weight_bytes();
+    a.bias = reinterpret_cast<const float*>(run.packed + weight_bytes);
     a.stride = 1;
     a.padding = taps_ == 9 ? 1 : 0;
     a.reflect = layer_.reflect;
@@ -144,6 +158,12 @@ class ConvolutionStep : public Step {
     // A pixel shuffle's residual has no mode: it is added.
     a.residual_mode =
         layer_.has_residual && layer_.residual_mode == ResidualMode::kNone ? ResidualMode::kPost : layer_.residual_mode;
+    if (transforms_) {
+      winograd.precision = precision_;
+      winograd.args.packing = winograd_packing_;
+      prepare_winograd(winograd, run.batch);
+      return launch_winograd(winograd, run.stream, overlap);
+    }
     if (tail_ != nullptr) {
       c.tail = tail_packing_;
       a.tail_weights = run.packed + tail_at();
@@ -158,6 +178,10 @@ class ConvolutionStep : public Step {
 
  private:
   void pack_as(const Packing& packing, const Weights& weights, unsigned char* packed, device::Stream stream) const {
+    launch_pack(pack_args(packing, weights, packed), stream);
+  }
+
+  PackArgs pack_args(const Packing& packing, const Weights& weights, unsigned char* packed) const {
     PackArgs a = {};
     a.packing = packing;
     a.maps = static_cast<int32_t>(channels_.size());
@@ -170,7 +194,7 @@ class ConvolutionStep : public Step {
     a.bias = weight(bias_index());
     a.composition = separable_ ? Composition::kDepthwise : Composition::kPlain;
     a.out = packed;
-    launch_pack(a, stream);
+    return a;
   }
 
   int64_t tail_at() const { return round_up(packing_.bytes(), kAlignment); }
@@ -211,6 +235,8 @@ class ConvolutionStep : public Step {
   int32_t taps_ = 9;
   int64_t out_channels_ = 0;
   Packing packing_;
+  bool transforms_ = false;  // by Winograd's way
+  WinogradPacking winograd_packing_;
   // A 1x1 convolution of the result, done in the same launch.
   const ConvolutionStep* tail_ = nullptr;
   Packing tail_packing_;
@@ -277,8 +303,8 @@ class AddStep : public Step {
 }  // namespace
 
 std::unique_ptr<Step> make_convolution(const Layer& layer, Precision precision, const Weights& weights,
-                                       const Shapes& inputs) {
-  return std::make_unique<ConvolutionStep>(layer, precision, weights, inputs);
+                                       const Shapes& inputs, bool network) {
+  return std::make_unique<ConvolutionStep>(layer, precision, weights, inputs, network);
 }
 std::unique_ptr<Step> make_normalize(const Layer& layer, Precision precision) {
   return std::make_unique<NormalizeStep>(layer, precision);

@@ -16,8 +16,8 @@ namespace {
 using torch::stable::Tensor;
 
 int64_t compile(std::vector<int64_t> program, std::vector<double> constants, std::vector<Tensor> weights,
-                std::vector<int64_t> input_channels, int64_t precision) {
-  return compile_plan(program, constants, weights, input_channels, precision);
+                std::vector<int64_t> input_channels, int64_t precision, bool network) {
+  return compile_plan(program, constants, weights, input_channels, precision, network);
 }
 
 Tensor pack(int64_t handle, std::vector<Tensor> weights) { return pack_plan(handle, weights); }
@@ -55,7 +55,9 @@ std::string end_rehearsal() { return device::end_rehearsal(); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY(ESR_LIBRARY, m) {
-  m.def("compile_plan(int[] program, float[] constants, Tensor[] weights, int[] input_channels, int precision) -> int");
+  m.def(
+      "compile_plan(int[] program, float[] constants, Tensor[] weights, int[] input_channels, int precision, bool "
+      "network=False) -> int");
   m.def("pack_plan(int handle, Tensor[] weights) -> Tensor");
   m.def("execute_plan(int handle, Tensor packed, Tensor[] inputs, Tensor(a!)[] outputs) -> ()");
   m.def("run_plan(int handle, Tensor[] weights, Tensor[] inputs, Tensor(a!)[] outputs) -> ()");

@@ -5,6 +5,7 @@
 #include "../common/layout.h"
 #include "tf32.h"
 #include "weight_access.h"
+#include "winograd.h"
 
 namespace esr::cuda {
 namespace {
@@ -103,6 +104,54 @@ ESR_KERNEL(kThreads, 1) pack_kernel(ESR_ARGUMENT(PackArgs) a) {
   }
 }
 
+// One weight at a position of a transformed square, G g Gt. The sign that `counts` (winograd_kernel.h) leaves out.
+ESR_DEVICE float transformed_weight(const PackArgs& a, int o, int i, int position) {
+  const auto row = [](int k, float x0, float x1, float x2) {
+    if (k == 0) return x0;
+    if (k == 3) return -x2;
+    return 0.5f * (k == 1 ? x0 + x1 + x2 : x0 - x1 + x2);
+  };
+  float columns[3];
+#pragma unroll
+  for (int c = 0; c < 3; ++c) {
+    columns[c] =
+        row(position / 4, weight_value(a, o, i, c), weight_value(a, o, i, 3 + c), weight_value(a, o, i, 6 + c));
+  }
+  return row(position % 4, columns[0], columns[1], columns[2]);
+}
+
+// One thread for a lane's part of one step, one position and one tile of channels; the last ones write the bias.
+ESR_KERNEL(kThreads, 1) winograd_pack_kernel(ESR_ARGUMENT(WinogradPackArgs) a) {
+  const WinogradPacking& p = a.packing;
+  const int64_t index = device::block_index() * kThreads + device::thread_index();
+  const int64_t parts = p.weight_bytes() / 8;
+  if (index >= parts) {
+    const int o = static_cast<int>(index - parts);
+    if (o < p.padded_channels()) {
+      device::store_global(a.pack.out + p.weight_bytes() + int64_t{o} * 4,
+                           o < p.out_channels ? bias_value(a.pack, o) : 0.0f);
+    }
+    return;
+  }
+  const int lane = static_cast<int>(index % 32), g = lane / 4, t = lane % 4, tiles = p.groups * p.tiles;
+  int64_t rest = index / 32;
+  const int n = static_cast<int>(rest % tiles);
+  rest /= tiles;
+  const int position = static_cast<int>(rest % kWinogradPositions);
+  rest /= kWinogradPositions;
+  const int step = static_cast<int>(rest % p.steps()), o = (static_cast<int>(rest / p.steps()) * tiles + n) * 8 + g;
+  uint32_t pairs[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const auto value = [&](int c) {
+      const int i = (2 * step + half) * 8 + 2 * t + c;
+      return i < a.pack.channels[0] && o < p.out_channels ? transformed_weight(a.pack, o, i, position) : 0.0f;
+    };
+    pairs[half] = device::pack_pair<device::float16>(value(0), value(1));
+  }
+  device::store_global(a.pack.out + index * 8, device::U32x2{pairs[0], pairs[1]});
+}
+
 ESR_KERNEL(kMostConstants, 1) constants_kernel(ESR_ARGUMENT(ConstantsArgs) a) {
   const int i = device::thread_index();
   if (i < a.count) device::store_global(a.out + i, a.values[i]);
@@ -137,6 +186,13 @@ void launch_pack(const PackArgs& args, device::Stream stream) {
     if (a.weight.sizes[d] == 1) a.weight.strides[d] = 0;
   }
   device::launch("pack", &pack_kernel, shape, stream, false, a);
+}
+
+void launch_winograd_pack(const WinogradPackArgs& args, device::Stream stream) {
+  device::LaunchShape shape;
+  shape.threads = kThreads;
+  shape.blocks = ceil_div(args.packing.weight_bytes() / 8 + args.packing.padded_channels(), kThreads);
+  device::launch("winograd_pack", &winograd_pack_kernel, shape, stream, false, args);
 }
 
 void launch_constants(const ConstantsArgs& args, device::Stream stream) {

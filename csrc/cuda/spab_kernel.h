@@ -185,7 +185,8 @@ ESR_DEVICE void compute_spab(const SpabArgs& a) {
       if (!a.weights_stay) load_weights_of(0);
       load_tile();
     }
-    store_results<P, kN, spab_rows<kLarge>(2), Variant::kForward>(a.last, tile, sums, inner);
+    constexpr int kRows = spab_rows<kLarge>(2);
+    store_results<P, kN, kRows, Variant::kForward>(a.last, tile, 0, sums, inner, PixelsInRows<kRows>{a.last, tile});
     if (t >= tiles) break;
   }
 }

@@ -69,6 +69,8 @@ class Step {
   virtual void pack(const Weights&, unsigned char*, device::Stream) const {}
   virtual int64_t temporary_bytes(const std::vector<Shape>&, int64_t) const { return 0; }
   virtual void run(const Run& run) const = 0;
+  // How it computes, where that is not the usual way.
+  virtual std::string way() const { return ""; }
   // Whether this layer can do the work of the one that alone reads its result; if so it does from now on.
   virtual bool take_over(const Step&) { return false; }
   // Whether one launch can do the work of this layer and of two more that each read the one before, the last one also
@@ -99,7 +101,8 @@ int64_t blocked_bytes(Precision precision, const Shape& shape, int64_t batch);
 using Shapes = std::vector<Shape>;  // of a layer's inputs
 
 std::unique_ptr<Step> make_normalize(const Layer&, Precision);
-std::unique_ptr<Step> make_convolution(const Layer&, Precision, const Weights&, const Shapes&);
+// `network`: weights are packed once for many runs.
+std::unique_ptr<Step> make_convolution(const Layer&, Precision, const Weights&, const Shapes&, bool network);
 std::unique_ptr<Step> make_esa(const Layer&, Precision, const Weights&, const Shapes&);
 std::unique_ptr<Step> make_add(const Layer&, Precision);
 

@@ -253,6 +253,24 @@ inline void unpack_pair(uint32_t bits, float& low, float& high) {
   low = to_float(pair[0]), high = to_float(pair[1]);
 }
 
+// Rounded twice, which is as good as once: float32 has more than twice a half's bits.
+template <typename T>
+inline uint32_t add_pairs(uint32_t a, uint32_t b) {
+  static_assert(std::is_same_v<T, float16>);
+  float a0, a1, b0, b1;
+  unpack_pair<T>(a, a0, a1);
+  unpack_pair<T>(b, b0, b1);
+  return pack_pair<T>(a0 + b0, a1 + b1);
+}
+template <typename T>
+inline uint32_t subtract_pairs(uint32_t a, uint32_t b) {
+  static_assert(std::is_same_v<T, float16>);
+  float a0, a1, b0, b1;
+  unpack_pair<T>(a, a0, a1);
+  unpack_pair<T>(b, b0, b1);
+  return pack_pair<T>(a0 - b0, a1 - b1);
+}
+
 inline uint32_t float_bits(float v) { return esr::float_bits(v); }
 inline float bits_float(uint32_t v) { return esr::bits_float(v); }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -46,11 +47,11 @@ _unreferenced: deque[int] = deque()
 class _Compiled:
     """A plan compiled for weights and inputs of some shapes, without the weights' values."""
 
-    def __init__(self, plan: Plan, weights: list[Tensor], channels: list[int], precision: int) -> None:
+    def __init__(self, plan: Plan, weights: list[Tensor], channels: list[int], precision: int, network: bool) -> None:
         while _unreferenced:
             library().release_plan(_unreferenced.popleft())
         program, constants = encode(plan)
-        self.handle: int = library().compile_plan(program, constants, weights, channels, precision)
+        self.handle: int = library().compile_plan(program, constants, weights, channels, precision, network)
         weakref.finalize(self, _unreferenced.append, self.handle).atexit = False
 
 
@@ -59,13 +60,15 @@ _PLANS = 1024
 _compiled: OrderedDict[tuple[Any, ...], _Compiled] = OrderedDict()
 
 
-def _compile(plan: Plan, weights: list[Tensor], inputs: list[Tensor]) -> _Compiled:
+def _compile(plan: Plan, weights: list[Tensor], inputs: list[Tensor], network: bool = False) -> _Compiled:
+    """`network`: the weights are packed once for many runs, so that transforming them costs nothing."""
     x = inputs[0]
     multiply = precision(x.dtype)
-    key = (plan.to_json(), multiply, x.device, *(w.shape for w in weights), *(t.shape[1] for t in inputs))
+    way = os.environ.get("ESR_KERNELS_CUDA_WINOGRAD") if network else None  # csrc/cuda/switches.h
+    key = (plan.to_json(), multiply, way, x.device, *(w.shape for w in weights), *(t.shape[1] for t in inputs))
     found = _compiled.get(key)
     if found is None:
-        found = _compiled[key] = _Compiled(plan, weights, [t.shape[1] for t in inputs], multiply)
+        found = _compiled[key] = _Compiled(plan, weights, [t.shape[1] for t in inputs], multiply, network)
         while len(_compiled) > _PLANS:
             _compiled.popitem(last=False)
     return found
@@ -103,7 +106,7 @@ def _prepared(plan: _Compiled, weights: list[Tensor]) -> Tensor:
 
 def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Tensor]:
     outputs = run_plan_outputs(inputs, weights, plan)
-    compiled = _compile(Plan.from_json(plan), weights, inputs)
+    compiled = _compile(Plan.from_json(plan), weights, inputs, network=True)
     if weights:
         library().execute_plan(compiled.handle, _prepared(compiled, weights), inputs, outputs)
     else:

@@ -165,12 +165,13 @@ def rehearsal(architecture: str) -> Iterator[list[Launch]]:
             launches.append(Launch(name, *map(int, numbers)))
 
 
-def _run(call: operators.Call, precision: str) -> None:
+def _run(call: operators.Call, precision: str, network: bool = False) -> None:
     """An operator, without the caches of `cuda`: what they hold is for the GPU that is there."""
     library = torch.ops.esr_native_cuda
     program, constants = encode(call.plan)
     channels = [x.shape[1] for x in call.inputs]
-    handle = library.compile_plan(program, constants, call.weights, channels, list(_PRECISIONS).index(precision))
+    multiply = list(_PRECISIONS).index(precision)
+    handle = library.compile_plan(program, constants, call.weights, channels, multiply, network)
     try:
         library.run_plan(handle, call.weights, call.inputs, call.outputs)
     finally:
@@ -277,6 +278,15 @@ def _spab(channels: int, size: int = 256) -> Layer:
     return Layer(f"spab {channels} {size}x{size}, one launch", run)
 
 
+def _winograd(channels: int, out: int, size: int = 256) -> Layer:
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        x, weight, bias = tensor(1, channels, size, size), tensor(out, channels, 3, 3), tensor(out)
+        with _switched_on("ESR_KERNELS_CUDA_WINOGRAD"):
+            _run(operators.conv3x3(x, weight, bias, None, "silu", 0.0, "pre"), precision, network=True)
+
+    return Layer(f"conv3x3 {channels}→{out}, Winograd", run)
+
+
 def _esa_weights(channels: int, hidden: int, tensor: Callable[..., Tensor]) -> list[Tensor | None]:
     sizes = [(hidden, channels, 1, 1), (hidden, hidden, 3, 3), (hidden, hidden, 3, 3), (channels, hidden, 1, 1)]
     sizes.append((hidden, hidden, 1, 1))
@@ -318,6 +328,7 @@ _EVERY = (
     *(_tail(c, 8 * n) for n in range(1, 9) for c in (8, 8 * n)),
     *(_half_sums(8 * n) for n in range(1, 9)),
     *(_spab(8 * n, size) for n in range(3, 9) for size in (64, 256)),
+    *(_winograd(c, out) for out in (8, 16, 32, 48, 64) for c in (16, 32, 64)),
     *(_esa(48, hidden) for hidden in (16, 32, 48, 64)),
     *(_conv3x3_backward(8 * n, 8 * n) for n in range(1, 9)),
     _esa_backward(46, 16),
