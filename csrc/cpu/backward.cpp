@@ -99,15 +99,13 @@ Maps::Maps(const std::vector<MapLayout>& layouts) : workspace_(floats(layouts)) 
 }
 
 WeightSums::WeightSums(const Kernels& kernels, const Filter& filter, int64_t cin, int64_t cout, int64_t images,
-                       int64_t height, int64_t width, bool weight, bool bias)
+                       bool weight, bool bias)
     : kernels_(kernels),
       filter_(filter),
       cin_(cin),
       cout_(cout),
       step_(round_up(cout, kernels.lanes)),
       images_(images),
-      height_(height),
-      width_(width),
       wants_weight_(weight),
       wants_bias_(bias) {
   floats_ = (weight ? filter.side * filter.side * cin * step_ : 0) + (bias ? step_ : 0);
@@ -116,6 +114,7 @@ WeightSums::WeightSums(const Kernels& kernels, const Filter& filter, int64_t cin
 
 void WeightSums::add(int64_t image, const Map& x, const float* first, const Map& g) {
   if (floats_ == 0) return;
+  const int64_t height = g.layout.height, width = g.layout.width;
   WeightGradientArgs a;
   a.x = first;
   a.x_pitch = x.layout.pitch;
@@ -126,30 +125,30 @@ void WeightSums::add(int64_t image, const Map& x, const float* first, const Map&
   a.g = g.pixels();
   a.g_pitch = g.layout.pitch;
   a.g_step = step_;
-  a.width = width_;
-  a.height = height_;
+  a.width = width;
+  a.height = height;
   a.side = filter_.side;
   const int64_t weights = floats_ - (wants_bias_ ? step_ : 0);
-  const int64_t unit = filter_.winograd ? 4 : 1, units = ceil_div(height_, unit);
+  const int64_t unit = filter_.winograd ? 4 : 1, units = ceil_div(height, unit);
   // Parts of some thousand pixels, so that what is done once for a part does not count.
-  const int64_t parts = std::clamp<int64_t>(height_ * width_ / 2048, 1, std::min<int64_t>(units, 16));
+  const int64_t parts = std::clamp<int64_t>(height * width / 2048, 1, std::min<int64_t>(units, 16));
   const int64_t units_each = ceil_div(units, parts);
   float* const to = parts_.data() + image * floats_;
   const Workspace memory(parts > 1 ? (parts - 1) * floats_ : 0);
   const auto part = [&](int64_t k) { return k == 0 ? to : memory.data() + (k - 1) * floats_; };
   const int64_t used = ceil_div(units, units_each);
-  const int64_t cost = units_each * unit * width_ * step_ * (1 + (wants_weight_ ? cin_ * filter_.side : 0));
+  const int64_t cost = units_each * unit * width * step_ * (1 + (wants_weight_ ? cin_ * filter_.side : 0));
   parallel_ranges(used, cost, [&](int64_t k0, int64_t k1) {
     WeightGradientArgs mine = a;
     const Workspace scratch(
-        filter_.winograd && wants_weight_ ? kernels_.winograd_weight_scratch_floats(cin_, a.x_step, step_, width_) : 0);
+        filter_.winograd && wants_weight_ ? kernels_.winograd_weight_scratch_floats(cin_, a.x_step, step_, width) : 0);
     mine.scratch = scratch.data();
     for (int64_t k = k0; k < k1; ++k) {
       mine.out = part(k);
       const int64_t u0 = k * units_each, u1 = std::min(u0 + units_each, units);
       if (wants_weight_) {
         if (filter_.depthwise) {
-          kernels_.depthwise_gradient({a.x, a.x_pitch, a.g, a.g_pitch, step_, width_, mine.out}, u0, u1);
+          kernels_.depthwise_gradient({a.x, a.x_pitch, a.g, a.g_pitch, step_, width, mine.out}, u0, u1);
         } else if (filter_.winograd) {
           kernels_.winograd_weight_gradient(mine, u0, u1);
         } else {
@@ -157,7 +156,7 @@ void WeightSums::add(int64_t image, const Map& x, const float* first, const Map&
         }
       }
       if (wants_bias_) {
-        kernels_.sum_rows(a.g, a.g_pitch, step_, width_, mine.out + weights, u0 * unit, std::min(u1 * unit, height_));
+        kernels_.sum_rows(a.g, a.g_pitch, step_, width, mine.out + weights, u0 * unit, std::min(u1 * unit, height));
       }
     }
   });

@@ -14,8 +14,8 @@
 
 namespace esr {
 
-// Convolutions that gradients have computed since the process began: counted, so that a test can tell that nothing is
-// computed for a gradient that nobody wants.
+// Convolutions of an image (or of a part of one) that gradients have computed since the process began: counted, so that
+// a test can tell that nothing is computed for a gradient that nobody wants.
 enum class Pass { kAgain, kData, kWeight };
 void count_pass(Pass pass);
 std::vector<int64_t> passes();  // in the order of Pass
@@ -76,13 +76,14 @@ class Maps {
 class WeightSums {
  public:
   // A filter of `side` 1 or 3 that moves by `stride`; `winograd`: as Dense3x3 computes it; `depthwise`: cin is 1, and
-  // each output channel has an input of its own. The sizes are the result's.
+  // each output channel has an input of its own.
   struct Filter {
     int64_t side = 3, stride = 1;
     bool winograd = false, depthwise = false;
   };
-  WeightSums(const Kernels& kernels, const Filter& filter, int64_t cin, int64_t cout, int64_t images, int64_t height,
-             int64_t width, bool weight, bool bias);
+  // `images`: how many sums are kept apart until the end, in order.
+  WeightSums(const Kernels& kernels, const Filter& filter, int64_t cin, int64_t cout, int64_t images, bool weight,
+             bool bias);
 
   // `first` is the pixel of x under the filter's corner for pixel (0, 0) of g.
   void add(int64_t image, const Map& x, const float* first, const Map& g);
@@ -95,7 +96,7 @@ class WeightSums {
 
   const Kernels& kernels_;
   const Filter filter_;
-  const int64_t cin_, cout_, step_, images_, height_, width_;
+  const int64_t cin_, cout_, step_, images_;
   const bool wants_weight_, wants_bias_;
   int64_t floats_ = 0;  // of one part: [side * side][cin][step], then [step] for the bias
   PackedFloats parts_;  // of every image

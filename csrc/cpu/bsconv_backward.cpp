@@ -72,10 +72,8 @@ void bsconv_backward(const Tensor& grad, const Tensor& x, const Tensor& pointwis
   Weight turned = d;
   for (int64_t c = 0; c < channels; ++c) std::reverse(turned.values.begin() + c * 9, turned.values.begin() + c * 9 + 9);
   const PackedFloats turned_filter = pack_depthwise(turned, kernels.lanes);
-  WeightSums pointwise_sums(kernels, {1, 1, false}, in.shape.channels, channels, t.images(), height, width, t.wants(1),
-                            false);
-  WeightSums depthwise_sums(kernels, {3, 1, false, true}, 1, channels, t.images(), height, width, t.wants(2),
-                            t.wants(3));
+  WeightSums pointwise_sums(kernels, {1, 1, false}, in.shape.channels, channels, t.images(), t.wants(1), false);
+  WeightSums depthwise_sums(kernels, {3, 1, false, true}, 1, channels, t.images(), t.wants(2), t.wants(3));
   // With reflect padding the inner map's gradient has a ring, for which the gradient needs two rings of zeros.
   const int64_t ring = reflect ? 1 : 0;
   const MapLayout wide = layout_for(kernels, {channels, height + 2 * ring, width + 2 * ring});

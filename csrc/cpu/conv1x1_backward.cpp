@@ -4,6 +4,16 @@
 #include "capability.h"
 
 namespace esr {
+namespace {
+
+constexpr int64_t kStripPixels = 384, kMostStrips = 16;
+
+TensorView rows_from(TensorView view, int64_t y) {
+  view.data = static_cast<char*>(view.data) + y * view.row_stride * (view.dtype == Dtype::kFloat32 ? 4 : 2);
+  return view;
+}
+
+}  // namespace
 
 using torch::stable::Tensor;
 
@@ -21,7 +31,6 @@ void conv1x1_backward(const Tensor& grad, const std::vector<Tensor>& xs, const T
   const size_t to_weight = inputs, to_bias = inputs + 1;
 
   std::vector<Batch> in, to_x;
-  std::vector<MapLayout> layouts;
   int64_t channels = 0;
   bool any = t.wants(to_weight) || t.wants(to_bias);
   for (size_t i = 0; i < inputs; ++i) {
@@ -30,7 +39,6 @@ void conv1x1_backward(const Tensor& grad, const std::vector<Tensor>& xs, const T
     STD_TORCH_CHECK(shape.height == first.height && shape.width == first.width, kName, ": an input is ", shape.height,
                     "x", shape.width, ", must be ", first.height, "x", first.width);
     to_x.push_back(t.target(i, "the gradient to an input", shape));
-    layouts.push_back(layout_for(kernels, shape));
     channels += shape.channels;
     any = any || t.wants(i);
   }
@@ -39,8 +47,11 @@ void conv1x1_backward(const Tensor& grad, const std::vector<Tensor>& xs, const T
   const int64_t cout = w.shape[0];
   const std::vector<float> b = t.bias(bias, "bias", cout);
   const Batch g = t.read(grad, "grad", {cout, height, width});
-  layouts.push_back(layout_for(kernels, g.shape));
   if (!any) return;
+
+  // Strips that stay in the second-level cache: cut by the size of the images alone, as the sums depend on them.
+  const int64_t rows = std::max({ceil_div(height, kMostStrips), std::min(height, kStripPixels / width), int64_t{1}});
+  const int64_t strips = ceil_div(height, rows);
 
   const Dense1x1 forward = again ? Dense1x1(w, data_or_null(b), kernels) : Dense1x1();
   const Weight transposed = adjoint(w);
@@ -50,35 +61,43 @@ void conv1x1_backward(const Tensor& grad, const std::vector<Tensor>& xs, const T
   for (size_t i = 0; i < inputs; ++i) {
     const int64_t cin = in[i].shape.channels;
     if (t.wants(i)) backward[i] = Dense1x1(slice(transposed, first, cin), nullptr, kernels);
-    sums.emplace_back(kernels, WeightSums::Filter{1, 1, false}, cin, cout, t.images(), height, width,
-                      t.wants(to_weight), i == 0 && t.wants(to_bias));
+    sums.emplace_back(kernels, WeightSums::Filter{1, 1, false}, cin, cout, t.images() * strips, t.wants(to_weight),
+                      i == 0 && t.wants(to_bias));
     first += cin;
   }
 
-  for_images(t.images(), [&](int64_t n) {
+  const auto strip = [&](int64_t k) {
+    const int64_t n = k / strips, y = k % strips * rows, count = std::min(rows, height - y);
+    std::vector<MapLayout> layouts;
+    for (const Batch& b : in) layouts.push_back(layout_for(kernels, {b.shape.channels, count, width}));
+    layouts.push_back(layout_for(kernels, {cout, count, width}));
     const Maps maps(layouts);
     std::vector<Map> images;
     for (size_t i = 0; i < inputs; ++i) {
       images.push_back(maps[i]);
-      if (again || t.wants(to_weight)) import_map(kernels, in[i].image(n), nullptr, nullptr, maps[i], {});
+      if (again || t.wants(to_weight)) {
+        import_strip(kernels, rows_from(in[i].image(n), y), layouts[i], maps[i].pixels(), 0, count);
+      }
     }
     const Map& to_h = maps[inputs];
-    import_map(kernels, g.image(n), nullptr, nullptr, to_h, {});
+    import_strip(kernels, rows_from(g.image(n), y), to_h.layout, to_h.pixels(), 0, count);
     if (again) {
       const int64_t pitch = width * to_h.layout.step;
-      for_strips(height, forward.row_cost(width), [&](int64_t y0, int64_t y1) {
-        const Workspace h((y1 - y0) * pitch);
-        forward.convolve(images, {}, h.data(), pitch, y0, y1);
-        differentiate_rows(kernels, epilogue, h.data(), to_h, y0, y1);
-      });
+      const Workspace h(count * pitch);
+      forward.convolve(images, {}, h.data(), pitch, 0, count);
+      differentiate_rows(kernels, epilogue, h.data(), to_h, 0, count);
       count_pass(Pass::kAgain);
     }
     for (size_t i = 0; i < inputs; ++i) {
-      sums[i].add(n, images[i], images[i].pixels(), to_h);
+      sums[i].add(k, images[i], images[i].pixels(), to_h);
       if (t.wants(i)) {
-        export_data_gradient(kernels, backward[i], to_h, {}, to_x[i].image(n), in[i].shape.channels);
+        const TensorView to = rows_from(to_x[i].image(n), y);
+        export_data_gradient(kernels, backward[i], to_h, {}, to, in[i].shape.channels);
       }
     }
+  };
+  parallel_ranges(t.images() * strips, rows * width * cout * channels * 3, [&](int64_t k0, int64_t k1) {
+    for (int64_t k = k0; k < k1; ++k) strip(k);
   });
 
   if (t.wants(to_bias)) t.write(to_bias, "the gradient to bias", sums[0].bias());

@@ -12,8 +12,8 @@ using torch::stable::Tensor;
 struct Convolution {
   Convolution(const Kernels& kernels, const Batch& in, const Weight& w, const std::vector<float>& bias, bool again,
               bool data, bool to_weight, bool to_bias)
-      : sums(kernels, {3, 1, use_winograd(w.shape[1], w.shape[0])}, w.shape[1], w.shape[0], in.images, in.shape.height,
-             in.shape.width, to_weight, to_bias) {
+      : sums(kernels, {3, 1, use_winograd(w.shape[1], w.shape[0])}, w.shape[1], w.shape[0], in.images, to_weight,
+             to_bias) {
     if (again) forward = Dense3x3(w, data_or_null(bias), kernels);
     if (data) backward = Dense3x3(adjoint(w), nullptr, kernels);
   }

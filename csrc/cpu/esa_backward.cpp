@@ -101,19 +101,18 @@ class EsaBackward {
     full_ = layout_for(kernels_, {mid_, s.height, s.width});
     strided_ = layout_for(kernels_, {mid_, h2, w2s});
     pooled_ = layout_for(kernels_, {mid_, h3, w3s});
-    const auto sums = [&](size_t w, const WeightSums::Filter& filter, const MapLayout& result) {
+    const auto sums = [&](size_t w, const WeightSums::Filter& filter) {
       const int64_t cin = w == kW1 ? channels_ : mid_, cout = w == kW4 ? channels_ : mid_;
-      sums_.emplace_back(kernels_, filter, cin, cout, t_.images(), result.height, result.width, t_.wants(w + 1),
-                         t_.wants(w + 2));
+      sums_.emplace_back(kernels_, filter, cin, cout, t_.images(), t_.wants(w + 1), t_.wants(w + 2));
     };
     const WeightSums::Filter dense{3, 1, use_winograd(mid_, mid_)};
-    sums(kW1, {1, 1, false}, full_);
-    sums(kW2, {3, 2, false}, strided_);
-    sums(kW3, dense, pooled_);
-    sums(kW4, {1, 1, false}, full_);
-    sums(kWf, {1, 1, false}, full_);
-    sums(kWmax, dense, pooled_);
-    sums(kW3b, dense, pooled_);
+    sums(kW1, {1, 1, false});
+    sums(kW2, {3, 2, false});
+    sums(kW3, dense);
+    sums(kW4, {1, 1, false});
+    sums(kWf, {1, 1, false});
+    sums(kWmax, dense);
+    sums(kW3b, dense);
   }
 
   void run() {
