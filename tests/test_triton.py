@@ -22,12 +22,14 @@ from helpers import (
     rand,
     to,
 )
+from torch import nn
 from torch.nn import functional as F
 
 import esr_kernels
 from esr_kernels import functional, library
 from esr_kernels.backends import reference
 from esr_kernels.dispatch import list_backends
+from esr_kernels.modules.conv import Conv3x3
 from esr_kernels.plan import ESA_WEIGHTS
 
 _STATUS = next(b for b in list_backends() if b.name == "triton")
@@ -91,6 +93,22 @@ def test_convolution_configurations(config, channels, out, layout):
         got = torch.ops.esr.conv3x3(*arguments)
     assert seen
     check(got, reference.conv3x3(*to(arguments, torch.float64)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_plans_with_pipelined_convolutions(dtype):
+    """As GPUs run them: loops over taps or blocks of channels, on padded maps; the interpreter's own are unrolled."""
+    torch.manual_seed(6)
+    choose, seen = only("convolution", Config((8, 16), 4, 2))
+    fused = nn.Sequential(Conv3x3(3, 46), Conv3x3(46, 38)).to(DEVICE)
+    x = rand(1, 3, 10, 17, dtype=dtype)
+    fast = esr_kernels.optimize(fused, dtype=dtype)
+    with torch.no_grad(), configs.chosen_by(choose):
+        got = fast(x)
+    with torch.no_grad(), esr_kernels.use_backend("reference"):
+        wanted, single = (fused.to(t)(x.to(t)) for t in (torch.float64, dtype))
+    assert fast.plan is not None and any(key.endswith("48x48") for key in seen)
+    check(got, wanted, single)
 
 
 @pytest.mark.parametrize("config", configurations("conv1x1"))
@@ -480,6 +498,9 @@ def test_a_file_of_ones_own_goes_first(monkeypatch, tmp_path):
     monkeypatch.setenv(configs.VARIABLE, str(file))
     configs._table.cache_clear()
     assert configs.choose("conv1x1", torch.float32, "tf32", 32, 32) == Config((1, 32), 8, 1)
+    bounded = Config((1, 64), 4, 2, 168)
+    assert configs.entry(Config((1, 64), 4, 2)).get("registers") is None
+    assert configs.parse({"configurations": {"k": json.loads(json.dumps(configs.entry(bounded)))}}) == {"k": bounded}
     for text in ("[]", "{}", '{"configurations": {"conv1x1/tf32/32x32": {"tile": 4}}}'):
         file.write_text(text)
         configs._table.cache_clear()

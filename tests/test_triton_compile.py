@@ -23,12 +23,12 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = (80, 86, 89, 90)
-# Networks spill nothing. Rare variants of single operators may, until configurations are measured: bytes per thread.
-SPILLED = 256
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    # What was in front stays there: another version of Triton, for example.
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path}
     return subprocess.run(
         [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=ROOT, check=False
     )
@@ -36,7 +36,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """What `resources` found, by architecture."""
+    """What `resources --quick` found, by architecture."""
     folder = tmp_path_factory.mktemp("resources")
 
     def one(arch: int) -> list[dict[str, Any]]:
@@ -50,15 +50,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[st
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_no_network_spills_and_no_kernel_asks_for_too_much(
-    compiled: dict[int, list[dict[str, Any]]], arch: int
-) -> None:
-    assert len(compiled[arch]) > 50
-    problems = [r for r in compiled[arch] if r["problem"]]
-    networks = [r for r in problems if r["operator"].split()[0] in ("span", "rlfn")]
-    assert not networks
-    assert not [r for r in problems if not r["problem"].startswith("spills") or r["spilled"] > SPILLED]
-    assert {r["operator"].split()[0] for r in compiled[arch]} >= {"span", "rlfn", "conv3x3", "esa", "bsconv"}
+def test_no_kernel_spills_or_asks_for_too_much(compiled: dict[int, list[dict[str, Any]]], arch: int) -> None:
+    assert len(compiled[arch]) > (20 if arch in (80, 89) else 45)
+    assert not [r for r in compiled[arch] if r["problem"]]
+    assert {r["operator"].split()[0] for r in compiled[arch]} >= {"span", "conv3x3", "esa", "bsconv"}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -179,7 +179,7 @@ def _kernel(
         "WIDE": is_wide,
         "PRECISION": exact,
     }
-    return Kernel(conv1x1_kernel, constants, config.warps)
+    return Kernel(conv1x1_kernel, constants, config.warps, config.registers)
 
 
 def multiply(

@@ -34,11 +34,13 @@ def _add_tap(
     offsets,  # [P, 1] of the tap's pixels
     ok,  # [P, 1] whether they exist
     tap,
+    start,  # the first of the tap's channels to add
     pixels,
     width,
     first,
     CHANNELS: tl.constexpr,
     PADDED_IN: tl.constexpr,
+    DEPTH: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_0: tl.constexpr,
     BLOCK_1: tl.constexpr,
@@ -50,12 +52,12 @@ def _add_tap(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add one tap's [P, CHANNELS] x [CHANNELS, N] product to the sums."""
-    for k in tl.static_range(0, PADDED_IN, BLOCK_K):
-        channel = k + tl.arange(0, BLOCK_K)[None, :]
+    """Add one tap's [P, DEPTH] x [DEPTH, N] product to the sums: all of its channels, or one block of them."""
+    for k in tl.static_range(0, DEPTH, BLOCK_K):
+        channel = start + k + tl.arange(0, BLOCK_K)[None, :]
         pointers = x + (offsets + channel_offsets(channel, pixels, width, PITCH, SHUFFLE, WIDE))
         # A map whose pitch covers the padded channels holds zeros there.
-        if PADDED_IN <= PITCH or k + BLOCK_K <= CHANNELS:
+        if PADDED_IN <= PITCH or CHANNELS == PADDED_IN or (DEPTH == PADDED_IN and k + BLOCK_K <= CHANNELS):
             if MASKED:
                 a = tl.load(pointers, mask=ok, other=0.0)
             else:
@@ -72,7 +74,7 @@ def _add_tap(
             if MASKED:
                 a = tl.where(ok, a, 0.0)
         a = a.to(w.dtype.element_ty)
-        row = (tap * PADDED_IN + k + tl.arange(0, BLOCK_K))[:, None] * WEIGHT_COLUMNS + first
+        row = (tap * PADDED_IN + start + k + tl.arange(0, BLOCK_K))[:, None] * WEIGHT_COLUMNS + first
         b0 = tl.load(w + row + tl.arange(0, BLOCK_0)[None, :])
         acc0 = tl.dot(a, b0, acc0, input_precision=PRECISION)
         if BLOCK_1 > 0:
@@ -93,12 +95,14 @@ def _at_tap(
     inside,
     ky,
     kx,
+    start,
     pixels,
     height,
     width,
     first,
     CHANNELS: tl.constexpr,
     PADDED_IN: tl.constexpr,
+    DEPTH: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_0: tl.constexpr,
@@ -128,8 +132,8 @@ def _at_tap(
         if MASKED:
             ok = (iy + ky >= 0) & (iy + ky < height) & (ix + kx >= 0) & (ix + kx < width)
     return _add_tap(
-        acc0, acc1, x, w, normalization, offsets, ok, ky * TAPS + kx, pixels, width, first, CHANNELS, PADDED_IN,
-        BLOCK_K, BLOCK_0, BLOCK_1, WEIGHT_COLUMNS, MASKED, NORMALIZE, PITCH, SHUFFLE, WIDE, PRECISION,
+        acc0, acc1, x, w, normalization, offsets, ok, ky * TAPS + kx, start, pixels, width, first, CHANNELS, PADDED_IN,
+        DEPTH, BLOCK_K, BLOCK_0, BLOCK_1, WEIGHT_COLUMNS, MASKED, NORMALIZE, PITCH, SHUFFLE, WIDE, PRECISION,
     )  # fmt: skip
 
 
@@ -232,13 +236,16 @@ def _accumulate(
             BLOCK_0, BLOCK_1, WEIGHT_COLUMNS, MASKED, BORDER, NORMALIZE, PITCH, SHUFFLE, WIDE, PRECISION,
         )  # fmt: skip
     elif PIPELINE > 1 and w.dtype.element_ty == tl.float32:
-        # One tap at a time: three products for each of float32, unrolled, are too many for registers and compiler.
+        # One block of channels at a time: three products for each of float32, unrolled, are too many for registers and
+        # compiler.
+        DEPTH: tl.constexpr = BLOCK_K if PRECISION == "tf32x3" else PADDED_IN
+        BLOCKS: tl.constexpr = PADDED_IN // DEPTH
         for ky in tl.range(0, TAPS, num_stages=1):
-            for kx in tl.range(0, TAPS, num_stages=PIPELINE):
+            for step in tl.range(0, TAPS * BLOCKS, num_stages=PIPELINE):
                 acc0, acc1 = _at_tap(
-                    acc0, acc1, x, w, normalization, iy, ix, inside, ky, kx, pixels, height, width, first, CHANNELS,
-                    PADDED_IN, TAPS, BLOCK_K, BLOCK_0, BLOCK_1, WEIGHT_COLUMNS, MASKED, BORDER, NORMALIZE, PITCH,
-                    SHUFFLE, WIDE, PRECISION,
+                    acc0, acc1, x, w, normalization, iy, ix, inside, ky, step // BLOCKS, step % BLOCKS * DEPTH,
+                    pixels, height, width, first, CHANNELS, PADDED_IN, DEPTH, TAPS, BLOCK_K, BLOCK_0, BLOCK_1,
+                    WEIGHT_COLUMNS, MASKED, BORDER, NORMALIZE, PITCH, SHUFFLE, WIDE, PRECISION,
                 )  # fmt: skip
     elif PIPELINE > 1:
         # Rows of taps in a loop, which the compiler pipelines through asynchronous copies; all nine taps in one loop
@@ -246,16 +253,16 @@ def _accumulate(
         for ky in tl.range(0, TAPS, num_stages=PIPELINE):
             for kx in tl.static_range(0, TAPS):
                 acc0, acc1 = _at_tap(
-                    acc0, acc1, x, w, normalization, iy, ix, inside, ky, kx, pixels, height, width, first, CHANNELS,
-                    PADDED_IN, TAPS, BLOCK_K, BLOCK_0, BLOCK_1, WEIGHT_COLUMNS, MASKED, BORDER, NORMALIZE, PITCH,
-                    SHUFFLE, WIDE, PRECISION,
+                    acc0, acc1, x, w, normalization, iy, ix, inside, ky, kx, 0, pixels, height, width, first, CHANNELS,
+                    PADDED_IN, PADDED_IN, TAPS, BLOCK_K, BLOCK_0, BLOCK_1, WEIGHT_COLUMNS, MASKED, BORDER, NORMALIZE,
+                    PITCH, SHUFFLE, WIDE, PRECISION,
                 )  # fmt: skip
     else:
         for tap in tl.static_range(0, TAPS * TAPS):
             acc0, acc1 = _at_tap(
-                acc0, acc1, x, w, normalization, iy, ix, inside, tap // TAPS, tap % TAPS, pixels, height, width, first,
-                CHANNELS, PADDED_IN, TAPS, BLOCK_K, BLOCK_0, BLOCK_1, WEIGHT_COLUMNS, MASKED, BORDER, NORMALIZE,
-                PITCH, SHUFFLE, WIDE, PRECISION,
+                acc0, acc1, x, w, normalization, iy, ix, inside, tap // TAPS, tap % TAPS, 0, pixels, height, width,
+                first, CHANNELS, PADDED_IN, PADDED_IN, TAPS, BLOCK_K, BLOCK_0, BLOCK_1, WEIGHT_COLUMNS, MASKED, BORDER,
+                NORMALIZE, PITCH, SHUFFLE, WIDE, PRECISION,
             )  # fmt: skip
     return acc0, acc1
 
@@ -428,7 +435,7 @@ def _kernel(
         "WIDE": is_wide,
         "PRECISION": precision,
     }
-    return Kernel(convolution_kernel, constants, config.warps)
+    return Kernel(convolution_kernel, constants, config.warps, config.registers)
 
 
 def convolve(

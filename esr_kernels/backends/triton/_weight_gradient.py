@@ -170,8 +170,13 @@ def reduce_kernel(
             tl.store(gb + n, total.to(gb.dtype.element_ty), mask=n < out_channels)
 
 
-def _block(channels: int) -> int:
-    return min(64, max(16, next_power_of_two(channels)))
+def _blocks(channels: int, out_channels: int, dtype: torch.dtype, exact: str) -> tuple[int, int]:
+    """Input and output channels of a program; three products for each of float32 leave registers for half as many."""
+
+    def block(channels: int, largest: int) -> int:
+        return min(largest, max(16, next_power_of_two(channels)))
+
+    return block(channels, 64), block(out_channels, 32 if dtype == torch.float32 and exact != "tf32" else 64)
 
 
 @lru_cache(maxsize=1024)
@@ -189,7 +194,7 @@ def _kernel(
     is_wide: bool,
     exact: str,
 ) -> Kernel:
-    block_k, block_n = _block(channels), _block(out_channels)
+    block_k, block_n = _blocks(channels, out_channels, dtypes[0], exact)
     sums = {
         "CHANNELS": channels,
         "OUT_CHANNELS": out_channels,
@@ -209,7 +214,7 @@ def _kernel(
         "WIDE": is_wide,
         "PRECISION": exact,
     }
-    return Kernel(weight_gradient_kernel, sums, config.warps)
+    return Kernel(weight_gradient_kernel, sums, config.warps, config.registers)
 
 
 @lru_cache(maxsize=64)
@@ -239,7 +244,8 @@ def weight_gradient(
         return
     channels, out_channels = x.channels, g.channels
     dtype, exact = x.tensor.dtype, precision(x.tensor.dtype)
-    config = choose("weight_gradient", dtype, exact, _block(channels), _block(out_channels))
+    block_k, block_n = _blocks(channels, out_channels, dtype, exact)
+    config = choose("weight_gradient", dtype, exact, block_k, block_n)
     sums = _kernel(
         channels,
         out_channels,
@@ -257,7 +263,6 @@ def weight_gradient(
     tiles_y, tiles_x = ceil_div(g.height, config.tile[0]), ceil_div(g.width, config.tile[1])
     tiles = g.tensor.shape[0] * tiles_y * tiles_x
     splits = min(_SPLITS, ceil_div(tiles, _TILES))
-    block_k, block_n = _block(channels), _block(out_channels)
     k_blocks, n_blocks = ceil_div(channels, block_k), ceil_div(out_channels, block_n)
     rows, columns = k_blocks * block_k, n_blocks * block_n
     size = taps * taps * rows * columns

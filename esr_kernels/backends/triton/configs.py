@@ -32,11 +32,14 @@ class Config(NamedTuple):
         tile: pixels of one program, (height, width); kernels over flat pixels take their product.
         warps: of one program.
         pipeline: 1: everything unrolled; 2, 3: a loop whose loads run ahead, with as many stages.
+        registers: that a thread may have at most; 0: the assembler's choice, which now and then spills a few bytes to
+            keep more programs resident.
     """
 
     tile: tuple[int, int]
     warps: int
     pipeline: int
+    registers: int = 0
 
     @property
     def pixels(self) -> int:
@@ -62,7 +65,7 @@ SPACE: dict[str, tuple[Config, ...]] = {
 
 # The interpreter takes a program's time for its number of operations, hardly for their size.
 _INTERPRETED = {
-    "convolution": Config((16, 32), 4, 2),
+    "convolution": Config((16, 32), 4, 1),
     "conv1x1": Config((1, 512), 4, 1),
     "weight_gradient": Config((16, 32), 4, 1),
     "esa_reduce": Config((8, 8), 4, 2),
@@ -156,11 +159,19 @@ def parse(data: dict[str, Any]) -> dict[str, Config]:
     """
     try:
         return {
-            k: Config((int(c["tile"][0]), int(c["tile"][1])), int(c["warps"]), int(c["pipeline"]))
+            k: Config(
+                (int(c["tile"][0]), int(c["tile"][1])), int(c["warps"]), int(c["pipeline"]), int(c.get("registers", 0))
+            )
             for k, c in data["configurations"].items()
         }
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"not a file of Triton configurations ({type(error).__name__}: {error})") from None
+
+
+def entry(config: Config) -> dict[str, Any]:
+    """The configuration in a file; `parse` reads it."""
+    data = {"tile": list(config.tile), "warps": config.warps, "pipeline": config.pipeline}
+    return data | ({"registers": config.registers} if config.registers else {})
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -484,7 +484,7 @@ def _reduce_kernel(
         "LOOP": config.pipeline > 1,
         "PRECISION": exact,
     }
-    return Kernel(reduce_kernel, constants, config.warps)
+    return Kernel(reduce_kernel, constants, config.warps, config.registers)
 
 
 @lru_cache(maxsize=256)
@@ -512,7 +512,7 @@ def _gate_kernel(
         "WIDE": is_wide,
         "PRECISION": exact,
     }
-    return Kernel(gate_kernel, constants, config.warps)
+    return Kernel(gate_kernel, constants, config.warps, config.registers)
 
 
 def _dtype_of(t: Tensor | None) -> torch.dtype | None:
@@ -595,7 +595,7 @@ def _gate_backward_kernel(
         "WIDE": is_wide,
         "PRECISION": exact,
     }
-    return Kernel(gate_backward_kernel, constants, config.warps)
+    return Kernel(gate_backward_kernel, constants, config.warps, config.registers)
 
 
 _BLOCK = 256

@@ -40,15 +40,17 @@ class Kernel:
             those whose name ends in `batch` or `size` 64-bit ones, tensors pointers and None a compile-time None.
         constants: the compile-time arguments by name, in the function's order.
         num_warps: of the launch.
+        registers: that a thread may have, 0: as many as the assembler chooses.
     """
 
-    def __init__(self, function: Any, constants: dict[str, Any], num_warps: int) -> None:
+    def __init__(self, function: Any, constants: dict[str, Any], num_warps: int, registers: int = 0) -> None:
         names = list(function.arg_names)
         self.function = function
         self.runtime = tuple(names[: len(names) - len(constants)])
         assert names[len(self.runtime) :] == list(constants), "compile-time arguments differ from the function's"
         self.constants = tuple(constants.values())
         self.num_warps = num_warps
+        self.registers = registers
         self.interpreted = not isinstance(function, JITFunction)
         self._variants: dict[tuple[int, bool], Any] = {}
 
@@ -102,7 +104,8 @@ class Kernel:
 
     def compile(self, target: GPUTarget, args: Sequence[Any], aligned: bool = True) -> Any:
         """The kernel compiled for a GPU that need not be here."""
-        return triton.compile(self.source(args, aligned), target=target, options={"num_warps": self.num_warps})
+        options = {"num_warps": self.num_warps} | ({"maxnreg": self.registers} if self.registers else {})
+        return triton.compile(self.source(args, aligned), target=target, options=options)
 
     def _load(self, device: int, args: Sequence[Any], aligned: bool) -> tuple[Any, Any, Any]:
         major, minor = torch.cuda.get_device_capability(device)

@@ -3,12 +3,14 @@
     python -m esr_kernels.backends.triton.resources --arch 90 --json resources.json
 
 `collect` runs operators without launching anything and keeps what they would have launched; `inspect` compiles one such
-launch and reads registers, spills, shared memory and instructions out of the binary.
+launch and reads registers and spills out of the binary, instructions out of its PTX: disassembling takes as long as
+compiling.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -37,7 +39,8 @@ SHARED_TOTAL = {80: 164 * 1024, 86: 100 * 1024, 89: 100 * 1024, 90: 228 * 1024} 
 MAXIMUM_WARPS = {80: 64, 86: 48, 89: 48, 90: 64}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 Choice = Callable[[str], configs.Config | None]
-_TENSOR_CORE = ("HMMA", "HGMMA")
+_TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async)\b")
+_ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\b")
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Launch:
     def key(self) -> tuple[Any, ...]:
         """Equal for launches that compile to the same binary."""
         types = tuple(a.dtype if isinstance(a, Tensor) else type(a) for a in self.args)
-        return self.kernel.function.__name__, self.kernel.constants, self.kernel.num_warps, types
+        kernel = self.kernel
+        return kernel.function.__name__, kernel.constants, kernel.num_warps, kernel.registers, types
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,10 @@ class Resources:
         registers: per thread.
         spilled: bytes of local memory per thread.
         shared: bytes per program.
-        tensor_core: matrix instructions in the binary.
-        async_copies: asynchronous copies to shared memory in the binary.
+        tensor_core: matrix instructions.
+        async_copies: asynchronous copies to shared memory.
         dots: whether the kernel has matrix products.
+        seconds: of CPU time that compiling took; next to nothing where Triton's cache had it.
     """
 
     operator: str
@@ -90,6 +95,7 @@ class Resources:
     tensor_core: int
     async_copies: int
     dots: bool
+    seconds: float
 
     @property
     def resident_warps(self) -> int:
@@ -161,25 +167,22 @@ def _tool(name: str) -> str:
 
 def inspect(item: Launch, arch: int) -> Resources:
     """Compile a launch for an architecture and read the binary."""
+    before = os.times()
     compiled = item.kernel.compile(GPUTarget("cuda", arch, 32), item.args)
+    seconds = sum(os.times()[:4]) - sum(before[:4])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-
-        def dump(option: str) -> str:
-            return subprocess.run(
-                [_tool("cuobjdump"), option, file.name], capture_output=True, text=True, check=True
-            ).stdout
-
-        usage, sass = dump("--dump-resource-usage"), dump("-sass")
+        command = [_tool("cuobjdump"), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     counts = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert counts is not None, usage
-    names = item.kernel.function.arg_names[len(item.kernel.runtime) :]
-    constants = dict(zip(names, item.kernel.constants, strict=True))
+    constants = _constants(item)
     shape = f"{constants['TILE_H']}x{constants['TILE_W']}" if "TILE_H" in constants else ""
     shape = shape or str(constants.get("PIXELS", constants.get("BLOCK", "")))
     stages = constants.get("PIPELINE", 1)
     config = f"{shape}, {item.kernel.num_warps} warps" + (f", {stages} stages" if stages > 1 else "")
+    config += f", {item.kernel.registers} registers at most" if item.kernel.registers else ""
     return Resources(
         item.operator,
         item.kernel.function.__name__,
@@ -189,9 +192,10 @@ def inspect(item: Launch, arch: int) -> Resources:
         int(counts[1]),
         int(counts[2]) + int(counts[3]),
         compiled.metadata.shared,
-        sum(len(re.findall(rf"\b{name}\b", sass)) for name in _TENSOR_CORE),
-        len(re.findall(r"\bLDGSTS\b", sass)),
+        len(_TENSOR_CORE.findall(compiled.asm["ptx"])),
+        len(_ASYNC_COPY.findall(compiled.asm["ptx"])),
         "tt.dot" in compiled.asm["ttir"],
+        seconds,
     )
 
 
@@ -252,24 +256,37 @@ def model_launches(
     return unique(found)
 
 
-def shipped(arch: int, *, quick: bool = False) -> list[Launch]:
-    """Networks in every dtype, operators and their gradients in float16 and float32, with their shipped configurations.
+def networks(arch: int) -> list[Launch]:
+    """The launches of whole networks in every dtype, with their shipped configurations."""
+    return [item for name in DTYPES for item in model_launches(arch, name)]
 
-    With `quick` each configuration once per mode of its kernel, which is enough where the instructions are those of
-    another architecture.
+
+def shipped(arch: int, *, quick: bool = False) -> list[Launch]:
+    """Networks, operators and their gradients in every dtype, with their shipped configurations.
+
+    With `quick` networks in float16, and of operators and gradients in float16 and float32 each kernel with each of its
+    tiles once per mode, on most channels. Where the instructions are those of another architecture, SPAN in float16 and
+    each kernel once per mode.
     """
-    found: list[Launch] = []
-    for name in DTYPES:
-        found += model_launches(arch, name)
-    for name in ("float16", "float32"):
-        found += operator_launches(arch, name)
-    found = unique(found)
     if not quick:
-        return found
+        return unique(networks(arch) + [item for name in DTYPES for item in operator_launches(arch, name)])
+    if arch in _LIKE:
+        return unique(model_launches(arch, "float16", ("span",)) + _demanding(operator_launches(arch, "float16")))
     groups: dict[Any, list[Launch]] = {}
-    for item in found:
-        groups.setdefault((item.config, item.kernel.function.__name__), []).append(item)
-    return [item for group in groups.values() for item in _demanding(group)]
+    for item in operator_launches(arch, "float16") + operator_launches(arch, "float32"):
+        kind = item.config and (item.config.rpartition("/")[0], item.kernel.num_warps, *_tile(item))
+        groups.setdefault(kind, []).append(item)
+    found = model_launches(arch, "float16")
+    return unique(found + [item for group in groups.values() for item in _demanding(group)])
+
+
+def _constants(item: Launch) -> dict[str, Any]:
+    names = item.kernel.function.arg_names[len(item.kernel.runtime) :]
+    return dict(zip(names, item.kernel.constants, strict=True))
+
+
+def _tile(item: Launch) -> tuple[Any, ...]:
+    return tuple(_constants(item).get(name) for name in ("TILE_H", "TILE_W", "PIXELS", "PIPELINE"))
 
 
 # --- configurations from resources ------------------------------------------------------------------------------------
@@ -280,7 +297,10 @@ _CANDIDATES: dict[str, tuple[configs.Config, ...]] = {
     "convolution": (
         configs.Config((8, 16), 4, 2),
         configs.Config((4, 16), 4, 2),
+        configs.Config((4, 16), 4, 3),
+        configs.Config((4, 16), 4, 2, 255),
         configs.Config((2, 16), 4, 2),
+        configs.Config((2, 16), 4, 2, 255),
         configs.Config((2, 16), 4, 1),
     ),
     "weight_gradient": tuple(
@@ -294,20 +314,36 @@ _ENOUGH_WARPS = 8
 
 
 def _demanding(launches: Sequence[Launch]) -> list[Launch]:
-    """Those that stand for the others: one of each mode, with a residual and a second result where there is one."""
+    """Those that stand for the others: one of each mode, with a residual and a second result where there is one, and
+    of these the one with most channels."""
 
-    def constants(item: Launch) -> dict[str, Any]:
-        names = item.kernel.function.arg_names[len(item.kernel.runtime) :]
-        return dict(zip(names, item.kernel.constants, strict=True))
+    def demand(item: Launch) -> tuple[Any, ...]:
+        c = _constants(item)
+        channels = c.get("CHANNELS", 0) * c.get("OUT_CHANNELS", 1)
+        return c.get("RESIDUAL", "none") != "none", bool(c.get("SECOND")), channels if type(channels) is int else 0
 
     found: dict[Any, Launch] = {}
-    for item in sorted(launches, key=lambda i: (constants(i).get("RESIDUAL") != "none", constants(i).get("SECOND"))):
-        found[item.kernel.function.__name__, constants(item).get("MODE")] = item
+    for item in sorted(launches, key=demand):
+        function = item.kernel.function  # two modules have a `reduce_kernel`
+        found[function.__module__, function.__name__, _constants(item).get("MODE")] = item
     return list(found.values())
 
 
+def _resident_warps(launches: Sequence[Launch], arch: int) -> int | None:
+    """The fewest that any of the launches leaves, `_ENOUGH_WARPS` at most; None: one of them has a problem."""
+    warps = _ENOUGH_WARPS
+    demanding = _demanding(launches)
+    first = {item.key for item in demanding}
+    for item in demanding + [item for item in launches if item.key not in first]:
+        found = inspect(item, arch)
+        if found.problem:
+            return None
+        warps = min(warps, found.resident_warps)
+    return warps
+
+
 def select(arch: int, name: str, log: Callable[[str], None] = print) -> dict[str, configs.Config]:
-    """For every configuration key of a dtype the most preferred candidate without a problem."""
+    """For every configuration key of a dtype the most preferred candidate without a problem in any of its kernels."""
     found: dict[str, configs.Config] = {}
     by_candidate: list[dict[str, list[Launch]]] = []
     for i in range(max(map(len, _CANDIDATES.values()))):
@@ -327,12 +363,11 @@ def select(arch: int, name: str, log: Callable[[str], None] = print) -> dict[str
         options = _CANDIDATES[key.partition("/")[0]]
         best: tuple[int, configs.Config] | None = None
         for option, launches in zip(options, by_candidate, strict=False):
-            results = [inspect(item, arch) for item in _demanding(launches[key])]
-            if any(r.problem for r in results):
+            warps = _resident_warps(launches[key], arch)
+            if warps is None:
                 continue
-            warps = min(r.resident_warps for r in results)
-            if best is None or min(warps, _ENOUGH_WARPS) > best[0]:
-                best = min(warps, _ENOUGH_WARPS), option
+            if best is None or warps > best[0]:
+                best = warps, option
             if best[0] == _ENOUGH_WARPS:
                 break
         if best is None:
@@ -350,12 +385,9 @@ _LIKE = {80: 86, 89: 86}
 def write(arch: int, folder: Path, log: Callable[[str], None] = print) -> None:
     """Write `sm_<arch>.json`, the configurations of GPUs that nobody has measured yet, and those of its like."""
     table: dict[str, Any] = {}
-    for name in ("float16", "tf32", "float32"):
+    for name in DTYPES:
         for key, config in select(arch, name, log).items():
-            entry = {"tile": list(config.tile), "warps": config.warps, "pipeline": config.pipeline}
-            table[key] = entry
-            if name == "float16":
-                table[key.replace("float16", "bfloat16")] = entry
+            table[key] = configs.entry(config)
     for same in (arch, *(a for a, like in _LIKE.items() if like == arch)):
         data = {
             "device": f"sm_{same}",
@@ -369,14 +401,17 @@ def write(arch: int, folder: Path, log: Callable[[str], None] = print) -> None:
 
 def markdown(results: Sequence[Resources]) -> str:
     """The resource table of `docs/gpu.md`: the largest of every operator, kernel and configuration."""
+    largest: dict[Any, Resources] = {}
+    for r in sorted(results, key=lambda r: (r.spilled, r.registers, r.shared)):
+        largest[r.operator, r.kernel, r.config, r.arch] = r
     lines = [
-        "| operator | kernel | tile, warps | sm | registers | shared, KiB | warps/SM |",
-        "|---|---|---|---|---|---|---|",
+        "| operator | kernel | tile, warps | sm | registers | spilled, bytes | shared, KiB | warps/SM |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for r in results:
+    for r in dict.fromkeys(largest[r.operator, r.kernel, r.config, r.arch] for r in results):
         lines.append(
             f"| {r.operator} | {r.kernel.removesuffix('_kernel')} | {r.config} | {r.arch} | {r.registers} | "
-            f"{r.shared / 1024:.0f} | {r.resident_warps} |"
+            f"{r.spilled} | {r.shared / 1024:.0f} | {r.resident_warps} |"
         )
     return "\n".join(lines)
 
@@ -387,7 +422,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--select", type=Path, metavar="FOLDER", help="choose configurations and write them there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there")
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/gpu.md")
-    parser.add_argument("--quick", action="store_true", help="each configuration once per mode of its kernel")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="fewer: each kernel with each of its tiles once per mode")
+    which.add_argument("--networks", action="store_true", help="networks only, without single operators")
     options = parser.parse_args(argv)
     if options.select is not None:
         for arch in set(options.arch) - set(_LIKE):
@@ -395,16 +432,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     results = []
     for arch in options.arch:
-        items = shipped(arch, quick=options.quick)
-        for item in items:
-            results.append(inspect(item, arch))
+        for item in networks(arch) if options.networks else shipped(arch, quick=options.quick):
+            r = inspect(item, arch)
+            results.append(r)
             if not options.markdown:
-                r = results[-1]
                 print(
-                    f"sm_{arch} {r.operator}: {r.kernel} {r.config}: {r.registers} registers, {r.shared} bytes shared"
-                    f"{', ' + r.problem if r.problem else ''}",
+                    f"sm_{arch} {r.operator}: {r.kernel} {r.config}: {r.registers} registers, {r.shared} bytes shared, "
+                    f"compiled in {r.seconds:.1f} s{', ' + r.problem if r.problem else ''}",
                     flush=True,
                 )
+    spilling = sum(r.spilled > 0 for r in results)
+    print(
+        f"{len(results)} kernels compiled in {sum(r.seconds for r in results):.0f} s, {spilling} spill", file=sys.stderr
+    )
     if options.markdown:
         print(markdown(results))
     if options.json is not None:

@@ -181,9 +181,7 @@ def tune(
         "capability": list(capability),
         "measured": True,
         "triton": triton.__version__,
-        "configurations": {
-            key: {"tile": list(c.tile), "warps": c.warps, "pipeline": c.pipeline} for key, c in sorted(best.items())
-        },
+        "configurations": {key: configs.entry(c) for key, c in sorted(best.items())},
         "times": times,
         "not_reached": left,
     }
