@@ -163,7 +163,7 @@ def host_times(models: Sequence[str], arch: int, seconds: float) -> dict[str, di
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.triton_host", description=__doc__)
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, default=90, help="default: 90")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), help="default: all")
     parser.add_argument("--dtype", nargs="*", choices=DTYPES, default=list(DTYPES), help="to compile; default: all")
     parser.add_argument("--seconds", type=float, default=10.0, help="for the times of each call (default: 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there")

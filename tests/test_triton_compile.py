@@ -53,7 +53,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[st
 def test_no_kernel_spills_or_asks_for_too_much(compiled: dict[int, list[dict[str, Any]]], arch: int) -> None:
     assert len(compiled[arch]) > (20 if arch in (80, 89) else 45)
     assert not [r for r in compiled[arch] if r["problem"]]
-    assert {r["operator"].split()[0] for r in compiled[arch]} >= {"span", "conv3x3", "esa", "bsconv"}
+    assert {r["operator"].split()[0] for r in compiled[arch]} >= {"span", "spab", "esa", "bsconv"}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -93,6 +93,15 @@ for label, config, arch in (
     assert lines[0].startswith("spills ")
     assert lines[1].startswith("needs ") and lines[1].endswith("the limit is 101376")
     assert lines[2] == "None"
+
+
+def test_host_time_is_measured_without_a_gpu(tmp_path: Path) -> None:
+    file = tmp_path / "host.json"
+    done = run("-m", "bench.triton_host", "--models", "--dtype", "--seconds", "0.2", "--json", str(file))
+    assert done.returncode == 0, done.stderr[-2000:]
+    host = json.loads(file.read_text())["host"]["conv3x3"]
+    assert 0 < max(host["recorded"], host["each anew"]) < host["by Triton"]
+    assert "conv3x3" in done.stdout
 
 
 def test_tuning_refuses_a_machine_without_a_gpu(tmp_path: Path) -> None:
