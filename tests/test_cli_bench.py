@@ -16,6 +16,7 @@ import esr_kernels
 from esr_kernels import cases, dispatch
 from esr_kernels.cli import main
 from esr_kernels.commands import _bench_train
+from esr_kernels.optimize.model import _Optimizer
 
 
 def command(*argv: str) -> int:
@@ -27,12 +28,26 @@ def command(*argv: str) -> int:
 
 
 def corrupt(monkeypatch: pytest.MonkeyPatch, operator: str, damage: Any) -> None:
-    """From now on the results of one registered operator go through `damage` first."""
-    run = dispatch.run
+    """From now on the results of one registered operator go through `damage` first.
+
+    Not while `optimize` compares: it refuses what it finds wrong, and the commands have to find what it missed.
+    """
+    run, optimize = dispatch.run, esr_kernels.optimize
+    optimizing = False
+
+    def whole(*args: Any, **options: Any) -> Any:
+        nonlocal optimizing
+        optimizing = True
+        try:
+            return optimize(*args, **options)
+        finally:
+            optimizing = False
+
+    monkeypatch.setattr(esr_kernels, "optimize", whole)
 
     def damaged(name: str, args: tuple[Any, ...]) -> Any:
         result = run(name, args)
-        if name != operator:
+        if name != operator or optimizing:
             return result
         return damage(result) if isinstance(result, Tensor) else type(result)(damage(t) for t in result)
 
@@ -403,6 +418,20 @@ def test_verify_fails_on_a_wrong_result(
     assert "FAILED" in captured.err
     for r in json.loads(target.read_text())["comparisons"]:
         assert r["ok"] is (r["form"] != form)
+
+
+def test_verify_fails_where_optimize_refuses_what_it_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def compare(self: Any, candidate: Any) -> list[tuple[int, str]]:
+        return [(2, "[2x3x35x41] planted")]
+
+    monkeypatch.setattr(_Optimizer, "_compare", compare)
+    target = tmp_path / "verify.json"
+    assert command("verify", "--backend", "reference", *SMALL, "--json", str(target)) == 1
+    assert "differs from the original: [2x3x35x41] planted" in capsys.readouterr().out
+    comparisons = json.loads(target.read_text())["comparisons"]
+    assert {(r["form"], r["ok"]) for r in comparisons} == {("modules", True), ("optimized", False)}
 
 
 def test_verify_of_a_backend_that_cannot_run_is_a_failure(capsys: pytest.CaptureFixture[str]):

@@ -450,7 +450,7 @@ def test_models_are_checked_and_timed():
     assert all(entry["median_us"] > 0 for entry in found["engines"].values())
     fused, _ = cases.model_pair("span")
     optimized = esr_kernels.optimize(fused)
-    weights = roofline.total_bytes(list(optimized.buffers()))
+    weights = roofline.total_bytes([*optimized.parameters(), *optimized.buffers()])
     assert optimized.plan is not None and found["flop"] == optimized.plan.flops(1, 16, 16)
     assert found["bytes"] == 4 * (3 * 16 * 16 + 3 * 64 * 64) + weights
     assert found["layer_bytes"] > found["bytes"]

@@ -149,35 +149,38 @@ def _verify(
     model: _Model, form: str, backend: str, device: str, dtype: torch.dtype
 ) -> tuple[list[dict[str, Any]], str | None]:
     """One comparison per input, and why the backend could not run it (None: it did)."""
+    common = {
+        "model": model.name,
+        "form": form,
+        "backend": backend,
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+    def failure(problem: str) -> list[dict[str, Any]]:
+        check = cases.Check(float("inf"), float("inf"), 0.0, problem)
+        return [{**common, "input": "-", "not_fused": [], **check.to_json()}]
+
     records = []
     try:
         with use_backend(backend):
             function = model.form(form, device, dtype)
-            left = function.report().left if isinstance(function, OptimizedModel) else []
+            report = function.report() if isinstance(function, OptimizedModel) else None
+            if report is not None and report.wrong:
+                # What runs in its place is right, and would hide it.
+                return failure("; ".join(report.wrong)), None
+            left = [] if report is None else report.left
             for image, picture in model.inputs.items():
                 with torch.inference_mode():
                     result = function(picture.to(device, dtype))
                 reference = model.reference(image, dtype)
                 check = cases.compare(result, reference, model.tolerance(image, dtype, device), dtype)
-                records.append(
-                    {
-                        "model": model.name,
-                        "form": form,
-                        "backend": backend,
-                        "device": device,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "input": image,
-                        "not_fused": left,
-                        **check.to_json(),
-                    }
-                )
+                records.append({**common, "input": image, "not_fused": left, **check.to_json()})
     except BackendError as error:
         return [], str(error)
     except OptimizeError as error:
         # Not a matter of the backend: the model should have become a plan.
-        failed = cases.Check(float("inf"), float("inf"), 0.0, str(error)).to_json()
-        key = {"model": model.name, "form": form, "backend": backend, "device": device}
-        return [{**key, "dtype": str(dtype).removeprefix("torch."), "input": "-", "not_fused": [], **failed}], None
+        return failure(str(error)), None
     return records, None
 
 

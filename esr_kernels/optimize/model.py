@@ -379,7 +379,7 @@ class _Optimizer:
                 break
             # A branch on the size of the batch: the graph for several images is not that for one.
             if example.shape[0] == 1 or any(n > 1 for n, _ in wrong):
-                return self._as_it_was(["differs from the original: " + "; ".join(text for _, text in wrong)])
+                return self._as_it_was(self._refuse("differs from the original: " + "; ".join(t for _, t in wrong)))
         if candidate is None or lowered is None:
             candidate = self._by_module()
             if candidate is None:
@@ -408,6 +408,11 @@ class _Optimizer:
         return self
 
     # --- comparison
+
+    def _refuse(self, difference: str) -> list[str]:
+        """Note that what was fused is wrong; returns why it is left as it was."""
+        self.report.wrong.append(difference)
+        return [difference]
 
     def _images(self) -> list[Tensor]:
         """Sample images in the range of the model's data; the first is of the size of the example."""
@@ -509,7 +514,7 @@ class _Optimizer:
         wrong = self._compare(network)
         if wrong:
             self.report.fused = []
-            self.report.left.append("module by module it differs: " + "; ".join(text for _, text in wrong))
+            self.report.left += self._refuse("module by module it differs: " + "; ".join(text for _, text in wrong))
             return None
         return network
 
@@ -524,7 +529,9 @@ class _Optimizer:
             self.weights = [w.to(dtype) for w in self.weights]
             self.module = self.module.to(dtype)
             if dtype == torch.float32 and not self._is_close(self.module, x, dtype):
-                self._as_it_was([f"on the sample image {list(x.shape)} the kernels differ from the original"])
+                self._as_it_was(
+                    self._refuse(f"on the sample image {list(x.shape)} the kernels differ from the original")
+                )
                 self.plan, self.weights, self.report.whole = None, [], False
             return
         half = _in(self.module, dtype)

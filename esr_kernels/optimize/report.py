@@ -16,6 +16,7 @@ class Report:
         fused: one line per layer that runs in a plan.
         left: one line per kind of operation that stayed plain PyTorch, with the reason; empty when the whole network
             fused.
+        wrong: what the fused network differed in, where it was refused because it differed from the original.
         graphs: one line per CUDA graph captured so far, and one per reason why a call that should have one has none.
         whole: whether the network runs as one operator.
         share: fused part of the floating-point operations, 0..1; None where nothing is counted.
@@ -27,6 +28,7 @@ class Report:
 
     fused: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
     graphs: list[str] = field(default_factory=list)
     whole: bool = False
     share: float | None = None
