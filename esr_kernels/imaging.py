@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import struct
 import zlib
 from dataclasses import dataclass, replace
@@ -15,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin, features
 from torch import Tensor
+
+from .files import atomically, temporary_name
 
 EXTENSIONS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_PIXELS = 100_000_000
@@ -340,16 +341,11 @@ def check_output(path: str | Path, height: int, width: int, *, transparent: bool
         if not folder.is_dir():
             raise ImageError(f"{path}: there is no folder {folder}")
         path.exists()
-        temporary = _temporary(path)
+        temporary = temporary_name(path)
         temporary.touch(exist_ok=False)
         temporary.unlink()
     except OSError as error:
         raise ImageError(f"{path}: cannot be written: {error.strerror or _line(error)}") from None
-
-
-def _temporary(path: Path) -> Path:
-    """A new name in the same folder; short, as the picture's own may have the longest allowed."""
-    return path.with_name(f".esr-{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
 def write_image(path: str | Path, picture: Picture, *, quality: int = 95) -> None:
@@ -374,19 +370,17 @@ def write_image(path: str | Path, picture: Picture, *, quality: int = 95) -> Non
         picture = replace(picture, alpha=None)
     if kind != "PNG" and picture.depth == 16:
         picture = _to_8_bits(picture)
-    temporary = _temporary(path)
-    try:
-        with temporary.open("xb") as file:
+
+    def encode(part: Path) -> None:
+        with part.open("xb") as file:
             _encode(file, picture, kind, quality)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+
+    try:
+        atomically(path, encode)
     except ImageError:
         raise
     except (OSError, ValueError, struct.error) as error:
         raise ImageError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or _line(error)}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _to_8_bits(picture: Picture) -> Picture:

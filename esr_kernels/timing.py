@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import atomically
+
 __all__ = ["EventClock", "Timing", "alternate", "machine", "machine_line", "table", "thread_count", "write_json"]
 
 MINIMUM_ROUNDS = 3  # what a budget cannot cut: a median of fewer samples says nothing
@@ -406,13 +408,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     if target.is_dir():
         raise ValueError(f"path: expected a file, {target} is a folder")
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    atomically(target, lambda part: part.write_text(text, encoding="utf-8"))
     return target
 
 

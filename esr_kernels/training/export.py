@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save
 from torch import Tensor
 
+from ..files import atomically
 from ..timing import machine, machine_line, write_json
 from .evaluate import BORDER, bicubic_psnr, validate
 
@@ -18,22 +17,6 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 WEIGHTS, CARD, PAGE = "model.safetensors", "model.json", "model.md"
-
-
-def atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file under another name, then give it its own: readers see the old file or the whole new one.
-
-    Raises:
-        OSError: of the file.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ..errors import TrainingError
+from ..files import atomically
 from .data import Pictures
 from .evaluate import upscaled
-from .export import atomically
 from .resize import bicubic, downscale
 
 if TYPE_CHECKING:

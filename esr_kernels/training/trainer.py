@@ -26,6 +26,7 @@ from python_models.base import Network
 from .. import reparam
 from ..checkpoint import load_state_dict
 from ..errors import TrainingError
+from ..files import atomically
 from ..timing import write_json
 from . import initialize
 from .config import Config, ConfigError, Stage, differences, expanded
@@ -33,7 +34,7 @@ from .data import Crops, Pictures, batches, find_pictures, worker_count
 from .distributed import Process
 from .ema import EMA
 from .evaluate import validate
-from .export import atomically, export, save_tensors
+from .export import export, save_tensors
 from .log import Log, Scalars
 from .losses import WeightedLoss
 from .photographs import HELD_OUT, TRAIN, files
