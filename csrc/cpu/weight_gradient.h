@@ -59,42 +59,8 @@ ESR_INLINE void transform_weight(const Vec (&m)[6], Vec (&y)[3]) {
   y[2] = add(fma(set1(1.0f / 6), sum2, mul(set1(-1.0f / 6), sum1)), m[5]);
 }
 
-// V vectors of channels of a run of 4x4 tiles, to plane positions `out` + k * plane.
-template <int V>
-void winograd_gradient_channels(const float* in, int64_t pitch, int64_t step, int64_t tiles, float* out,
-                                int64_t plane) {
-  alignas(64) float half[6 * 4 * kRun * V * kLanes];  // [transformed row][column][V * lanes]
-  const int64_t row = 4 * tiles * V * kLanes;
-  for (int64_t x = 0; x < 4 * tiles; ++x) {
-    ESR_UNROLL for (int v = 0; v < V; ++v) {
-      Vec d[4], y[6];
-      ESR_UNROLL for (int i = 0; i < 4; ++i) d[i] = load(in + i * pitch + x * step + v * kLanes);
-      transform_gradient(d, y);
-      ESR_UNROLL for (int i = 0; i < 6; ++i) store(half + i * row + (x * V + v) * kLanes, y[i]);
-    }
-  }
-  for (int64_t i = 0; i < 6; ++i) {
-    const float* from = half + i * row;
-    float* to = out + i * 6 * plane;
-    for (int64_t t = 0; t < tiles; ++t) {
-      ESR_UNROLL for (int v = 0; v < V; ++v) {
-        Vec d[4], y[6];
-        ESR_UNROLL for (int j = 0; j < 4; ++j) d[j] = load(from + (j * V + v) * kLanes);
-        transform_gradient(d, y);
-        ESR_UNROLL for (int j = 0; j < 6; ++j) store(to + j * plane + v * kLanes, y[j]);
-      }
-      from += 4 * V * kLanes;
-      to += step;
-    }
-  }
-}
-
 inline void winograd_gradient(const float* in, int64_t pitch, int64_t step, int64_t tiles, float* out, int64_t plane) {
-  int64_t c = 0;
-  for (; c + kLineVectors * kLanes <= step; c += kLineVectors * kLanes) {
-    winograd_gradient_channels<kLineVectors>(in + c, pitch, step, tiles, out + c, plane);
-  }
-  for (; c < step; c += kLanes) winograd_gradient_channels<1>(in + c, pitch, step, tiles, out + c, plane);
+  winograd_tiles<4, transform_gradient>(in, pitch, step, tiles, out, plane);
 }
 
 // `rows` x `columns` pixels from (y, x) on, of which those from (height, width) on are zero: [rows][columns][step].

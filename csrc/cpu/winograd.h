@@ -44,16 +44,17 @@ constexpr int64_t kRunColumns = 4 * kRun + 2;
 // Vectors that fill a cache line: written together.
 constexpr int kLineVectors = 16 / kLanes;
 
-// V vectors of channels of a run of tiles, whose first 6x6 pixels start at `in`, to plane positions `out` + k * plane.
-template <int V>
-void winograd_in_channels(const float* in, int64_t pitch, int64_t step, int64_t tiles, float* out, int64_t plane) {
-  alignas(64) float half[6 * kRunColumns * V * kLanes];  // [transformed row][column][V * lanes]
-  const int64_t row = (4 * tiles + 2) * V * kLanes;
-  for (int64_t x = 0; x < 4 * tiles + 2; ++x) {
+// V vectors of channels of a run of tiles, each from the N x N pixels of which the first start at `in`, to plane
+// positions `out` + k * plane. N - 4 columns are shared by neighbours.
+template <int N, void (*kTransform)(const Vec (&)[N], Vec (&)[6]), int V>
+void winograd_tile_channels(const float* in, int64_t pitch, int64_t step, int64_t tiles, float* out, int64_t plane) {
+  alignas(64) float half[6 * (4 * kRun + N - 4) * V * kLanes];  // [transformed row][column][V * lanes]
+  const int64_t columns = 4 * tiles + N - 4, row = columns * V * kLanes;
+  for (int64_t x = 0; x < columns; ++x) {
     ESR_UNROLL for (int v = 0; v < V; ++v) {
-      Vec d[6], y[6];
-      ESR_UNROLL for (int i = 0; i < 6; ++i) d[i] = load(in + i * pitch + x * step + v * kLanes);
-      transform_in(d, y);
+      Vec d[N], y[6];
+      ESR_UNROLL for (int i = 0; i < N; ++i) d[i] = load(in + i * pitch + x * step + v * kLanes);
+      kTransform(d, y);
       ESR_UNROLL for (int i = 0; i < 6; ++i) store(half + i * row + (x * V + v) * kLanes, y[i]);
     }
   }
@@ -62,9 +63,9 @@ void winograd_in_channels(const float* in, int64_t pitch, int64_t step, int64_t 
     float* to = out + i * 6 * plane;
     for (int64_t t = 0; t < tiles; ++t) {
       ESR_UNROLL for (int v = 0; v < V; ++v) {
-        Vec d[6], y[6];
-        ESR_UNROLL for (int j = 0; j < 6; ++j) d[j] = load(from + (j * V + v) * kLanes);
-        transform_in(d, y);
+        Vec d[N], y[6];
+        ESR_UNROLL for (int j = 0; j < N; ++j) d[j] = load(from + (j * V + v) * kLanes);
+        kTransform(d, y);
         ESR_UNROLL for (int j = 0; j < 6; ++j) store(to + j * plane + v * kLanes, y[j]);
       }
       from += 4 * V * kLanes;
@@ -73,12 +74,19 @@ void winograd_in_channels(const float* in, int64_t pitch, int64_t step, int64_t 
   }
 }
 
-inline void winograd_in(const float* in, int64_t pitch, int64_t step, int64_t tiles, float* out, int64_t plane) {
+template <int N, void (*kTransform)(const Vec (&)[N], Vec (&)[6])>
+void winograd_tiles(const float* in, int64_t pitch, int64_t step, int64_t tiles, float* out, int64_t plane) {
   int64_t c = 0;
   for (; c + kLineVectors * kLanes <= step; c += kLineVectors * kLanes) {
-    winograd_in_channels<kLineVectors>(in + c, pitch, step, tiles, out + c, plane);
+    winograd_tile_channels<N, kTransform, kLineVectors>(in + c, pitch, step, tiles, out + c, plane);
   }
-  for (; c < step; c += kLanes) winograd_in_channels<1>(in + c, pitch, step, tiles, out + c, plane);
+  for (; c < step; c += kLanes) {
+    winograd_tile_channels<N, kTransform, 1>(in + c, pitch, step, tiles, out + c, plane);
+  }
+}
+
+inline void winograd_in(const float* in, int64_t pitch, int64_t step, int64_t tiles, float* out, int64_t plane) {
+  winograd_tiles<6, transform_in>(in, pitch, step, tiles, out, plane);
 }
 
 // The pixels under a run of tiles that reaches beyond the ring: what lies there counts as zero, and only pixels that
