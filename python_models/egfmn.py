@@ -18,20 +18,20 @@ from esr_kernels.modules import GDFN, SAFM, LayerNorm2d
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
-from .layers import FUSED, PLAIN, Layers
+from .layers import FUSED, PLAIN
 from .registry import ModelCard, register
 from .table1 import TABLE1
 
 
-class _FMM(nn.Module):
-    """Feature mixing module."""
+class FMM(nn.Module):
+    """Feature mixing module: x + safm(norm(x)), then x + ffd(norm(x)); SAFM and feed-forward network may vary."""
 
-    def __init__(self, layers: Layers, c: int, hidden: int) -> None:
+    def __init__(self, channels: int, safm: nn.Module, ffd: nn.Module) -> None:
         super().__init__()
-        self.norm1 = LayerNorm2d(c)
-        self.safm = SAFM(c, conv1x1=layers.conv1x1)
-        self.norm2 = LayerNorm2d(c)
-        self.ffd = GDFN(c, hidden, gelu=False, conv1x1=layers.conv1x1)
+        self.norm1 = LayerNorm2d(channels)
+        self.safm = safm
+        self.norm2 = LayerNorm2d(channels)
+        self.ffd = ffd
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.safm(self.norm1(x)) + x
@@ -60,7 +60,13 @@ class EGFMN(Network):
         self.scale = upscale
         self.to_feat = self.kit.conv3x3(3, channels)
         hidden = int(channels * ffn_scale)
-        self.feats = nn.Sequential(*(_FMM(self.kit, channels, hidden) for _ in range(num_blocks)))
+        conv1x1 = self.kit.conv1x1
+        self.feats = nn.Sequential(
+            *(
+                FMM(channels, SAFM(channels, conv1x1=conv1x1), GDFN(channels, hidden, gelu=False, conv1x1=conv1x1))
+                for _ in range(num_blocks)
+            )
+        )
         self.to_img = self.kit.upsampler(channels, 3, upscale)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,10 +20,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from esr_kernels.modules import GDFN, SAFM, ElementScale, LayerNorm2d
+from esr_kernels.modules import GDFN, SAFM, ElementScale
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
+from .egfmn import FMM
 from .layers import FUSED, PLAIN, Layers
 from .registry import ModelCard, register
 from .table1 import TABLE1
@@ -55,21 +56,6 @@ class _FeedForward(GDFN):
         return t + self.sigma(t - self.decompose(t))
 
 
-class _FMM(nn.Module):
-    """Feature mixing module."""
-
-    def __init__(self, layers: Layers, c: int, hidden: int) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm2d(c)
-        self.safm = _Modulation(layers, c)
-        self.norm2 = LayerNorm2d(c)
-        self.ffd = _FeedForward(layers, c, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.safm(self.norm1(x)) + x
-        return self.ffd(self.norm2(x)) + x
-
-
 class GFMN(Network):
     """GFMN (report, Table 1, team VIP).
 
@@ -93,15 +79,19 @@ class GFMN(Network):
         self.set_mean()
         self.to_feat = self.kit.conv3x3(3, channels)
         hidden = int(channels * ffn_scale)
-        self.feats = nn.Sequential(*(_FMM(self.kit, channels, hidden) for _ in range(num_blocks)))
+        self.feats = nn.Sequential(
+            *(
+                FMM(channels, _Modulation(self.kit, channels), _FeedForward(self.kit, channels, hidden))
+                for _ in range(num_blocks)
+            )
+        )
         self.to_img = self.kit.upsampler(channels, 3, upscale)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
         deep = self.feats(self.to_feat(x - self.mean))
         # The mean that the end adds, added before the resize, which keeps it.
-        base = F.interpolate(x + self.mean, scale_factor=self.scale, mode="bilinear", align_corners=False)
-        return self.to_img(deep, residual=base)
+        return self.to_img(deep, residual=self.enlarged(x + self.mean))
 
 
 class PlainGFMN(GFMN):

@@ -21,6 +21,7 @@ report has two convolutions there, the published network one.) In training form 
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -75,6 +76,8 @@ class IFADNet(Network):
 
     name = "ifadnet"
     minimum_size = ESA.minimum_size
+    odd_block: ClassVar[type[nn.Module]] = _BFEB
+    even_block: ClassVar[type[nn.Module]] = _RFMB
 
     def __init__(self, *, feature_channels: int = 36, upscale: int = 4, deploy: bool = True) -> None:
         super().__init__()
@@ -82,25 +85,23 @@ class IFADNet(Network):
         self.scale = upscale
         self.set_mean()
         self.fea_conv = b.conv3x3(3, c)
-        self.B1 = _BFEB(b, c)
-        self.B2 = _RFMB(b, c, deploy)
-        self.B3 = _BFEB(b, c)
-        self.B4 = _RFMB(b, c, deploy)
-        self.B5 = _BFEB(b, c)
-        self.B6 = _RFMB(b, c, deploy)
+        for i in range(1, 7):
+            self.add_module(f"B{i}", self.even_block(b, c, deploy) if i % 2 == 0 else self.odd_block(b, c))
         self.c1 = b.conv1x1(6 * c, c, activation="gelu")
         self.upsampler = nn.Sequential(OrderedDict(upsampleOneStep=b.upsampler(c, 3, upscale)))
+
+    def aggregate(self, outputs: list[Tensor]) -> Tensor:
+        """One map [N, C, H, W] from those of all blocks."""
+        return self.c1(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
         shallow = self.fea_conv(x - self.mean)
-        y1 = self.B1(shallow)
-        y2 = self.B2(y1)
-        y3 = self.B3(y2)
-        y4 = self.B4(y3)
-        y5 = self.B5(y4)
-        y6 = self.B6(y5)
-        return self.upsampler(self.c1([y1, y2, y3, y4, y5, y6]) + shallow) + self.mean
+        y, outputs = shallow, []
+        for i in range(1, 7):
+            y = self.get_submodule(f"B{i}")(y)
+            outputs.append(y)
+        return self.upsampler(self.aggregate(outputs) + shallow) + self.mean
 
 
 class PlainIFADNet(IFADNet):

@@ -25,9 +25,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from esr_kernels.modules import ESA
-
-from .base import Network
+from .ifadnet import IFADNet
 from .layers import PLAIN, Layers, pad_same
 from .registry import ModelCard, register
 from .table1 import TABLE1
@@ -65,7 +63,7 @@ class _RSAB(nn.Module):
         return self.esa(self.c5(self.c4(self.c2_r(self.c1_r(x))))) + x
 
 
-class LSANet(Network):
+class LSANet(IFADNet):
     """LSANet (report section 4.14).
 
     Args:
@@ -77,34 +75,15 @@ class LSANet(Network):
     """
 
     name = "lsanet"
-    minimum_size = ESA.minimum_size
+    odd_block = _LFEM
+    even_block = _RSAB
 
     def __init__(self, *, feature_channels: int = 36, upscale: int = 4, deploy: bool = True) -> None:
-        super().__init__()
-        b, c = self.kit, feature_channels
-        self.scale = upscale
-        self.set_mean()
-        self.fea_conv = b.conv3x3(3, c)
-        self.B1 = _LFEM(b, c)
-        self.B2 = _RSAB(b, c, deploy)
-        self.B3 = _LFEM(b, c)
-        self.B4 = _RSAB(b, c, deploy)
-        self.B5 = _LFEM(b, c)
-        self.B6 = _RSAB(b, c, deploy)
-        self.c1 = b.conv1x1(6 * c, c, activation="gelu")
-        self.c2 = b.bsconv(c, c, padding_mode="reflect")
-        self.upsampler = nn.Sequential(OrderedDict(upsampleOneStep=b.upsampler(c, 3, upscale)))
+        super().__init__(feature_channels=feature_channels, upscale=upscale, deploy=deploy)
+        self.c2 = self.kit.bsconv(feature_channels, feature_channels, padding_mode="reflect")
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.check_input(x)
-        shallow = self.fea_conv(x - self.mean)
-        y1 = self.B1(shallow)
-        y2 = self.B2(y1)
-        y3 = self.B3(y2)
-        y4 = self.B4(y3)
-        y5 = self.B5(y4)
-        y6 = self.B6(y5)
-        return self.upsampler(self.c2(self.c1([y1, y2, y3, y4, y5, y6])) + shallow) + self.mean
+    def aggregate(self, outputs: list[Tensor]) -> Tensor:
+        return self.c2(self.c1(outputs))
 
 
 class PlainLSANet(LSANet):
