@@ -6,13 +6,13 @@ import random
 
 import pytest
 import torch
-from helpers import HALF, LAYOUTS, check_gradients, kernel, largest_error, lay_out, rand, to
+from gradients import EPILOGUES, backward, check, check_half_type
+from helpers import HALF, LAYOUTS, check_gradients, kernel, lay_out, rand
 from test_native_cuda import DEVICE, gpu, on_cuda, only_emulated, pytestmark  # noqa: F401
 from test_triton import CASE_NAMES, gradient_cases
 from torch.nn import functional as F
 
 from esr_kernels import functional
-from esr_kernels.backends import reference
 from esr_kernels.backends.native import cuda
 
 PRECISIONS = {"float32": (torch.float32, 1e-5), "tf32": (torch.float32, 5e-3), "float16": (torch.float16, 4e-3),
@@ -25,22 +25,6 @@ def on_device():
         yield
 
 
-def backward(case, arguments):
-    return getattr(torch.ops.esr, case.split()[0] + "_backward")(*arguments)
-
-
-def check(case, arguments, tolerance, exact=None):
-    got = backward(case, arguments)
-    if exact is None:
-        exact = reference.OPERATORS[case.split()[0] + "_backward"](*to(arguments, torch.float64))
-    for i, (g, e) in enumerate(zip(got, exact, strict=True)):
-        assert g.shape == e.shape
-        if e.numel():
-            error = largest_error(g, e) / max(float(e.abs().max()), 1e-30)
-            assert error <= tolerance, f"gradient {i}: relative error {error:.2e}"
-    return got
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASE_NAMES)
@@ -49,14 +33,6 @@ def test_backward(case, layout, precision):
     dtype, tolerance = PRECISIONS[precision]
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     check(case, gradient_cases(dtype, layout)[case], tolerance)
-
-
-EPILOGUES = [
-    (a, m)
-    for a in ("none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh")
-    for m in (None, "pre", "post", "attention")
-    if m != "attention" or a == "none"
-]
 
 
 @pytest.mark.parametrize(("activation", "mode"), EPILOGUES)
@@ -68,32 +44,10 @@ def test_epilogues(activation, mode):
     check("conv3x3", (*tensors, activation, 0.1, mode or "post", mask), 1e-5)
 
 
-def twice_pytorch(call, tensors, grad, arguments, operator):
-    """Half types: at most twice as far off as PyTorch's own gradients in that type."""
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    plain = torch.autograd.grad(call(*leaves), leaves, grad)
-    got = getattr(torch.ops.esr, operator)(*arguments)
-    exact = reference.OPERATORS[operator](*to(arguments, torch.float64))
-    for g, p, e in zip(got, plain, exact, strict=True):
-        largest = float(e.abs().max())
-        assert largest_error(g, e) <= max(2 * largest_error(p, e), torch.finfo(g.dtype).eps / 2 * largest)
-
-
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_types_against_pytorch(dtype):
     torch.manual_seed(6)
-    for channels, out in ((3, 28), (28, 28), (46, 48), (84, 5)):
-        x, grad = (lay_out(rand(2, c, 13, 21, dtype=dtype), LAYOUTS[out % 2]) for c in (channels, out))
-        tensors = (x, kernel(out, channels, dtype=dtype), rand(out, dtype=dtype), grad * 2)
-        twice_pytorch(
-            lambda x, w, b, r: F.silu(F.conv2d(x, w, b, padding=1) + r),
-            tensors, grad, (grad, *tensors, "silu", 0.0, "pre", [True] * 4), "conv3x3_backward",
-        )  # fmt: skip
-        weight = kernel(out, channels, 1, dtype=dtype)
-        twice_pytorch(
-            lambda x, w, b: F.gelu(F.conv2d(x, w, b)),
-            (x, weight, tensors[2]), grad, (grad, [x], weight, tensors[2], "gelu", 0.0, [True] * 3), "conv1x1_backward",
-        )  # fmt: skip
+    check_half_type(dtype)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
