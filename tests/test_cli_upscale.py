@@ -20,6 +20,7 @@ import python_models
 from esr_kernels import imaging
 from esr_kernels.cli import main
 from esr_kernels.imaging import Picture, read_image, write_image
+from esr_kernels.optimize.report import Report
 from python_models import registry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -426,6 +427,9 @@ class _Wrong(torch.nn.Module):
 
     def forward(self, x):
         return self.model(x) * 1.01
+
+    def report(self):
+        return Report()
 
 
 def start(folder, *argv):
