@@ -33,7 +33,7 @@ from esr_kernels.modules.arguments import positive
 
 from .base import Network
 from .distillation import Distillation
-from .layers import FUSED, PLAIN, Layers
+from .layers import PLAIN, Layers
 from .registry import ModelCard, register
 from .table1 import TABLE1
 
@@ -152,7 +152,6 @@ class AGDN(Network):
 
     name = "agdn"
     minimum_size = 15
-    kit = FUSED
 
     def __init__(self, *, channels: int = 24, num_blocks: int = 4, upscale: int = 4) -> None:
         super().__init__()

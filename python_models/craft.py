@@ -30,7 +30,7 @@ from esr_kernels.modules import GDFN, DepthwiseConv, LayerNorm2d
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
-from .layers import FUSED, PLAIN, Layers
+from .layers import PLAIN, Layers
 from .registry import ModelCard, register
 from .windows import from_windows, to_windows
 
@@ -221,7 +221,6 @@ class CRAFT(Network):
 
     name = "craft"
     minimum_size = 9
-    kit = FUSED
 
     relative_position_index_h: Tensor
     relative_position_index_v: Tensor

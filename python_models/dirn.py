@@ -25,7 +25,7 @@ from esr_kernels.modules import CCA, DepthwiseConv
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
-from .layers import FUSED, PLAIN, Layers
+from .layers import PLAIN, Layers
 from .registry import ModelCard, register
 from .table1 import TABLE1
 
@@ -118,7 +118,6 @@ class DIRN(Network):
     """
 
     name = "dirn"
-    kit = FUSED
 
     def __init__(self, *, channels: int = 48, upscale: int = 4) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
-from .layers import FUSED, PLAIN, Layers
+from .layers import PLAIN, Layers
 from .registry import ModelCard, register
 
 _STATE, _KERNEL, _EXPAND = 16, 4, 2
@@ -142,7 +142,6 @@ class DVMSR(Network):
     """
 
     name = "dvmsr"
-    kit = FUSED
 
     def __init__(self, *, channels: int = 60, num_layers: int = 4, upscale: int = 4) -> None:
         super().__init__()

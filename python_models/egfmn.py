@@ -18,7 +18,7 @@ from esr_kernels.modules import GDFN, SAFM, LayerNorm2d
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
-from .layers import FUSED, PLAIN
+from .layers import PLAIN
 from .registry import ModelCard, register
 from .table1 import TABLE1
 
@@ -52,7 +52,6 @@ class EGFMN(Network):
 
     name = "egfmn"
     minimum_size = SAFM.minimum_size
-    kit = FUSED
 
     def __init__(self, *, channels: int = 36, num_blocks: int = 7, ffn_scale: float = 2.0, upscale: int = 4) -> None:
         super().__init__()

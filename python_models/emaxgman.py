@@ -26,7 +26,7 @@ from esr_kernels.modules import ESA
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
-from .layers import FUSED, PLAIN, Layers
+from .layers import PLAIN, Layers
 from .registry import ModelCard, register
 from .table1 import TABLE1
 
@@ -109,7 +109,6 @@ class EMaxGMan(Network):
 
     name = "emaxgman"
     minimum_size = ESA.minimum_size
-    kit = FUSED
 
     def __init__(self, *, channels: int = 64, num_blocks: int = 3, upscale: int = 4) -> None:
         super().__init__()

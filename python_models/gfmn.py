@@ -25,7 +25,7 @@ from esr_kernels.modules.arguments import positive
 
 from .base import Network
 from .egfmn import FMM
-from .layers import FUSED, PLAIN, Layers
+from .layers import PLAIN, Layers
 from .registry import ModelCard, register
 from .table1 import TABLE1
 
@@ -70,7 +70,6 @@ class GFMN(Network):
 
     name = "gfmn"
     minimum_size = SAFM.minimum_size
-    kit = FUSED
 
     def __init__(self, *, channels: int = 32, num_blocks: int = 8, ffn_scale: float = 1.8, upscale: int = 4) -> None:
         super().__init__()

@@ -33,7 +33,7 @@ from esr_kernels.modules.arguments import positive
 
 from .base import Network
 from .distillation import Distillation, EnhancedCCA
-from .layers import FUSED, PLAIN, Layers, pad_same
+from .layers import PLAIN, Layers, pad_same
 from .registry import ModelCard, register
 from .windows import from_windows, to_windows
 
@@ -223,7 +223,6 @@ class HARN(Network):
 
     name = "harn"
     minimum_size = 15
-    kit = FUSED
 
     def __init__(self, *, channels: int = 20, upscale: int = 4) -> None:
         super().__init__()

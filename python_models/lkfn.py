@@ -26,7 +26,7 @@ from esr_kernels.modules.arguments import positive
 
 from .base import Network
 from .distillation import Distillation
-from .layers import FUSED, PLAIN, Layers
+from .layers import PLAIN, Layers
 from .registry import ModelCard, register
 from .table1 import TABLE1
 
@@ -93,7 +93,6 @@ class LKFN(Network):
     """
 
     name = "lkfn"
-    kit = FUSED
 
     def __init__(self, *, channels: int = 28, num_blocks: int = 8, upscale: int = 4) -> None:
         super().__init__()

@@ -37,7 +37,7 @@ from esr_kernels.modules import DepthwiseConv
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
-from .layers import FUSED, PLAIN, Layers
+from .layers import PLAIN, Layers
 from .registry import ModelCard, register
 
 _WINDOW, _SHIFT = 8, 4
@@ -245,7 +245,6 @@ class MagicSR(Network):
 
     name = "magicsr"
     minimum_size = _MULTIPLE + 1
-    kit = FUSED
 
     std: Tensor
 

@@ -30,7 +30,7 @@ from esr_kernels.modules.arguments import positive
 
 from .base import Network
 from .distillation import Distillation, EnhancedCCA
-from .layers import FUSED, PLAIN, Layers, pad_same
+from .layers import PLAIN, Layers, pad_same
 from .registry import ModelCard, register
 
 _LEVELS = (Level(0, pool=3, padding=1), Level(1, pool=5, padding=0), Level(2, pool=7, padding=1, variance_number=3))
@@ -95,7 +95,6 @@ class MSN(Network):
 
     name = "msn"
     minimum_size = 29
-    kit = FUSED
 
     def __init__(self, *, channels: int = 28, num_blocks: int = 8, upscale: int = 4) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ from esr_kernels.modules import DepthwiseConv
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
-from .layers import FUSED, PLAIN, Layers
+from .layers import PLAIN, Layers
 from .registry import ModelCard, register
 from .table1 import TABLE1
 
@@ -110,7 +110,6 @@ class SMFAN(Network):
 
     name = "smfan"
     minimum_size = _POOL
-    kit = FUSED
 
     def __init__(self, *, channels: int = 24, num_blocks: int = 8, ffn_scale: float = 1.5, upscale: int = 4) -> None:
         super().__init__()
