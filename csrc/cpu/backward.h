@@ -51,10 +51,7 @@ template <typename F>
 void for_images(int64_t images, const F& f) {
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
   if (threads > 1 && (images % threads == 0 || images >= 4 * threads)) {
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-      for (int64_t n = next.fetch_add(1); n < images; n = next.fetch_add(1)) f(n);
-    });
+    draw_ranges(images, 1, threads, [&](int64_t n, int64_t) { f(n); });
   } else {
     for (int64_t n = 0; n < images; ++n) f(n);
   }

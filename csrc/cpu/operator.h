@@ -118,8 +118,24 @@ struct ThreadOrder {
 #endif
 };
 
-// f(first, last) over ranges of 0 .. count - 1 in parallel; `cost` is the number of multiply-adds of one. Threads draw
-// ranges until none is left: cores are not always equally fast, or equally free.
+// f(first, last) over ranges of 0 .. count - 1, `size` each, in parallel. Threads draw ranges until none is left: cores
+// are not always equally fast, or equally free.
+template <typename F>
+void draw_ranges(int64_t count, int64_t size, int64_t threads, const F& f) {
+  std::atomic<int64_t> next{0};
+  const auto draw = [&](int64_t, int64_t) {
+    ThreadOrder::thread_begins();
+    for (int64_t first = next.fetch_add(size); first < count; first = next.fetch_add(size)) {
+      f(first, std::min(first + size, count));
+    }
+    ThreadOrder::thread_ends();
+  };
+  ThreadOrder::begin();
+  torch::stable::parallel_for(0, threads, 1, draw);
+  ThreadOrder::end();
+}
+
+// f(first, last) over ranges of 0 .. count - 1, in parallel where it pays; `cost` is in multiply-adds, of one.
 template <typename F>
 void parallel_ranges(int64_t count, int64_t cost, const F& f) {
   // A range should be some tens of microseconds of work, and a thread get a few of them.
@@ -136,18 +152,7 @@ void parallel_ranges(int64_t count, int64_t cost, const F& f) {
     f(int64_t{0}, count);
     return;
   }
-  const int64_t size = std::max(least, ceil_div(count, threads * kRangesPerThread));
-  std::atomic<int64_t> next{0};
-  const auto draw = [&](int64_t, int64_t) {
-    ThreadOrder::thread_begins();
-    for (int64_t first = next.fetch_add(size); first < count; first = next.fetch_add(size)) {
-      f(first, std::min(first + size, count));
-    }
-    ThreadOrder::thread_ends();
-  };
-  ThreadOrder::begin();
-  torch::stable::parallel_for(0, threads, 1, draw);
-  ThreadOrder::end();
+  draw_ranges(count, std::max(least, ceil_div(count, threads * kRangesPerThread)), threads, f);
 }
 
 // Zeroes the ring around rows [y0, y1) of a map: left and right, and above and below at the image's ends.
