@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from esr_kernels import cases
 from esr_kernels.commands._arguments import expand, model_name, positive, size
 
-OPERATORS = ("conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv")
+OPERATORS = ("conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv", "depthwise_conv", "layer_norm2d")
 
 
 def census(name: str, height: int, width: int, rounds: int = 3) -> dict[str, Any]:

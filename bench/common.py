@@ -41,14 +41,16 @@ class Settings:
         return (self.batch, *(self.size or default))
 
 
-def backends(device: str) -> list[str]:
-    """Backends that can run on the device."""
-    return [b.name for b in esr_kernels.list_backends() if b.available and device in cases.BACKEND_DEVICES[b.name]]
+def backends(device: str, operator: str = "run_plan") -> list[str]:
+    """Backends that can run the operator on the device."""
+    found = esr_kernels.list_backends()
+    return [b.name for b in found if operator in b.operators and device in cases.BACKEND_DEVICES[b.name]]
 
 
-def operator_engines(device: str) -> list[str]:
-    """Every backend, all but the reference in both memory formats, then plain PyTorch in both."""
-    fused = [f"{b}{suffix}" for b in backends(device) for suffix in ("", " channels_last") if (b, suffix) != _LEFT_OUT]
+def operator_engines(device: str, operator: str) -> list[str]:
+    """Every backend of the operator, all but the reference in both memory formats, then plain PyTorch in both."""
+    names = backends(device, operator)
+    fused = [f"{b}{suffix}" for b in names for suffix in ("", " channels_last") if (b, suffix) != _LEFT_OUT]
     return [*fused, EAGER, EAGER_CHANNELS_LAST]
 
 
@@ -203,7 +205,7 @@ def parametrize(metafunc: Any, operator: str, training_case: str) -> None:
     device = metafunc.config.getoption("device")
     trains = metafunc.function.__name__ == "test_training"
     found = [case for case in cases.operator_cases(operator) if not trains or case.label == training_case]
-    pairs = list(itertools.product(found, TRAINING_ENGINES if trains else operator_engines(device)))
+    pairs = list(itertools.product(found, TRAINING_ENGINES if trains else operator_engines(device, operator)))
     metafunc.parametrize(
         ("case", "engine"),
         [(case.name, engine) for case, engine in pairs],

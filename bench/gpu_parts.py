@@ -48,6 +48,8 @@ ONE_CASE_EACH = (
     "conv1x1 span 4x28>28",
     "esa rlfn 46 16",
     "bsconv smrn 48>48 gelu",
+    "depthwise_conv egfmn 144 gated",
+    "layer_norm2d rcn 40",
 )
 # What is off until a GPU shows that it pays -> the cases, precisions and networks that it is for.
 SWITCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
@@ -229,14 +231,14 @@ def _operator(
         return _allowed(name, eager_error, cases.operator_tolerance(case.operator, backend, dtype, eager_error))
 
     if switch is None:
-        engines = _peers_first(common.operator_engines(options.device), inductor)
+        engines = _peers_first(common.operator_engines(options.device, case.operator), inductor)
     else:
         own = f"{SWITCHED} channels_last"
         engines = [common.EAGER, own, f"{own} with {switch}"]
     subject = Subject({e: functools.partial(make, e) for e in engines}, [exact], tolerance, dtype)
     torch._dynamo.reset()
     with precision(name):
-        flop = common._count(lambda: case.plain(first))
+        flop = common._count(lambda: case.fused(case.arguments(*shape, dtype=dtype, device="meta")))
         described = {"name": case.name, "precision": name, "shape": list(shape), "flop": flop, "bytes": size}
         return described | measure(subject, options)
 

@@ -224,6 +224,55 @@ class BSConv(torch.autograd.Function):
         return (*map(_keep, gradients, mask), None, None, None)
 
 
+class DepthwiseConv(torch.autograd.Function):
+    """`esr_kernels.functional.depthwise_conv`."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dilation: int,
+        activation: str,
+        negative_slope: float,
+        gated: bool,
+    ) -> Tensor:
+        return ops.depthwise_conv(x, weight, bias, dilation, activation, negative_slope, gated)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _remember_backend(ctx, inputs[0])
+        ctx.save_for_backward(*inputs[:3])
+        ctx.settings = inputs[3:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        mask = list(ctx.needs_input_grad[:3])
+        call = ops.depthwise_conv_backward
+        gradients = _once(ctx, "depthwise_conv", call, grad, *ctx.saved_tensors, *ctx.settings, mask)
+        return (*map(_keep, gradients, mask), None, None, None, None)
+
+
+class LayerNorm2d(torch.autograd.Function):
+    """`esr_kernels.functional.layer_norm2d`."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        return ops.layer_norm2d(x, weight, bias, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _remember_backend(ctx, inputs[0])
+        ctx.save_for_backward(*inputs[:3])
+        ctx.eps = inputs[3]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        mask = list(ctx.needs_input_grad[:3])
+        gradients = _once(ctx, "layer_norm2d", ops.layer_norm2d_backward, grad, *ctx.saved_tensors, ctx.eps, mask)
+        return (*map(_keep, gradients, mask), None)
+
+
 # --- the operators' own derivatives, for direct calls of torch.ops.esr.* ------------------------------------------
 
 
@@ -257,6 +306,8 @@ for _name, _function in (
     ("conv3x3_pixel_shuffle", Conv3x3PixelShuffle),
     ("esa", ESA),
     ("bsconv", BSConv),
+    ("depthwise_conv", DepthwiseConv),
+    ("layer_norm2d", LayerNorm2d),
 ):
     torch.library.register_autograd(
         f"esr::{_name}", _function.backward, setup_context=_function.setup_context, lib=library._library

@@ -161,6 +161,34 @@ def _plain_bsconv(
     return _activate(h, activation, negative_slope)
 
 
+def _plain_depthwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dilation: int = 1,
+    activation: str = "none",
+    negative_slope: float = 0.05,
+    gated: bool = False,
+) -> Tensor:
+    padding = [dilation * (side // 2) for side in weight.shape[2:]]
+    h = F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=weight.shape[0])
+    if not gated:
+        return _activate(h, activation, negative_slope)
+    a, b = h.chunk(2, 1)
+    return _activate(a, activation, negative_slope) * b
+
+
+def _plain_layer_norm2d(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-6
+) -> Tensor:
+    centred = x - x.mean(1, keepdim=True)
+    y = centred / torch.sqrt(centred.pow(2).mean(1, keepdim=True) + eps)
+    if weight is not None:
+        y = weight[:, None, None] * y
+    return y if bias is None else y + bias[:, None, None]
+
+
 _PLAIN: dict[str, Callable[..., Tensor]] = {
     "conv3x3": _plain_conv3x3,
     "spab": _plain_spab,
@@ -168,6 +196,8 @@ _PLAIN: dict[str, Callable[..., Tensor]] = {
     "conv1x1": _plain_conv1x1,
     "esa": _plain_esa,
     "bsconv": _plain_bsconv,
+    "depthwise_conv": _plain_depthwise_conv,
+    "layer_norm2d": _plain_layer_norm2d,
 }
 OPERATORS = tuple(_PLAIN)
 
@@ -261,6 +291,15 @@ def _bsconv(cin: int, cout: int) -> dict[str, tuple[int, ...]]:
     return {"pointwise": (cout, cin, 1, 1), "depthwise": (cout, 1, 3, 3), "bias": (cout,)}
 
 
+def _depthwise(channels: int, side: int = 3, *, bias: bool = True) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"weight": (channels, 1, side, side)}
+    return shapes | {"bias": (channels,)} if bias else shapes
+
+
+def _norm(channels: int) -> dict[str, tuple[int, ...]]:
+    return {"weight": (channels,), "bias": (channels,)}
+
+
 # Channel counts and settings as in the challenge's models; "span 52" is the width used beyond it.
 CASES: tuple[OperatorCase, ...] = (
     OperatorCase("conv3x3", "span first 3>28", {"x": 3}, _conv(3, 28)),
@@ -303,6 +342,20 @@ CASES: tuple[OperatorCase, ...] = (
         {"padding_mode": "reflect", "activation": "gelu"},
     ),
     OperatorCase("bsconv", "lkfn 12>28", {"x": 12}, _bsconv(12, 28)),
+    OperatorCase("depthwise_conv", "agdn 24 gelu", {"x": 24}, _depthwise(24), {"activation": "gelu"}),
+    OperatorCase("depthwise_conv", "agdn 72", {"x": 72}, _depthwise(72, bias=False)),
+    OperatorCase("depthwise_conv", "lkfn 14 5x5 dilated by 3", {"x": 14}, _depthwise(14, 5), {"dilation": 3}),
+    OperatorCase("depthwise_conv", "egfmn 144 gated", {"x": 144}, _depthwise(144, bias=False), {"gated": True}),
+    OperatorCase(
+        "depthwise_conv",
+        "rlff 254 gelu gated",
+        {"x": 254},
+        _depthwise(254, bias=False),
+        {"activation": "gelu", "gated": True},
+    ),
+    OperatorCase("layer_norm2d", "egfmn 36", {"x": 36}, _norm(36)),
+    OperatorCase("layer_norm2d", "rcn 40", {"x": 40}, _norm(40)),
+    OperatorCase("layer_norm2d", "agdn 24", {"x": 24}, _norm(24), {"eps": 1e-5}),
 )
 
 

@@ -22,9 +22,19 @@ from . import autograd, dispatch
 from .backends import reference
 from .library import ACTIVATIONS, PADDING_MODES, RESIDUAL_MODES
 
-__all__ = ["bsconv", "conv1x1", "conv3x3", "conv3x3_pixel_shuffle", "esa", "spab"]
+__all__ = [
+    "bsconv",
+    "conv1x1",
+    "conv3x3",
+    "conv3x3_pixel_shuffle",
+    "depthwise_conv",
+    "esa",
+    "layer_norm2d",
+    "spab",
+]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DEPTHWISE_SIDES = (1, 3, 5, 7)
 ESA_MINIMUM = 15  # a valid stride-2 3x3 convolution, then a valid 7x7 max-pooling
 
 
@@ -356,6 +366,86 @@ def bsconv(
     return _call("bsconv", autograd.BSConv, args)
 
 
+def depthwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dilation: int = 1,
+    activation: str = "none",
+    negative_slope: float = 0.05,
+    gated: bool = False,
+) -> Tensor:
+    """Depthwise convolution (stride 1, zero padding that keeps the size) with an activation, or with a gate.
+
+    With d = conv2d(x, weight, bias, padding=dilation * (k - 1) // 2, dilation=dilation, groups=C), equivalent to
+    ``act(d)``, or with gated to ``act(a) * b`` where a, b are the halves of d's channels: the middle of the gated
+    feed-forward network (Zamir et al., Restormer; report sections 4.5, 4.18, 4.21, 4.28).
+
+    Args:
+        x: [N, C, H, W]; C even for a gate.
+        weight: [C, 1, KH, KW], KH and KW each 1, 3, 5 or 7.
+        bias: [C] or None.
+        dilation: distance of the taps in pixels, at least 1.
+        activation, negative_slope: as in `conv3x3`.
+        gated: whether the second half of the channels multiplies the activated first.
+
+    Returns:
+        [N, C, H, W], or [N, C / 2, H, W] with a gate.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, dtype or device, or is not one of the names above.
+        BackendError: no backend can run the call.
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    _check_input("x", x)
+    _check_depthwise("weight", weight, x)
+    _check_bias("bias", bias, weight, x)
+    if isinstance(dilation, bool) or not isinstance(dilation, int):
+        raise TypeError(f"dilation: expected an int, got {type(dilation).__name__}")
+    if dilation < 1:
+        raise ValueError(f"dilation: must be at least 1, got {dilation}")
+    _check_name("activation", activation, ACTIVATIONS)
+    if gated and x.shape[1] % 2:
+        raise ValueError(f"x: a gate needs an even number of channels, got {x.shape[1]}")
+    args = (x, weight, bias, dilation, activation, float(negative_slope), bool(gated))
+    return _call("depthwise_conv", autograd.DepthwiseConv, args)
+
+
+def layer_norm2d(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
+    """Layer normalisation (Ba et al.) over the channels of every pixel.
+
+    Equivalent to ``layer_norm(x.permute(0, 2, 3, 1), [C], weight, bias, eps).permute(0, 3, 1, 2)``, in the memory
+    format of x: ``(x - mean) / sqrt(variance + eps) * weight + bias`` with the mean and biased variance of a pixel's
+    channels (report sections 4.5, 4.19, 4.21, 4.28).
+
+    Args:
+        x: [N, C, H, W].
+        weight, bias: [C] or None.
+        eps: added to the variance, at least 0.
+
+    Returns:
+        [N, C, H, W].
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, dtype or device, or eps is below 0.
+        BackendError: no backend can run the call.
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    _check_input("x", x)
+    for name, values in (("weight", weight), ("bias", bias)):
+        if values is None:
+            continue
+        _check_tensor(name, values)
+        if values.dim() != 1 or values.shape[0] != x.shape[1]:
+            raise ValueError(f"{name}: expected shape [{x.shape[1]}] or None, got {list(values.shape)}")
+        _check_same(name, values, x)
+    eps = float(eps)
+    if not eps >= 0:
+        raise ValueError(f"eps: must be at least 0, got {eps}")
+    return _call("layer_norm2d", autograd.LayerNorm2d, (x, weight, bias, eps))
+
+
 def decomposes() -> bool:
     """Whether who watches knows plain PyTorch alone: `torch.jit.trace` and both ONNX exporters."""
     return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
@@ -458,6 +548,15 @@ def _check_weight(name: str, weight: Any, x: Tensor, channels: int, kernel: int,
         raise ValueError(f"{name}: expected shape [{rows}, {channels}, {kernel}, {kernel}], got {list(shape)}")
     if out is not None and shape[0] != out:
         raise ValueError(f"{name}: expected shape [{out}, {channels}, {kernel}, {kernel}], got {list(shape)}")
+    _check_same(name, weight, x)
+
+
+def _check_depthwise(name: str, weight: Any, x: Tensor) -> None:
+    _check_tensor(name, weight)
+    shape = weight.shape
+    if weight.dim() != 4 or shape[0] != x.shape[1] or shape[1] != 1 or not set(shape[2:]) <= set(DEPTHWISE_SIDES):
+        sides = ", ".join(map(str, DEPTHWISE_SIDES))
+        raise ValueError(f"{name}: expected shape [{x.shape[1]}, 1, KH, KW] with sides of {sides}, got {list(shape)}")
     _check_same(name, weight, x)
 
 

@@ -7,6 +7,7 @@ are wanted; an unwanted one comes back as an empty tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -35,6 +36,8 @@ _ESA = (
 _BSCONV = (
     "Tensor x, Tensor pointwise, Tensor depthwise, Tensor? bias, str padding_mode, str activation, float negative_slope"
 )
+_DEPTHWISE = "Tensor x, Tensor weight, Tensor? bias, int dilation, str activation, float negative_slope, bool gated"
+_NORM = "Tensor x, Tensor? weight, Tensor? bias, float eps"
 
 SCHEMAS = {
     "conv3x3": f"({_CONV3X3}) -> Tensor",
@@ -51,6 +54,10 @@ SCHEMAS = {
     "esa_backward": f"(Tensor grad, {_ESA}, bool[] output_mask) -> Tensor[]",
     "bsconv": f"({_BSCONV}) -> Tensor",
     "bsconv_backward": f"(Tensor grad, {_BSCONV}, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "depthwise_conv": f"({_DEPTHWISE}) -> Tensor",
+    "depthwise_conv_backward": f"(Tensor grad, {_DEPTHWISE}, bool[] output_mask) -> (Tensor, Tensor, Tensor)",
+    "layer_norm2d": f"({_NORM}) -> Tensor",
+    "layer_norm2d_backward": f"(Tensor grad, {_NORM}, bool[] output_mask) -> (Tensor, Tensor, Tensor)",
     "run_plan": "(Tensor[] inputs, Tensor[] weights, str plan) -> Tensor[]",
 }
 
@@ -184,6 +191,41 @@ def _(grad, x, pointwise, depthwise, bias, padding_mode, activation, negative_sl
     )
 
 
+@torch.library.register_fake("esr::depthwise_conv", lib=_library)
+def _(x, weight, bias, dilation, activation, negative_slope, gated):  # type: ignore[no-untyped-def]
+    return feature_map(x, x.shape[1] // 2 if gated else x.shape[1])
+
+
+@torch.library.register_fake("esr::depthwise_conv_backward", lib=_library)
+def _(grad, x, weight, bias, dilation, activation, negative_slope, gated, output_mask):  # type: ignore[no-untyped-def]
+    return (
+        gradient(x, output_mask[0]),
+        gradient(weight, output_mask[1]),
+        bias_gradient(bias, weight, output_mask[2]),
+    )
+
+
+@torch.library.register_fake("esr::layer_norm2d", lib=_library)
+def _(x, weight, bias, eps):  # type: ignore[no-untyped-def]
+    return feature_map(x, x.shape[1])
+
+
+def norm_gradients(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, output_mask: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised gradients of `layer_norm2d`, empty where there is no tensor or none is wanted."""
+    to_weight, to_bias = (
+        x.new_empty(0) if t is None else gradient(t, wanted)
+        for t, wanted in zip((weight, bias), output_mask[1:], strict=True)
+    )
+    return gradient(x, output_mask[0]), to_weight, to_bias
+
+
+@torch.library.register_fake("esr::layer_norm2d_backward", lib=_library)
+def _(grad, x, weight, bias, eps, output_mask):  # type: ignore[no-untyped-def]
+    return norm_gradients(x, weight, bias, output_mask)
+
+
 @torch.library.register_fake("esr::run_plan", lib=_library)
 def run_plan_outputs(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Tensor]:
     """The plan's uninitialised outputs: feature maps in the first input's memory format, images in NCHW."""
@@ -226,6 +268,17 @@ def _(xs: Sequence[Shape], weight: Shape, *args: Any, out_shape: Any = None, **k
 @register_flop_formula(torch.ops.esr.bsconv)
 def _(x: Shape, pointwise: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return _count("bsconv", x, [pointwise[1]], pointwise[0])
+
+
+@register_flop_formula(torch.ops.esr.depthwise_conv)
+def _depthwise_flops(x: Shape, weight: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * math.prod(x) * weight[2] * weight[3]
+
+
+@register_flop_formula(torch.ops.esr.layer_norm2d)
+def _norm_flops(x: Shape, weight: Any, bias: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """A sum, a difference, a square and its sum, a quotient; then weight and bias."""
+    return math.prod(x) * (5 + int(weight is not None) + int(bias is not None))
 
 
 @register_flop_formula(torch.ops.esr.esa)
@@ -276,6 +329,21 @@ def _(grad: Shape, x: Shape, pointwise: Shape, *args: Any, out_shape: Any = None
     depth = _count("bsconv", x, [pointwise[1]], pointwise[0]) - point
     total = point + depth * (activation != "none") + _convolution_gradients(point, mask)
     return total + depth * (int(mask[0] or mask[1]) + int(mask[2]))
+
+
+@register_flop_formula(torch.ops.esr.depthwise_conv_backward)
+def _(grad: Shape, x: Shape, weight: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    activation, gated, mask = args[2], args[4], args[5]
+    forward = _depthwise_flops(x, weight)
+    return (gated or activation != "none") * forward + _convolution_gradients(forward, mask)
+
+
+@register_flop_formula(torch.ops.esr.layer_norm2d_backward)
+def _(grad: Shape, x: Shape, weight: Any, bias: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """x normalised again; two sums and what they are of, two differences, a product and a quotient; sums of each."""
+    to_x, to_weight, to_bias = args[1]
+    each = 5 * int(to_x or to_weight) + (7 + int(weight is not None)) * int(to_x) + 2 * int(to_weight) + int(to_bias)
+    return math.prod(x) * each
 
 
 @register_flop_formula(torch.ops.esr.esa_backward)

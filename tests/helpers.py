@@ -8,8 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import esr_kernels
+
 LAYOUTS = ("nchw", "channels_last", "permuted", "sliced")
 HALF = (torch.float16, torch.bfloat16)
+
+
+def backends_with(operator: str) -> list[str]:
+    """The backends that can run here and have the operator."""
+    return [b.name for b in esr_kernels.list_backends() if operator in b.operators]
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:

@@ -12,7 +12,9 @@ from .bsconv import bsconv, bsconv_backward
 from .conv1x1 import conv1x1, conv1x1_backward
 from .conv3x3 import conv3x3, conv3x3_backward
 from .conv3x3_pixel_shuffle import conv3x3_pixel_shuffle, conv3x3_pixel_shuffle_backward
+from .depthwise_conv import depthwise_conv, depthwise_conv_backward
 from .esa import esa, esa_backward
+from .layer_norm2d import layer_norm2d, layer_norm2d_backward
 from .run_plan import run_plan
 from .spab import spab, spab_backward
 
@@ -31,6 +33,10 @@ OPERATORS: dict[str, Callable[..., Any]] = {
         esa_backward,
         bsconv,
         bsconv_backward,
+        depthwise_conv,
+        depthwise_conv_backward,
+        layer_norm2d,
+        layer_norm2d_backward,
         run_plan,
     )
 }

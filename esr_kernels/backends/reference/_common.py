@@ -37,8 +37,16 @@ def masked(gradient: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if gradient is None else finish(gradient, like)
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, stride: int = 1, groups: int = 1) -> Tensor:
-    return F.conv2d(upcast(x), upcast(weight), upcast_optional(bias), stride=stride, padding=padding, groups=groups)
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: int | tuple[int, int],
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+) -> Tensor:
+    return F.conv2d(upcast(x), upcast(weight), upcast_optional(bias), stride, padding, dilation, groups)
 
 
 def conv_backward(
@@ -46,9 +54,10 @@ def conv_backward(
     x: Tensor,
     weight: Tensor,
     mask: Sequence[bool],
-    padding: int,
+    padding: int | tuple[int, int],
     stride: int = 1,
     groups: int = 1,
+    dilation: int = 1,
 ) -> tuple[Any, Any, Any]:
     """Gradients of `conv` to its input, weight and bias: tensors where `mask` asks for them, None elsewhere."""
     if not any(mask):
@@ -60,9 +69,10 @@ def conv_backward(
             torch.zeros_like(weight) if mask[1] else None,
             weight.new_zeros(weight.shape[0]) if mask[2] else None,
         )
-    pads, strides = [padding, padding], [stride, stride]
+    pads = [padding, padding] if isinstance(padding, int) else list(padding)
+    strides, dilations = [stride, stride], [dilation, dilation]
     gradients = aten.convolution_backward(
-        grad, x, weight, [weight.shape[0]], strides, pads, [1, 1], False, [0, 0], groups, list(mask)
+        grad, x, weight, [weight.shape[0]], strides, pads, dilations, False, [0, 0], groups, list(mask)
     )
     # Some of PyTorch's kernels return the weight's gradient although only the bias' was wanted.
     gx, gw, gb = (g if wanted else None for g, wanted in zip(gradients, mask, strict=True))
