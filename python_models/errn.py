@@ -10,13 +10,15 @@ Team Just Try, rank 16, report section 4.20.
 
 SSA, simple spatial attention: y * sigmoid(1x1 convolution of y to one channel).
 
-Particular: no pooling, so an output pixel depends on a neighbourhood only. The published weights are the folded form;
-of the training form (ERB, MBRB) neither code nor weights were published.
+Particular: no pooling, so an output pixel depends on a neighbourhood only. In training form the first two convolutions
+of a block are the `RRRB`s of an ERB, the last two are `MBRB`s: the report names these, no such weights were published.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+
+from esr_kernels.modules import MBRB, RRRB
 
 from .base import ResidualNetwork
 from .layers import PLAIN, Layers
@@ -27,21 +29,17 @@ from .table1 import TABLE1
 class _RepB(nn.Module):
     """Four convolutions, residual and a spatial gate, C -> C."""
 
-    def __init__(self, b: Layers, channels: int) -> None:
+    def __init__(self, b: Layers, channels: int, deploy: bool) -> None:
         super().__init__()
-
-        def conv(name: str, activation: str = "leaky_relu") -> nn.ModuleDict:
-            return nn.ModuleDict({name: b.conv3x3(channels, channels, activation=activation, negative_slope=0.1)})
-
-        self.rep1_1 = conv("rep_conv")
-        self.rep1_2 = conv("rep_conv")
-        self.rep2_1 = conv("rep_conv2")
-        self.rep2_2 = conv("rep_conv2", "none")
+        leaky = {"activation": "leaky_relu", "negative_slope": 0.1}
+        self.rep1_1 = b.rep(RRRB, channels, deploy=deploy, **leaky)
+        self.rep1_2 = b.rep(RRRB, channels, deploy=deploy, **leaky)
+        self.rep2_1 = b.rep(MBRB, channels, channels, deploy=deploy, **leaky)
+        self.rep2_2 = b.rep(MBRB, channels, channels, deploy=deploy)
         self.ssa = nn.ModuleDict({"sa_conv": b.conv1x1(channels, 1)})
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.rep1_2["rep_conv"](self.rep1_1["rep_conv"](x))
-        y = self.rep2_2["rep_conv2"](self.rep2_1["rep_conv2"](y), residual=x)
+        y = self.rep2_2(self.rep2_1(self.rep1_2(self.rep1_1(x))), residual=x)
         return y * self.ssa["sa_conv"](y).sigmoid()
 
 
@@ -51,6 +49,7 @@ class ERRN(ResidualNetwork):
     Args:
         feature_channels: width of the body, C.
         upscale: 1, 2, 3, 4, ...
+        deploy: folded convolutions, as published, or the training form.
 
     Images [N, 3, H, W] in [0, 1], any size; result [N, 3, r H, r W], not clamped.
     """
@@ -59,13 +58,13 @@ class ERRN(ResidualNetwork):
     num_blocks = 6
     receptive_radius = 1 + 4 * num_blocks + 1 + 1
 
-    def __init__(self, *, feature_channels: int = 40, upscale: int = 4) -> None:
+    def __init__(self, *, feature_channels: int = 40, upscale: int = 4, deploy: bool = True) -> None:
         super().__init__()
         b, c = self.kit, feature_channels
         self.scale = upscale
         self.conv_1 = b.conv3x3(3, c)
         for i in range(1, self.num_blocks + 1):
-            self.add_module(f"block_{i}", _RepB(b, c))
+            self.add_module(f"block_{i}", _RepB(b, c, deploy))
         self.conv_2 = b.conv3x3(c, c)
         self.upsampler = b.upsampler(c, 3, upscale)
 

@@ -25,7 +25,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from esr_kernels.modules import ESA
+from esr_kernels.modules import ESA, RepBlock
 
 from .base import Network
 from .layers import PLAIN, Layers, pad_same
@@ -54,9 +54,9 @@ class _RFMB(nn.Module):
 
     def __init__(self, b: Layers, channels: int, deploy: bool) -> None:
         super().__init__()
-        self.c1_r = b.repblock(channels, channels, activation="gelu", deploy=deploy)
-        self.c2_r = b.repblock(channels, channels, activation="gelu", deploy=deploy)
-        self.c4 = b.repblock(channels, channels, activation="gelu", deploy=deploy)
+        self.c1_r = b.rep(RepBlock, channels, channels, activation="gelu", deploy=deploy)
+        self.c2_r = b.rep(RepBlock, channels, channels, activation="gelu", deploy=deploy)
+        self.c4 = b.rep(RepBlock, channels, channels, activation="gelu", deploy=deploy)
         self.esa = b.esa(channels, 16)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from esr_kernels.modules import (
-    ECB,
     ESA,
     RLFB,
     BSConv,
@@ -24,8 +22,8 @@ from esr_kernels.modules import (
     Conv3x3,
     Conv3x3PixelShuffle,
     PixelShuffleUpsampler,
-    RepBlock,
 )
+from esr_kernels.reparam import Reparameterized
 
 from .plain_blocks import (
     PlainBSConv,
@@ -33,10 +31,10 @@ from .plain_blocks import (
     PlainConv3x3,
     PlainConv3x3PixelShuffle,
     PlainESA,
-    PlainFolded,
     PlainRLFB,
     PlainUpsampler,
     plain_attention,
+    plain_rep,
 )
 
 Make = Callable[..., Any]
@@ -44,7 +42,10 @@ Make = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Layers:
-    """Constructors with the arguments and the state-dict names of the fused modules."""
+    """Constructors with the arguments and the state-dict names of the fused modules.
+
+    `rep` takes a form of `Reparameterized` first and makes a convolution of it, whose twin is the folded one.
+    """
 
     conv3x3: Make
     conv1x1: Make
@@ -53,8 +54,7 @@ class Layers:
     upsampler: Make
     esa: Make
     rlfb: Make
-    ecb: Make
-    repblock: Make
+    rep: Make
     attention: Callable[..., Tensor]
 
 
@@ -65,6 +65,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | Non
     return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
 
 
+def _rep(form: Callable[..., Reparameterized], *channels: int, **options: Any) -> Reparameterized:
+    return form(*channels, **options)
+
+
 FUSED = Layers(
     conv3x3=Conv3x3,
     conv1x1=Conv1x1,
@@ -73,8 +77,7 @@ FUSED = Layers(
     upsampler=PixelShuffleUpsampler,
     esa=ESA,
     rlfb=RLFB,
-    ecb=ECB,
-    repblock=RepBlock,
+    rep=_rep,
     attention=_attention,
 )
 PLAIN = Layers(
@@ -85,8 +88,7 @@ PLAIN = Layers(
     upsampler=PlainUpsampler,
     esa=PlainESA,
     rlfb=PlainRLFB,
-    ecb=partial(PlainFolded, "conv_infer"),
-    repblock=partial(PlainFolded, "rbr_reparam"),
+    rep=plain_rep,
     attention=plain_attention,
 )
 

@@ -25,6 +25,8 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
+from esr_kernels.modules import RepBlock
+
 from .ifadnet import IFADNet
 from .layers import PLAIN, Layers, pad_same
 from .registry import ModelCard, register
@@ -54,8 +56,8 @@ class _RSAB(nn.Module):
     def __init__(self, b: Layers, channels: int, deploy: bool) -> None:
         super().__init__()
         self.c1_r = b.bsconv(channels, channels, padding_mode="reflect", activation="gelu")
-        self.c2_r = b.repblock(channels, channels, activation="gelu", deploy=deploy)
-        self.c4 = b.repblock(channels, channels, activation="gelu", deploy=deploy)
+        self.c2_r = b.rep(RepBlock, channels, channels, activation="gelu", deploy=deploy)
+        self.c4 = b.rep(RepBlock, channels, channels, activation="gelu", deploy=deploy)
         self.c5 = b.conv1x1(channels, channels)
         self.esa = b.esa(channels, 16)
 

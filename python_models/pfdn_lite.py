@@ -15,8 +15,9 @@ Du et al., ABPN.
     pruned PFDB     y = LocalAttn(x); t = y, its first half = 3x3 SiLU (y); 3x3 SiLU (t) + y
 
 Particular: the attention's gate of a pixel is the first channel itself, without a convolution; the attended map, not
-the block's input, is the residual; the gate is squashed before it is resized. Convolutions are the folded form of the
-report's RepMBConv, of which neither code nor weights were published.
+the block's input, is the residual; the gate is squashed before it is resized. In training form the 3x3 convolutions of
+a block are RepMBConvs: that of half the channels with a point-wise convolution after it (`RepMBConvPoint`), the others
+with MobileNetV3's excitation (`RepMBConvSE`). The report names these, no such weights were published.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from esr_kernels.modules import RepMBConvPoint, RepMBConvSE
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
@@ -54,13 +56,14 @@ class _LocalAttention(nn.Module):
 class _PFDB(nn.Module):
     """Partial feature distillation block, C -> C."""
 
-    def __init__(self, b: Layers, channels: int, pruned: bool) -> None:
+    def __init__(self, b: Layers, channels: int, pruned: bool, deploy: bool) -> None:
         super().__init__()
-        self.part = channels // 2
+        part = self.part = channels // 2
+        form = {"activation": "silu", "deploy": deploy}
         self.attn = _LocalAttention(b, channels)
-        self.conv1 = b.conv3x3(channels, self.part if pruned else channels, activation="silu")
-        self.conv2 = None if pruned else b.conv3x3(self.part, self.part, activation="silu")
-        self.conv3 = b.conv3x3(channels, channels, activation="silu")
+        self.conv1 = b.rep(RepMBConvPoint, channels, part, **form) if pruned else b.rep(RepMBConvSE, channels, **form)
+        self.conv2 = None if pruned else b.rep(RepMBConvPoint, part, part, **form)
+        self.conv3 = b.rep(RepMBConvSE, channels, **form)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.attn(x)
@@ -78,6 +81,7 @@ class PFDNLite(Network):
     Args:
         feature_channels: width of the body, C, at least 2.
         upscale: 1, 2, 3, 4, ...
+        deploy: folded convolutions, as published, or the training form.
 
     Images [N, 3, H, W] in [0, 1], at least 7 x 7; result [N, 3, r H, r W], not clamped.
     """
@@ -85,16 +89,16 @@ class PFDNLite(Network):
     name = "pfdn_lite"
     minimum_size = 7  # the attention's pooling window
 
-    def __init__(self, *, feature_channels: int = 48, upscale: int = 4) -> None:
+    def __init__(self, *, feature_channels: int = 48, upscale: int = 4, deploy: bool = True) -> None:
         super().__init__()
         positive(feature_channels=feature_channels, upscale=upscale)
         b, c = self.kit, feature_channels
         self.scale = upscale
         self.head = b.conv3x3(3, c)
-        self.block1 = _PFDB(b, c, pruned=False)
-        self.block2 = _PFDB(b, c, pruned=True)
-        self.block3 = _PFDB(b, c, pruned=True)
-        self.block4 = _PFDB(b, c, pruned=False)
+        self.block1 = _PFDB(b, c, pruned=False, deploy=deploy)
+        self.block2 = _PFDB(b, c, pruned=True, deploy=deploy)
+        self.block3 = _PFDB(b, c, pruned=True, deploy=deploy)
+        self.block4 = _PFDB(b, c, pruned=False, deploy=deploy)
         self.tail = b.upsampler(c, 3, upscale)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from esr_kernels.modules import RBSB, RepConv1x1
+from esr_kernels.reparam import Reparameterized
+
 
 def _same(x: Tensor) -> Tensor:
     return x
@@ -82,16 +85,34 @@ class PlainBSConv(nn.Module):
         return self.dw(self.pw(x))
 
 
-class PlainFolded(nn.Module):
-    """Deploy form of a re-parameterised convolution, whatever form is asked for, under its published name."""
+class _Named(nn.Module):
+    """A convolution under a name of its own."""
 
-    def __init__(self, name: str, cin: int, cout: int, *, deploy: bool = True, **conv: Any) -> None:
+    def __init__(self, name: str, conv: nn.Module) -> None:
         super().__init__()
         self.name = name
-        self.add_module(name, PlainConv3x3(cin, cout, **conv))
+        self.add_module(name, conv)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.get_submodule(self.name)(x, residual)
+
+
+def plain_rep(
+    form: type[Reparameterized],
+    cin: int,
+    cout: int | None = None,
+    *,
+    deploy: bool = True,
+    deploy_name: str | None = None,
+    **conv: Any,
+) -> nn.Module:
+    """Deploy form of a re-parameterised convolution, whatever form is asked for, under its published name."""
+    kind: type[nn.Module] = PlainConv3x3
+    if form in (RBSB, RepConv1x1):
+        kind = PlainBSConv if form is RBSB else PlainConv1x1
+    name = form.default_deploy_name if deploy_name is None else deploy_name
+    folded = kind(cin, cin if cout is None else cout, **conv)
+    return _Named(name, folded) if name else folded
 
 
 class PlainConv3XC(nn.Module):
@@ -190,11 +211,18 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor 
 
 
 class PlainUpsampler(nn.Sequential):
-    def __init__(self, in_channels: int, out_channels: int = 3, upscale_factor: int = 4, *, bias: bool = True) -> None:
-        super().__init__(
-            nn.Conv2d(in_channels, out_channels * upscale_factor**2, 3, padding=1, bias=bias),
-            nn.PixelShuffle(upscale_factor),
-        )
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int = 3,
+        upscale_factor: int = 4,
+        *,
+        bias: bool = True,
+        conv: nn.Module | None = None,
+    ) -> None:
+        if conv is None:
+            conv = nn.Conv2d(in_channels, out_channels * upscale_factor**2, 3, padding=1, bias=bias)
+        super().__init__(conv, nn.PixelShuffle(upscale_factor))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = super().forward(x)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from esr_kernels.modules import ESA
+from esr_kernels.modules import ECB, ESA
 
 from .base import Network
 from .layers import PLAIN, Layers
@@ -30,9 +30,9 @@ class _SRRB(nn.Module):
 
     def __init__(self, b: Layers, channels: int, deploy: bool) -> None:
         super().__init__()
-        self.c1_r = b.ecb(channels, channels, bias=False, activation="gelu", deploy=deploy)
-        self.c2_r = b.ecb(channels, channels, bias=False, activation="gelu", deploy=deploy)
-        self.c3_r = b.ecb(channels, channels, bias=False, activation="gelu", deploy=deploy)
+        self.c1_r = b.rep(ECB, channels, channels, bias=False, activation="gelu", deploy=deploy)
+        self.c2_r = b.rep(ECB, channels, channels, bias=False, activation="gelu", deploy=deploy)
+        self.c3_r = b.rep(ECB, channels, channels, bias=False, activation="gelu", deploy=deploy)
         self.esa = b.esa(channels, 16)
 
     def forward(self, x: Tensor) -> Tensor:

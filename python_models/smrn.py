@@ -13,15 +13,16 @@ Team LeESR, rank 6, report section 4.10.
 BSConv, blueprint separable convolution: 1x1, then depthwise 3x3.
 
 Particular: RLFN's block with the outer two of its three convolutions separable; the one in the middle, dense, mixes
-what they keep apart. Biases only on depthwise convolutions, the attention and the upsampler. The training form
-(collapsible blocks) was not published.
+what they keep apart. Biases only on depthwise convolutions, the attention and the upsampler. In training form the
+separable convolutions are `RBSB`s, the dense one and the upsampler's are `CollapsibleConv`s (RIMB, RepConv): the report
+names these, no such weights were published.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from esr_kernels.modules import ESA
+from esr_kernels.modules import ESA, RBSB, CollapsibleConv
 
 from .base import Network
 from .layers import PLAIN, Layers
@@ -32,12 +33,12 @@ from .table1 import TABLE1
 class _SMRB(nn.Module):
     """Separable-mixable residual block, C -> C."""
 
-    def __init__(self, b: Layers, channels: int) -> None:
+    def __init__(self, b: Layers, channels: int, deploy: bool) -> None:
         super().__init__()
         c = channels
-        self.c1_r = b.bsconv(c, c, activation="gelu")
-        self.c2_r = b.conv3x3(c, c, bias=False, activation="gelu")
-        self.c3_r = b.bsconv(c, c, activation="gelu")
+        self.c1_r = b.rep(RBSB, c, c, activation="gelu", deploy=deploy)
+        self.c2_r = b.rep(CollapsibleConv, c, c, bias=False, activation="gelu", deploy=deploy)
+        self.c3_r = b.rep(RBSB, c, c, activation="gelu", deploy=deploy)
         self.c5 = b.conv1x1(c, c, bias=False)
         self.esa = b.esa(c, 16)
 
@@ -51,6 +52,7 @@ class SMRN(Network):
     Args:
         feature_channels: width of the body, C.
         upscale: 1, 2, 3, 4, ...
+        deploy: folded convolutions, as published, or the training form.
 
     Images [N, 3, H, W] in [0, 1], at least 15 x 15; result [N, 3, r H, r W], not clamped.
     """
@@ -58,18 +60,19 @@ class SMRN(Network):
     name = "smrn"
     minimum_size = ESA.minimum_size
 
-    def __init__(self, *, feature_channels: int = 48, upscale: int = 4) -> None:
+    def __init__(self, *, feature_channels: int = 48, upscale: int = 4, deploy: bool = True) -> None:
         super().__init__()
         b, c = self.kit, feature_channels
         self.scale = upscale
         self.set_mean()
         self.conv_1 = b.conv3x3(3, c, bias=False)
-        self.block_1 = _SMRB(b, c)
-        self.block_2 = _SMRB(b, c)
-        self.block_3 = _SMRB(b, c)
-        self.block_4 = _SMRB(b, c)
-        self.conv_2 = b.bsconv(c, c)
-        self.upsampler = b.upsampler(c, 3, upscale)
+        self.block_1 = _SMRB(b, c, deploy)
+        self.block_2 = _SMRB(b, c, deploy)
+        self.block_3 = _SMRB(b, c, deploy)
+        self.block_4 = _SMRB(b, c, deploy)
+        self.conv_2 = b.rep(RBSB, c, c, deploy=deploy)
+        conv = b.rep(CollapsibleConv, c, 3 * upscale**2, deploy=deploy)
+        self.upsampler = b.upsampler(c, 3, upscale, conv=conv)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)

@@ -23,7 +23,7 @@ import esr_kernels
 import python_models
 from esr_kernels.checkpoint import CheckpointError, load_state_dict
 from esr_kernels.modules import ESA
-from esr_kernels.reparam import deploy
+from esr_kernels.reparam import Reparameterized, deploy
 
 MODELS = python_models.list_models()
 BACKENDS = [b.name for b in esr_kernels.list_backends() if b.available]
@@ -47,7 +47,7 @@ SMALLER: dict[str, dict[str, Any]] = {
 WHOLE = {"span", "span_tiny", "rlfn", "r2net", "rden", "slim_rlfn", "rfdn", "eern", "dipnet"}
 WHOLE |= {"smrn", "ifadnet", "lsanet", "rlfn_bn"}
 # Those with a training form of their own.
-FORMS = ("span", "rden", "rcn", "ifadnet", "lsanet")
+FORMS = ("span", "rden", "rcn", "ifadnet", "lsanet", "r2net", "errn", "smrn", "pfdn_lite")
 # What is in a checkpoint and never runs: no gradients.
 UNUSED: dict[str, tuple[str, ...]] = {"dirn": ("block_5.", "block_6."), "craft": (".pos.",)}
 # What fvcore does not see beside convolutions with padding "same": inside a function of the published network's own.
@@ -335,6 +335,49 @@ def test_seedable() -> None:
         torch.manual_seed(5)
         states.append(python_models.create("span").state_dict())
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+# --- training form ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"feature_channels": 12, "upscale": 2}], ids=["published", "small"])
+@pytest.mark.parametrize("name", FORMS)
+def test_training_form_is_the_deploy_form(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    """In float64, on images so small that every pixel is near a border; state dicts enter where they can."""
+    trained = python_models.create(name, deploy=False, **options)
+    assert not any(m.deployed for m in trained.modules() if isinstance(m, Reparameterized))
+    with torch.no_grad():
+        for p in trained.parameters():  # initial biases are too small to show
+            p.add_(0.02 * torch.randn_like(p))
+    path = saved(tmp_path / "trained.pth", trained.state_dict())
+    folded, slim = deploy(trained), python_models.create(name, **options)
+    assert folded.state_dict().keys() == slim.state_dict().keys() != trained.state_dict().keys()
+    exact, x = copy.deepcopy(trained).double(), image(trained, trained.minimum_size, trained.minimum_size + 2).double()
+    with torch.no_grad():
+        expected = exact(x)
+        assert relative(deploy(exact)(x), expected) < 1e-12
+        slim.double().load_state_dict(exact.state_dict(), strict=True)
+        assert relative(slim(x), expected) < 1e-12
+        for form in (True, False):
+            model = python_models.create(name, path, deploy=form, **options)
+            assert any(m.deployed == form for m in model.modules() if isinstance(m, Reparameterized))
+            assert relative(model.double()(x), expected) < 1e-5
+    with pytest.raises(RuntimeError, match="slim form"):
+        trained.load_state_dict(folded.state_dict())
+    with pytest.raises(CheckpointError, match="slim form"):
+        python_models.create(name, saved(tmp_path / "slim.pth", folded.state_dict()), deploy=False, **options)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_branch_learns(name: str) -> None:
+    """Every weight; the biases before edge kernels, whose sum is zero, have nothing to learn."""
+    model = python_models.create(name, deploy=False).train()
+    x = image(model, 20, 18, batch=2)
+    model(x).sub(model.data_range / 2).square().mean().backward()
+    for module in model.modules():
+        if isinstance(module, Reparameterized):
+            for key, p in module.named_parameters():
+                assert p.grad is not None and (p.dim() == 1 or float(p.grad.abs().max()) > 0), key
 
 
 # --- fused against plain ------------------------------------------------------------------------------------------

@@ -74,6 +74,10 @@ def plain_upsampler(m: PixelShuffleUpsampler, x: Tensor) -> Tensor:
     return F.pixel_shuffle(plain_conv(m[0], x), m.upscale_factor)
 
 
+def plain_rep_upsampler(m: PixelShuffleUpsampler, x: Tensor) -> Tensor:
+    return F.pixel_shuffle(m[0].conv(F.pad(x, (1, 1, 1, 1))) + m[0].sk(x), m.upscale_factor)
+
+
 # name: constructor, plain form, input channels
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Any], int]] = {
     "conv3x3": (lambda: Conv3x3(5, 7), plain_conv, 5),
@@ -90,6 +94,7 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Any], i
     "rlfb-gelu": (lambda: RLFB(20, 12, esa_channels=8, activation="gelu", bias=False), plain_rlfb, 20),
     "upsampler": (lambda: PixelShuffleUpsampler(28), plain_upsampler, 28),
     "upsampler-x2": (lambda: PixelShuffleUpsampler(12, 1, 2, bias=False), plain_upsampler, 12),
+    "upsampler-rep": (lambda: PixelShuffleUpsampler(9, 2, 3, conv=Conv3XC(9, 18)), plain_rep_upsampler, 9),
 }
 
 
@@ -281,6 +286,16 @@ def test_exported_at_the_top() -> None:
         (lambda: ESA(8, 0), ValueError, "esa_channels: must be at least 1"),
         (lambda: RLFB(8, activation="swish"), ValueError, "activation: expected one of none, .*, got 'swish'"),
         (lambda: PixelShuffleUpsampler(8, 3, 0), ValueError, "upscale_factor: must be at least 1"),
+        (
+            lambda: PixelShuffleUpsampler(4, 3, 2, conv=Conv3XC(4, 8)),
+            ValueError,
+            r"conv: expected 4 to 12 channels and no activation, got Conv3XC\(\s*4, 8",
+        ),
+        (
+            lambda: PixelShuffleUpsampler(4, 1, 2, conv=Conv3XC(4, 4, activation="silu")),
+            ValueError,
+            "conv: expected 4 to 4 channels and no activation",
+        ),
         (lambda: Conv1x1(0, 3), ValueError, "in_channels: must be at least 1"),
     ],
 )

@@ -52,6 +52,16 @@ KERNELS = ["conv_1", "block.c2_r", "block.c3_r", "conv_2", "upsampler.0"]
 
 
 @torch.no_grad()
+def test_pruned_kernel_of_a_deployed_upsampler() -> None:
+    tail = PixelShuffleUpsampler(4, 1, 2, conv=ECB(4, 4, deploy_name="")).double()
+    x, residual = torch.randn(1, 4, 5, 6).double(), torch.randn(1, 1, 10, 12).double()
+    tail[0].switch_to_deploy()
+    pruned = prune_kernels(tail, ["0"])
+    expected = nn.functional.conv2d(x, tail[0].weight[:, :, 1:2, 1:2], tail[0].bias)
+    assert close(pruned(x, residual), nn.functional.pixel_shuffle(expected, 2) + residual)
+
+
+@torch.no_grad()
 def test_pruned_kernels_are_the_centre_taps() -> None:
     model = Small().double()
     centred = copy.deepcopy(model)

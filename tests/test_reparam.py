@@ -28,6 +28,7 @@ from esr_kernels.modules import (
     RepBlock,
     RepConv1x1,
     RepMBConv,
+    RepMBConvPoint,
     RepMBConvSE,
 )
 from esr_kernels.reparam import (
@@ -90,6 +91,11 @@ def repmbconv_branches(m: RepMBConv, x: Tensor) -> Tensor:
     return m.reduce_conv(m.fea_conv(pad_with(m.expand_conv(x), m.expand_conv.bias))) + m.identity_conv(x)
 
 
+def repmbconv_point_branches(m: RepMBConvPoint, x: Tensor) -> Tensor:
+    t = repmbconv_branches(m, x)
+    return m.point_project(m.point_expand(t)) + t
+
+
 def repmbconv_se_branches(m: RepMBConvSE, x: Tensor) -> Tensor:
     t, se = m.expand_conv(x), m.se
     s = torch.sigmoid(F.linear(F.silu(F.linear(se.tensor[:, :, 0, 0], se.se["1"].weight)), se.se["3"].weight))
@@ -137,6 +143,7 @@ FORMS: dict[str, tuple[Callable[..., Reparameterized], Callable[[Any, Tensor], T
     "repblock-no-identity": (lambda **k: RepBlock(4, 4, identity=False, **k), repblock_branches),
     "rrrb": (lambda **k: RRRB(4, ratio=3, **k), rrrb_branches),
     "repmbconv": (lambda **k: RepMBConv(3, 4, **k), repmbconv_branches),
+    "repmbconv-point": (lambda **k: RepMBConvPoint(3, 4, ratio=3, **k), repmbconv_point_branches),
     "repmbconv-se": (lambda **k: RepMBConvSE(4, **k), repmbconv_se_branches),
     "repconv1x1": (lambda **k: RepConv1x1(3, 4, **k), repconv1x1_branches),
     "repconv1x1-square": (lambda **k: RepConv1x1(4, 4, **k), repconv1x1_branches),

@@ -13,7 +13,7 @@ from .mbrb import MBRB
 from .multiscale import Level, MultiscaleGate, local_variance
 from .norm import LayerNorm2d
 from .repconv1x1 import RepConv1x1
-from .repmbconv import RepMBConv, RepMBConvSE
+from .repmbconv import RepMBConv, RepMBConvPoint, RepMBConvSE
 from .rlfb import RLFB
 from .rrrb import ERB, RRRB
 from .safm import SAFM
@@ -49,6 +49,7 @@ __all__ = [
     "RepBlock",
     "RepConv1x1",
     "RepMBConv",
+    "RepMBConvPoint",
     "RepMBConvSE",
     "local_variance",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,18 @@ class RepMBConv(Reparameterized):
     in deploy form.
     """
 
-    branch_keys = ("identity_conv.weight", "expand_conv.weight", "fea_conv.weight", "reduce_conv.weight")
-    bias_keys = ("identity_conv.bias", "expand_conv.bias", "fea_conv.bias", "reduce_conv.bias")
+    branch_keys: ClassVar[tuple[str, ...]] = (
+        "identity_conv.weight",
+        "expand_conv.weight",
+        "fea_conv.weight",
+        "reduce_conv.weight",
+    )
+    bias_keys: ClassVar[tuple[str, ...]] = (
+        "identity_conv.bias",
+        "expand_conv.bias",
+        "fea_conv.bias",
+        "reduce_conv.bias",
+    )
     default_deploy_name = ""
 
     def __init__(
@@ -53,15 +63,42 @@ class RepMBConv(Reparameterized):
         return merge(compose(expand, compose(spatial, reduce)), skip)
 
 
+class RepMBConvPoint(RepMBConv):
+    """`RepMBConv` and the re-parameterised point-wise convolution that PFDNLite has after some (report section 4.3).
+
+    ``t = RepMBConv(x); y = project(expand(t)) + t``: with nothing in between it is the same 3x3 convolution of x, whose
+    outputs are mixed: ``W = (P E + I) W_t``, ``b = (P E + I) b_t + P b_E + b_P``.
+
+    Args: as of `RepMBConv`; `ratio` is that of the point-wise pair too.
+
+    State dict: as `RepMBConv`'s, and `point_expand.*`, `point_project.*` in training form.
+    """
+
+    branch_keys = (*RepMBConv.branch_keys, "point_expand.weight", "point_project.weight")
+    bias_keys = (*RepMBConv.bias_keys, "point_expand.bias", "point_project.bias")
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, ratio: int = 2, bias: bool = True, **options: Any
+    ) -> None:
+        super().__init__(in_channels, out_channels, ratio=ratio, bias=bias, **options)
+        if not self.deployed:
+            self.point_expand = nn.Conv2d(out_channels, ratio * out_channels, 1, bias=bias)
+            self.point_project = nn.Conv2d(ratio * out_channels, out_channels, 1, bias=bias)
+
+    @staticmethod
+    def combine(parameters: Mapping[str, Tensor]) -> Kernel:  # type: ignore[override]
+        expand, project = (branch(parameters, f"point_{name}") for name in ("expand", "project"))
+        return compose(RepMBConv.combine(parameters), add_identity(compose(expand, project)))
+
+
 class _StaticExcitation(nn.Module):
+    # Not ones, as elsewhere: they saturate the sigmoid of a wide middle, and it never learns.
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
         self.tensor = nn.Parameter(torch.full((1, channels, 1, 1), 0.1))
         squeezed = max(1, channels // reduction)
         first = nn.Linear(channels, squeezed, bias=False)
         second = nn.Linear(squeezed, channels, bias=False)
-        nn.init.ones_(first.weight)
-        nn.init.ones_(second.weight)
         self.se = nn.ModuleDict({"1": first, "3": second})
 
 
