@@ -6,7 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from esr_kernels.training.export import CARD, atomically
+from esr_kernels.plotting import save_figure
+from esr_kernels.training.export import CARD
 from esr_kernels.training.log import read
 
 
@@ -35,9 +36,7 @@ def main() -> None:
         right.axhline(mean, linestyle="--", color="grey", label="bicubic")
         right.set_ylim(bottom=mean - 1)
         right.legend()
-    # Without the time of day two drawings of one run are the same file.
-    metadata = {"Date": None} if args.output.suffix == ".svg" else None
-    atomically(args.output, lambda part: figure.savefig(part, format=args.output.suffix.lstrip("."), metadata=metadata))
+    save_figure(figure, args.output)
 
 
 if __name__ == "__main__":

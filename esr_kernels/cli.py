@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import NoReturn
 
-COMMANDS = ("demo", "upscale", "train", "verify", "bench", "optimize", "info")
+COMMANDS = ("demo", "upscale", "train", "verify", "bench", "challenge", "optimize", "info")
 PROGRAM = "esr-kernels"
 
 

@@ -182,7 +182,8 @@ class PlainRLFB(nn.Module):
         mid = channels if mid_channels is None else mid_channels
         out = channels if out_channels is None else out_channels
         after: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope, "bias": bias}
-        self.c1_r = PlainConv3x3(channels, mid, **after)
+        # A normalisation stands between the first convolution and its activation.
+        self.c1_r = PlainConv3x3(channels, mid, bias=bias) if batch_norm else PlainConv3x3(channels, mid, **after)
         self.c2_r = PlainConv3x3(mid, mid, **after)
         self.c3_r = PlainConv3x3(mid, channels, **after)
         self.c5 = PlainConv1x1(channels, out, bias=bias)
@@ -190,8 +191,7 @@ class PlainRLFB(nn.Module):
         self.bn1 = nn.BatchNorm2d(mid) if batch_norm else None
 
     def forward(self, x: Tensor) -> Tensor:
-        first = self.c1_r
-        y = first(x) if self.bn1 is None else first._act(self.bn1(nn.Conv2d.forward(first, x)))
+        y = self.c1_r(x) if self.bn1 is None else self.c2_r._act(self.bn1(self.c1_r(x)))
         return self.esa(self.c5(self.c3_r(self.c2_r(y), residual=x)))
 
 

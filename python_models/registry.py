@@ -41,6 +41,7 @@ class ModelCard:
             for those outside the ranking).
         data_range: images are in [0, data_range].
         scale: of the published model.
+        entry: of the published checkpoint, the one its results were made with, where `create` would take another.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ModelCard:
     table1: Mapping[str, float | int | None] | None
     data_range: float = 1.0
     scale: int = 4
+    entry: str | None = None
 
 
 @dataclass(frozen=True)

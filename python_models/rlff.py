@@ -69,6 +69,7 @@ register(
         parameters=297_708,
         flops=18_671_101_440,
         table1=TABLE1[5],
+        entry="params",
     ),
     RLFF,
     PlainRLFF,

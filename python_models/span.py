@@ -124,6 +124,15 @@ class SPAN(_Normalization):
         deep = self.conv_2(y)
         return self.upsampler(self.conv_cat([shallow, deep, first, mid]))
 
+    @torch.no_grad()
+    def only_shallow(self) -> None:
+        """Pass the first convolution's maps on to the upsampler and nothing else, for the start of a training."""
+        weight = self.conv_cat.weight
+        weight.zero_()
+        weight[:, : weight.shape[0], 0, 0] = torch.eye(weight.shape[0])
+        if self.conv_cat.bias is not None:
+            self.conv_cat.bias.zero_()
+
     def standard(self) -> Self:
         """With the usual `img_range`, which the first convolution's weights take in."""
         if not self.norm or self.img_range == IMG_RANGE:

@@ -378,7 +378,7 @@ def test_demo_of_a_large_picture_measures_a_part(tmp_path, weights, capsys):
 def test_demo_says_that_weights_are_random(tmp_path, capsys, monkeypatch):
     from esr_kernels.commands import demo
 
-    monkeypatch.setattr(demo, "_nearby_weights", lambda name: None)
+    monkeypatch.setattr(demo, "published", lambda name: None)
     monkeypatch.setattr(registry, "WEIGHTS", tmp_path)
     assert command("demo", "--photo", "chelsea", "--rounds", "1", "--output", tmp_path / "o.png") == 0
     text = capsys.readouterr().out
@@ -392,7 +392,7 @@ def test_without_a_checkpoint_the_packages_own_weights_are_taken(tmp_path, weigh
     own = tmp_path / "weights" / "span_x4.safetensors"
     save_file(torch.load(weights, weights_only=True), own)
     monkeypatch.setattr(registry, "WEIGHTS", own.parent)
-    monkeypatch.setattr(demo, "_nearby_weights", lambda name: None)
+    monkeypatch.setattr(demo, "published", lambda name: None)
     write_image(tmp_path / "a.png", Picture(noise(20, 24)))
     assert command("upscale", tmp_path / "a.png", "-o", tmp_path / "own.png") == 0
     assert "published ones are better: the challenge's repository" in capsys.readouterr().err

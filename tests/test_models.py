@@ -30,8 +30,6 @@ BACKENDS = [b.name for b in esr_kernels.list_backends() if b.available]
 # Without a GPU its backends are emulated, a hundred times slower than the others.
 EMULATED = set() if torch.cuda.is_available() else {"native-cuda", "triton"}
 EMULATED_MODELS = ("span", "span_tiny", "rlfn")
-# The entry of a checkpoint that was ranked, where it is not the preferred one.
-ENTRIES = {"rlff": "params"}
 # No weights were published: the golden outputs were made with synthetic ones.
 SYNTHETIC = ("efficient_srgan", "magicsr")
 # Enough of a network where its outputs are not compared with published ones.
@@ -83,7 +81,7 @@ def synthetic(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def published(shared_models: Path, name: str) -> Any:
     """The network with its published weights."""
     if name not in SYNTHETIC:
-        return python_models.create(name, weights_file(shared_models, name), entry=ENTRIES.get(name))
+        return python_models.create(name, weights_file(shared_models, name), entry=python_models.card(name).entry)
     model = python_models.create(name)
     model.load_state_dict(synthetic(model.state_dict()), strict=True)
     return model
@@ -201,9 +199,9 @@ def test_training_form_in_files(shared_models: Path, name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in SYNTHETIC])
 def test_strict_in_the_published_form(shared_models: Path, name: str) -> None:
     path = weights_file(shared_models, name)
-    state = load_state_dict(path, entry=ENTRIES.get(name))
+    state = load_state_dict(path, entry=python_models.card(name).entry)
     python_models.create(name).load_state_dict(state, strict=True)
-    plain = python_models.plain(name, path, entry=ENTRIES.get(name))
+    plain = python_models.plain(name, path, entry=python_models.card(name).entry)
     assert all(torch.equal(plain.state_dict()[k], v) for k, v in state.items())
     assert plain.state_dict().keys() == state.keys()
 

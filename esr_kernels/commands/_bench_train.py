@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import inspect
 import multiprocessing
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import cases, native
+from .. import cases, memory
 from ..dispatch import use_backend
 from ..timing import alternate, table, thread_count
 
@@ -148,35 +146,13 @@ class Training:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def _status(field: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
-
-
 def _peak_here(training: Training, engine: str, threads: int, queue: Any) -> None:
     """In a process of its own: the bytes a step needs beyond what there was before it."""
     with thread_count(threads):
         step, _ = training.make(engine)
         for _ in range(2):
             step()
-        if training.device == "cuda":
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            step()
-            torch.cuda.synchronize()
-            queue.put(torch.cuda.max_memory_allocated() - before)
-            return
-        # What allocators keep from the first steps counts as free.
-        gc.collect()
-        if native.load() is None:
-            torch.ops.esr_native.release_workspaces()
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
-        before = _status("VmRSS")
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the highest resident size begins anew
-        step()
-        queue.put(_status("VmHWM") - before)
+        queue.put(memory.peak(step, training.device))
 
 
 def peak_memory(training: Training, engine: str, threads: int) -> int | None:
@@ -187,7 +163,7 @@ def peak_memory(training: Training, engine: str, threads: int) -> int | None:
     process = context.Process(target=_peak_here, args=(training, engine, threads, queue))
     process.start()
     process.join()
-    return None if process.exitcode != 0 or queue.empty() else int(queue.get())
+    return None if process.exitcode != 0 or queue.empty() else queue.get()
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from ..timing import alternate, machine, machine_line, table, thread_count
 from ..training import photographs
 from ..training.evaluate import psnr
 from ._arguments import backend_name, positive, weights_file
+from ._weights import published
 from .upscale import OWN, PUBLISHED, chosen, make_folder, one_model, upscale_picture
 
 # Photographs inside scikit-image's wheel.
@@ -31,8 +32,6 @@ PHOTOGRAPHS = {
     "rocket": "rocket.jpg",
     "motorcycle": "motorcycle_left.png",
 }
-# Published checkpoints, where they lie beside the repository.
-NEARBY = {"span": "team38_span_ch28_slim.pth", "span_tiny": "team39_spantiny_ch26_slim.pth", "rlfn": "team00_rlfn.pth"}
 TOLERANCE = 1e-4  # of the largest value
 SIZE_LIMIT = 512  # plain PyTorch takes seconds and gigabytes for a photograph of today's cameras
 
@@ -83,20 +82,12 @@ def _middle(length: int, limit: int) -> slice:
     return slice(begin, begin + min(length, limit))
 
 
-def _nearby_weights(model: str) -> Path | None:
-    """The published checkpoint in `shared/models/weights` beside the repository, if this is one."""
-    if model not in NEARBY:
-        return None
-    file = Path(__file__).resolve().parents[3] / "shared" / "models" / "weights" / NEARBY[model]
-    return file if file.is_file() else None
-
-
 def run(args: argparse.Namespace) -> int:
     """Do it all; 1 when the fused network differs from plain PyTorch."""
     import python_models
 
     card = python_models.card(args.model)
-    weights = args.weights or _nearby_weights(args.model) or python_models.bundled(args.model)
+    weights = args.weights or published(args.model) or python_models.bundled(args.model)
     torch.manual_seed(0)
     model = python_models.create(args.model, weights=weights)
     scale, data_range = int(model.scale), float(model.data_range)  # type: ignore[arg-type]

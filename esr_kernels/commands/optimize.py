@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--weights: {args.weights} is not a checkpoint of {args.model[1]}: {error}") from error
     n, c, h, w = args.input
     peak = float(getattr(model, "data_range", 1.0))
-    x = torch.rand(n, c, h, w, generator=torch.Generator().manual_seed(0)) * peak
+    x = cases.sample_image(n, c, h, w, torch.Generator().manual_seed(0)) * peak
     model, x = model.to(args.device), x.to(args.device)
     # The smallest part of the picture that shows the same: comparing it in float64 takes a while.
     example = x.expand(max(n, 2), -1, -1, -1)[:2, :, : min(h, 64), : min(w, 64)].contiguous()

@@ -422,7 +422,7 @@ class _Optimizer:
         images = []
         smallest = int(getattr(self.network, "minimum_size", 1))
         for n, h, w in sample_sizes(self.example, smallest):
-            x = torch.rand(n, self.example.shape[1], h, w, generator=generator) * peak
+            x = cases.sample_image(n, self.example.shape[1], h, w, generator) * peak
             images.append(x.to(self.example))
         return [self.example, *images] if given else images
 

@@ -31,8 +31,8 @@ class Model:
     Attributes:
         name: as in `python_models.list_models()`.
         weights: a checkpoint to start from; "": random weights.
-        initialization: of random weights: "pytorch", or "he": the signal keeps its size through all layers (see
-            `initialize.he`).
+        initialization: of random weights: "pytorch"; "he": the signal keeps its size through all layers (see
+            `initialize.he`); "linear": the network begins as the best linear upscaler (see `initialize.linear`).
         deploy: train the folded form; slim checkpoints can only be trained so.
         options: the network's own.
     """
@@ -328,10 +328,8 @@ def check(config: Config) -> Config:
             raise ConfigError(f"{key}: expected {allowed}, got {value!r}")
 
     data, optimizer, run = config.data, config.optimizer, config.run
-    known = ("pytorch", "he")
-    require(
-        config.model.initialization in known, "model.initialization", " or ".join(known), config.model.initialization
-    )
+    known = ("pytorch", "he", "linear")
+    require(config.model.initialization in known, "model.initialization", ", ".join(known), config.model.initialization)
     require(0 <= config.seed < 2**63, "seed", "0..2^63-1", config.seed)
     require(all(0 < s <= 1 for s in data.scales), "data.scales", "numbers above 0 and up to 1", list(data.scales))
     require(len(data.scales) > 0, "data.scales", "at least one number", list(data.scales))

@@ -42,6 +42,7 @@ from .photographs import HELD_OUT, TRAIN, files
 STATE = "state.pt"
 FORMAT = 1
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_FIT_BATCH, _FIT_BATCHES = 16, 20  # patches for `initialize.linear`
 
 
 class Trainer:
@@ -88,6 +89,8 @@ class Trainer:
         self.stage, self.iteration, self.samples, self.steps, self.seconds = 0, 0, 0, 0, 0.0
         self.best = float("-inf")
         self.losses: list[float] = []  # since the last line of the log
+        if config.model.initialization == "linear" and not config.model.weights and not resume:
+            self._begin_linear()
         self.model.to(process.device)
         state = self._read_state() if resume else None
         if state is not None:
@@ -118,8 +121,17 @@ class Trainer:
             )
         if settings.initialization == "he" and not settings.weights:
             initialize.he(model)
+        if settings.initialization == "linear" and not hasattr(model, "only_shallow"):
+            raise ConfigError(f"model.initialization: {settings.name} cannot begin as a linear upscaler; use he")
         model.train()
         return model
+
+    def _begin_linear(self) -> None:
+        patch = next((s.patch for s in self.stages if s.iterations), None)
+        if patch is None:
+            return
+        crops = Crops(self.train_pictures, patch=patch, scale=self.scale, seed=self.config.seed)
+        initialize.linear(self.model, batches(crops, begin=0, batch=_FIT_BATCH, count=_FIT_BATCHES))
 
     def _pictures(self) -> tuple[Pictures, Pictures]:
         data, patches = self.config.data, [s.patch for s in self.stages if s.iterations]

@@ -1,0 +1,48 @@
+"""The memory that a call needs."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+
+from . import native
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+
+def peak(call: Callable[[], object], device: str = "cpu") -> int | None:
+    """Bytes at the peak of one call beyond what is in use before it; its result counts.
+
+    On a CPU it is resident memory that is measured, so another thread's allocations count too, and what the process
+    frees and keeps for itself is given back first. None where the system does not tell (it takes Linux).
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    # What allocators keep from earlier calls counts as free.
+    if native.load() is None:
+        torch.ops.esr_native.release_workspaces()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        before = _status("VmRSS")
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the highest resident size begins anew
+    except OSError:
+        return None
+    result = call()
+    found = _status("VmHWM") - before
+    del result
+    return max(found, 0)
