@@ -22,8 +22,9 @@ from esr_kernels.cli import main
 from esr_kernels.errors import TrainingError
 from esr_kernels.imaging import Picture, image_kind, read_image, write_image
 from esr_kernels.training import config as configuration
-from esr_kernels.training import evaluate, log, photographs
+from esr_kernels.training import evaluate, initialize, log, photographs
 from esr_kernels.training.config import Config, ConfigError
+from esr_kernels.training.data import Crops, Pictures, batches, find_pictures
 from esr_kernels.training.distributed import Process
 from esr_kernels.training.resize import bicubic, crop_to_multiple, downscale, resize
 from esr_kernels.training.trainer import Trainer
@@ -647,3 +648,43 @@ def test_weights_of_the_package_are_what_their_card_says(name):
         assert network == pytest.approx(value["network"], abs=5e-3) and network > value["bicubic"]
         gains.append(network - value["bicubic"])
     assert sum(gains) / len(gains) > 0.8
+
+
+# --- initialisation ---------------------------------------------------------------------------------------------------
+
+
+def test_a_network_can_begin_as_the_best_linear_upscaler(folders):
+    torch.manual_seed(0)
+    model = python_models.create("span", deploy=False, feature_channels=28, num_blocks=1, img_range=4.0).train()
+    pictures = Pictures(find_pictures([folders / "train"], "data.train"), scale=4, smallest=16)
+    crops = Crops(pictures, patch=16, scale=4, seed=0)
+    sample = list(batches(crops, begin=0, batch=16, count=4))
+    initialize.linear(model, sample)
+
+    def error() -> float:
+        with torch.no_grad():
+            differences = [model(low / 255) - high / 255 for low, high in sample]
+        return float(sum(d.double().square().sum() for d in differences))
+
+    tail, best = model.upsampler[0], error()
+    for seed in range(4):
+        step = torch.randn(tail.weight.shape, generator=torch.Generator().manual_seed(seed)) * 1e-3
+        with torch.no_grad():
+            tail.weight.add_(step)
+            assert error() > best
+            tail.weight.sub_(step)
+    # It is better than interpolation on what it was fitted to, and the deep layers learn from the first step on.
+    model.eval()
+    ours = evaluate.validate(model, pictures, 4, ALONE)
+    assert np.mean(ours) > np.mean(evaluate.bicubic_psnr(pictures, 4))
+    model.train()
+    (model(sample[0][0] / 255) - sample[0][1] / 255).abs().mean().backward()
+    assert float(model.conv_cat.weight.grad[:, 28:].abs().max()) > 0
+
+
+def test_only_some_networks_can_begin_linear(folders, tmp_path):
+    changes = [("model.name", "rlfn"), ("model.options", {}), ("model.initialization", "linear")]
+    with pytest.raises(ConfigError, match=r"model.initialization: rlfn cannot begin as a linear upscaler; use he"):
+        Trainer(settings(folders, tmp_path / "run", *changes), ALONE)
+    with pytest.raises(TypeError, match=r"model: RLFN has no way past its deep layers"):
+        initialize.linear(python_models.create("rlfn"), [])
