@@ -59,6 +59,8 @@ ONE_EACH = [
     named("conv1x1 span 4x28>28"),
     named("esa rlfn 46 16"),
     named("bsconv ifadnet 36>36 reflect gelu"),
+    named("depthwise_conv egfmn 144 gated"),
+    named("layer_norm2d rcn 40"),
 ]
 # What kernels do apart from the published cases: other epilogues, several blocks of channels, a list of more maps than
 # one launch reads, other scales.
@@ -99,6 +101,14 @@ FURTHER = [
         {"pointwise": (52, 40, 1, 1), "depthwise": (52, 1, 3, 3)},
         {"activation": "gelu_tanh"},
     ),
+    OperatorCase(
+        "depthwise_conv",
+        "44 7x5 dilated by 2, gelu_tanh, gated",
+        {"x": 44},
+        {"weight": (44, 1, 7, 5), "bias": (44,)},
+        {"dilation": 2, "activation": "gelu_tanh", "gated": True},
+    ),
+    OperatorCase("layer_norm2d", "300", {"x": 300}, {"weight": (300,), "bias": (300,)}),
 ]
 
 
@@ -575,6 +585,14 @@ CHECKED = [
         {"pointwise": (4, 5, 1, 1), "depthwise": (4, 1, 3, 3), "bias": (4,)},
         {"padding_mode": "reflect", "activation": "relu"},
     ),
+    OperatorCase(
+        "depthwise_conv",
+        "",
+        {"x": 4},
+        {"weight": (4, 1, 3, 5), "bias": (4,)},
+        {"dilation": 2, "activation": "silu", "gated": True},
+    ),
+    OperatorCase("layer_norm2d", "", {"x": 5}, {"weight": (5,), "bias": (5,)}, {"eps": 1e-6}),
 ]
 
 

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(not _STATUS.available, reason=f"triton: {_STATUS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 if _STATUS.available:
-    from esr_kernels.backends.triton import _convolution, configs, esa, launch, maps, packing
+    from esr_kernels.backends.triton import _convolution, configs, depthwise_conv, esa, launch, maps, packing
     from esr_kernels.backends.triton.configs import SPACE, Config
 
 
@@ -163,6 +163,90 @@ def test_esa_configurations(name, config):
     check(got, reference.esa(*to(arguments, torch.float64)))
 
 
+def depthwise_arguments(config, planes, sides, dilation=1, gated=False):
+    """Those of depthwise_conv on an image that is a little larger than a tile."""
+    channels = 2 if planes else 36
+    x = lay_out(rand(1, channels, config.tile[0] + 1, config.tile[1] + 3), "nchw" if planes else "channels_last")
+    weight = rand(channels, 1, *sides, scale=(sides[0] * sides[1]) ** -0.5)
+    return x, weight, rand(channels), dilation, "gelu" if gated else "none", 0.1, gated
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Programs with as few channels as there."""
+    monkeypatch.setattr(depthwise_conv, "interpreted", lambda: False)
+
+
+@pytest.mark.parametrize("name", ["depthwise", "depthwise_planes"])
+@pytest.mark.parametrize("config", configurations("depthwise") + configurations("depthwise_planes"))
+def test_depthwise_configurations(as_on_a_gpu, name, config):
+    if config not in SPACE[name]:
+        return
+    torch.manual_seed(21)
+    choose, seen = only(name, config)
+    for sides, dilation in (((3, 3), 1), ((5, 3), 2), ((3, 5), 5)):
+        arguments = depthwise_arguments(config, name.endswith("planes"), sides, dilation, gated=dilation < 5)
+        with configs.chosen_by(choose):
+            got = torch.ops.esr.depthwise_conv(*arguments)
+        check(got, reference.OPERATORS["depthwise_conv"](*to(arguments, torch.float64)))
+    assert seen
+
+
+@pytest.mark.parametrize("name", ["depthwise_gradient", "depthwise_gradient_planes"])
+@pytest.mark.parametrize("config", configurations("depthwise_gradient") + configurations("depthwise_gradient_planes"))
+def test_depthwise_gradient_configurations(as_on_a_gpu, name, config):
+    if config not in SPACE[name]:
+        return
+    torch.manual_seed(22)
+    choose, seen = only(name, config)
+    for sides in ((3, 3), (5, 3)):
+        arguments = depthwise_arguments(config, name.endswith("planes"), sides)
+        grad = torch.randn_like(arguments[0])
+        with configs.chosen_by(choose):
+            _, *got = torch.ops.esr.depthwise_conv_backward(grad, *arguments, [False, True, True])
+        exact = reference.OPERATORS["depthwise_conv_backward"]
+        check(got, exact(*to((grad, *arguments), torch.float64), [False, True, True])[1:])
+    assert seen
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "layer_norm_gradient"])
+@pytest.mark.parametrize("config", configurations("layer_norm") + configurations("layer_norm_gradient"))
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_layer_norm_configurations(name, config, layout):
+    if config not in SPACE[name]:
+        return
+    torch.manual_seed(23)
+    choose, seen = only(name, config)
+    grad, x = (lay_out(rand(2, 36, 9, 17), layout) for _ in range(2))
+    arguments = (x, rand(36), rand(36), 1e-6)
+    with configs.chosen_by(choose):
+        got = [torch.ops.esr.layer_norm2d(*arguments)]
+        got += torch.ops.esr.layer_norm2d_backward(grad, *arguments, [True] * 3)
+    exact = [reference.OPERATORS["layer_norm2d"](*to(arguments, torch.float64))]
+    exact += reference.OPERATORS["layer_norm2d_backward"](*to((grad, *arguments), torch.float64), [True] * 3)
+    assert seen
+    check(got, exact)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_many_channels_are_normalized_by_programs_of_few_pixels(layout):
+    torch.manual_seed(24)
+    grad, x = (lay_out(rand(1, 1500, 3, 5), layout) for _ in range(2))
+    arguments = (x, rand(1500), rand(1500), 1e-6)
+    got = [torch.ops.esr.layer_norm2d(*arguments), *torch.ops.esr.layer_norm2d_backward(grad, *arguments, [True] * 3)]
+    exact = [reference.OPERATORS["layer_norm2d"](*to(arguments, torch.float64))]
+    exact += reference.OPERATORS["layer_norm2d_backward"](*to((grad, *arguments), torch.float64), [True] * 3)
+    check(got, exact)
+
+
+def test_without_eps_pixels_outside_of_the_image_spoil_no_gradient():
+    torch.manual_seed(25)
+    grad, x, weight = rand(1, 20, 3, 5), rand(1, 20, 3, 5), rand(20)
+    arguments = (grad, x, weight, None, 0.0, [True, True, False])
+    got = torch.ops.esr.layer_norm2d_backward(*arguments)
+    check(got[:2], reference.OPERATORS["layer_norm2d_backward"](*to(arguments, torch.float64))[:2])
+
+
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
@@ -196,11 +280,15 @@ def gradient_cases(dtype, layout):
                          "zeros", "gelu", 0.0, yes),
         "bsconv reflect": (feature(2, 20, 2, 3), feature(2, 28, 2, 3), weight(20, 28, 1), weight(20, 1), bias(20),
                            "reflect", "none", 0.0, yes),
+        "depthwise_conv gelu": (x, x, weight(28, 1, 5), bias(28), 2, "gelu", 0.0, False, yes[:3]),
+        "depthwise_conv gated": (feature(2, 14, 9, 13), x, weight(28, 1), bias(28), 1, "silu", 0.0, True, yes[:3]),
+        "layer_norm2d": (feature(2, 28, 9, 13), x, bias(28), bias(28), 1e-6, yes[:3]),
     }  # fmt: skip
 
 
 CASE_NAMES = ["conv3x3 silu", "conv3x3 pre", "conv3x3 post", "conv3x3 attention", "spab", "conv3x3_pixel_shuffle",
-              "conv1x1", "esa", "esa rfdn", "bsconv zeros", "bsconv reflect"]  # fmt: skip
+              "conv1x1", "esa", "esa rfdn", "bsconv zeros", "bsconv reflect", "depthwise_conv gelu",
+              "depthwise_conv gated", "layer_norm2d"]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
@@ -221,10 +309,20 @@ def test_backward(case, layout, dtype):
             assert largest_error(g, e) <= bound * float(e.abs().max())
 
 
-@pytest.mark.parametrize("name", ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "bsconv"])
+# The case that stands for an operator with more than one.
+MAIN_CASE = {
+    "conv3x3": "conv3x3 pre",
+    "bsconv": "bsconv zeros",
+    "depthwise_conv": "depthwise_conv gated",
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "bsconv", "depthwise_conv", "layer_norm2d"]
+)
 def test_unwanted_gradients_are_empty(name):
     torch.manual_seed(5)
-    case = {"conv3x3": "conv3x3 pre", "bsconv": "bsconv zeros"}.get(name, name)
+    case = MAIN_CASE.get(name, name)
     *arguments, mask = gradient_cases(torch.float32, "channels_last")[case]
     for i in range(len(mask)):
         single = [k == i for k in range(len(mask))]
@@ -234,9 +332,11 @@ def test_unwanted_gradients_are_empty(name):
         check(got[i], exact[i])
 
 
-@pytest.mark.parametrize("name", ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv"])
+@pytest.mark.parametrize(
+    "name", ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv", "depthwise_conv", "layer_norm2d"]
+)
 def test_backward_of_an_empty_batch(name):
-    case = {"conv3x3": "conv3x3 pre", "bsconv": "bsconv zeros"}.get(name, name)
+    case = MAIN_CASE.get(name, name)
     arguments = gradient_cases(torch.float32, "nchw")[case]
 
     def empty(value, position):
@@ -284,8 +384,9 @@ def test_weight_gradients_repeat_bit_for_bit(case):
 
 @pytest.mark.parametrize("name", [n for n in library.SCHEMAS if n.endswith("_backward")])
 def test_opcheck_backward(name):
-    case = {"conv3x3": "conv3x3 attention", "bsconv": "bsconv reflect"}.get(name.removesuffix("_backward"))
-    arguments = gradient_cases(torch.float32, "channels_last")[case or name.removesuffix("_backward")]
+    operator = name.removesuffix("_backward")
+    case = (MAIN_CASE | {"conv3x3": "conv3x3 attention", "bsconv": "bsconv reflect"}).get(operator, operator)
+    arguments = gradient_cases(torch.float32, "channels_last")[case]
     torch.library.opcheck(getattr(torch.ops.esr, name).default, arguments)
 
 
@@ -311,7 +412,19 @@ def test_other_layouts_are_copied():
 
 
 @pytest.mark.parametrize("strides", ["every other element", "expanded", "channels_last"])
-@pytest.mark.parametrize("case", ["conv3x3 pre", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv zeros"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "conv3x3 pre",
+        "spab",
+        "conv3x3_pixel_shuffle",
+        "conv1x1",
+        "esa",
+        "bsconv zeros",
+        "depthwise_conv gated",
+        "layer_norm2d",
+    ],
+)
 def test_parameters_of_any_strides(case, strides):
     """Weights and biases are views as often as maps are."""
 
@@ -451,7 +564,7 @@ def test_every_shipped_file_is_in_the_space_of_the_tuner_or_smaller():
             assert (
                 config.warps in (1, 2, 4, 8)
                 and config.pipeline in (1, 2, 3)
-                and config.pixels in (16, 32, 64, 128, 256)
+                and config.pixels in (16, 32, 64, 128, 256, 512)
             )
 
 
@@ -582,7 +695,8 @@ def test_tuning_takes_the_fastest_right_configuration(monkeypatch):
     wanted, wrong = Config((1, 64), 4, 1), Config((1, 32), 4, 1)
     key = "conv1x1/float32/48x48"
     todo = [
-        tuning.Task("float32", "conv1x1 rlfn 46>46", False, key, c) for c in (Config((1, 128), 4, 1), wanted, wrong)
+        tuning.Task("float32", "conv1x1 rlfn 46>46", torch.channels_last, False, key, c)
+        for c in (Config((1, 128), 4, 1), wanted, wrong)
     ]
     monkeypatch.setattr(tuning, "tasks", lambda labels, arch: todo)
     monkeypatch.setattr(tuning, "problem", lambda task, arch: None)
@@ -614,7 +728,8 @@ def test_tuning_takes_the_fastest_right_configuration(monkeypatch):
 def test_tuning_stops_in_time(monkeypatch):
     from esr_kernels.backends.triton import tuning
 
-    todo = [tuning.Task("float32", "conv1x1 rlfn 46>46", False, "conv1x1/float32/48x48", Config((1, 64), 4, 1))]
+    one = Config((1, 64), 4, 1)
+    todo = [tuning.Task("float32", "conv1x1 rlfn 46>46", torch.channels_last, False, "conv1x1/float32/48x48", one)]
     monkeypatch.setattr(tuning, "tasks", lambda labels, arch: todo)
     monkeypatch.setattr(tuning, "problem", lambda task, arch: None)
     result = tuning.tune(0.0, ("float32",), lambda line: None, device=DEVICE, size=(5, 7), processes=1)

@@ -32,6 +32,10 @@ _MODULES = {
     "esa_backward": "esa",
     "bsconv": "bsconv",
     "bsconv_backward": "bsconv",
+    "depthwise_conv": "depthwise_conv",
+    "depthwise_conv_backward": "depthwise_conv",
+    "layer_norm2d": "layer_norm2d",
+    "layer_norm2d_backward": "layer_norm2d",
     "run_plan": "run_plan",
 }
 
@@ -68,7 +72,7 @@ def _accepts(*args: Any) -> str | None:
 
 def implementations() -> dict[str, Implementation]:
     devices = frozenset({"cpu" if interpreted() else "cuda"})
-    return {name: Implementation(call(name), devices=devices, accepts=_accepts) for name in _MODULES}
+    return {name: Implementation(call(name), devices=devices, accepts=_accepts, compiles=True) for name in _MODULES}
 
 
 def probe() -> str | None:

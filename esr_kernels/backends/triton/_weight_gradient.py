@@ -273,14 +273,36 @@ def weight_gradient(
         (splits, programs), x.tensor, g.tensor, partial, partial_bias,
         x.height, x.width, g.height, g.width, tiles_x, tiles_y, tiles, splits, x.batch, g.batch,
     )  # fmt: skip
+    reduce_parts(partial, partial_bias, gw, gb, splits, channels, out_channels, rows, columns, (taps, taps))
+
+
+def reduce_parts(
+    partial: Tensor,
+    partial_bias: Tensor,
+    gw: Tensor | None,
+    gb: Tensor | None,
+    splits: int,
+    channels: int,
+    out_channels: int,
+    rows: int,
+    columns: int,
+    taps: tuple[int, int],
+) -> None:
+    """Write the sums of partial[splits, taps, rows, columns] and partial_bias[splits, columns], in fixed order.
+
+    Args:
+        gw: [out_channels, channels, *taps], any strides, or None.
+        gb: [out_channels], or None.
+    """
     strides = (0, 0, 0, 0)
     if gw is not None:
         stride_n, stride_k, stride_y, stride_x = gw.stride()
         strides = (stride_k, stride_n, stride_y, stride_x)
+    size = taps[0] * taps[1] * rows * columns
     weight_programs = 0 if gw is None else ceil_div(size, _REDUCE)
     bias_programs = 0 if gb is None else ceil_div(columns, _REDUCE)
     reduction = _reduction(None if gw is None else gw.dtype, None if gb is None else gb.dtype)
     reduction(
         (weight_programs + bias_programs, 1), partial, partial_bias, gw, gb, splits, channels, out_channels, rows,
-        columns, taps, size, weight_programs, *strides,
+        columns, taps[1], size, weight_programs, *strides,
     )  # fmt: skip

@@ -60,6 +60,16 @@ SPACE: dict[str, tuple[Config, ...]] = {
         Config(tile, warps, pipeline) for tile in ((4, 4), (4, 8)) for warps in (2, 4, 8) for pipeline in (1, 2)
     ),
     "esa_gate": tuple(Config((1, pixels), warps, 1) for pixels in (16, 32, 64, 128) for warps in (4, 8)),
+    "depthwise": tuple(Config(tile, warps, 1) for tile in ((2, 16), (4, 16), (8, 16)) for warps in (2, 4, 8)),
+    "depthwise_planes": tuple(
+        Config(tile, warps, 1) for tile in ((4, 64), (8, 64), (16, 64), (4, 128)) for warps in (2, 4, 8)
+    ),
+    "depthwise_gradient": tuple(Config(tile, warps, 1) for tile in ((1, 16), (2, 16), (4, 16)) for warps in (2, 4, 8)),
+    "depthwise_gradient_planes": tuple(
+        Config(tile, warps, 1) for tile in ((2, 64), (4, 64), (8, 64)) for warps in (2, 4, 8)
+    ),
+    "layer_norm": tuple(Config((1, pixels), warps, 1) for pixels in (16, 32, 64, 128) for warps in (2, 4, 8)),
+    "layer_norm_gradient": tuple(Config((1, pixels), warps, 1) for pixels in (16, 32, 64) for warps in (2, 4, 8)),
 }
 
 
@@ -70,6 +80,12 @@ _INTERPRETED = {
     "weight_gradient": Config((16, 32), 4, 1),
     "esa_reduce": Config((8, 8), 4, 2),
     "esa_gate": Config((1, 512), 4, 1),
+    "depthwise": Config((16, 32), 4, 1),
+    "depthwise_planes": Config((16, 32), 4, 1),
+    "depthwise_gradient": Config((16, 32), 4, 1),
+    "depthwise_gradient_planes": Config((16, 32), 4, 1),
+    "layer_norm": Config((1, 512), 4, 1),
+    "layer_norm_gradient": Config((1, 512), 4, 1),
 }
 
 
@@ -135,7 +151,11 @@ def default(kernel: str, dtype: torch.dtype, columns: int) -> Config:
         return Config((2, 16), 4, 1)
     if kernel == "esa_reduce":
         return Config((4, 4), 4, 2)
-    return Config((1, 64), 4, 1)
+    if kernel.endswith("_planes"):
+        return Config((4, 64), 4, 1)
+    if kernel.startswith("depthwise"):
+        return Config((4, 16) if kernel == "depthwise" else (2, 16), 4, 1)
+    return Config((1, 32 if kernel.startswith("layer_norm") else 64), 4, 1)
 
 
 def _device() -> tuple[str, tuple[int, int]]:

@@ -212,12 +212,23 @@ def tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
+def layouts(case: OperatorCase) -> tuple[torch.memory_format, ...]:
+    """The memory formats in which an operator has kernels of its own; others differ in the strides only."""
+    planes = case.operator == "depthwise_conv"
+    return (torch.channels_last, torch.contiguous_format) if planes else (torch.channels_last,)
+
+
 def case_launches(
-    case: OperatorCase, arch: int, name: str, *, backward: bool, config: Choice | None = None
+    case: OperatorCase,
+    arch: int,
+    name: str,
+    *,
+    backward: bool,
+    layout: torch.memory_format = torch.channels_last,
+    config: Choice | None = None,
 ) -> list[Launch]:
-    """The launches of an operator case in one dtype of `DTYPES`, channels_last; with `backward` those of its gradients
-    too."""
-    arguments = case.arguments(1, 16, 16, dtype=DTYPES[name], memory_format=torch.channels_last)
+    """The launches of an operator case in one dtype of `DTYPES`; with `backward` those of its gradients too."""
+    arguments = case.arguments(1, 16, 16, dtype=DTYPES[name], memory_format=layout)
     with tf32(name == "tf32"), collect(f"{case.name} {name}", arch, config) as launches:
         if backward:
             out = case.fused({k: _leaf(v) for k, v in arguments.items()})
@@ -229,7 +240,14 @@ def case_launches(
 
 def operator_launches(arch: int, name: str, *, config: Choice | None = None) -> list[Launch]:
     """The launches of every operator case (`esr_kernels.cases`) and its gradients, each once."""
-    return unique([item for case in CASES for item in case_launches(case, arch, name, backward=True, config=config)])
+    return unique(
+        [
+            item
+            for case in CASES
+            for layout in layouts(case)
+            for item in case_launches(case, arch, name, backward=True, layout=layout, config=config)
+        ]
+    )
 
 
 def _leaf(value: Tensor | list[Tensor]) -> Any:
@@ -309,6 +327,23 @@ _CANDIDATES: dict[str, tuple[configs.Config, ...]] = {
     "conv1x1": tuple(configs.Config((1, pixels), 4, pipeline) for pipeline in (1, 2) for pixels in (128, 64, 32)),
     "esa_reduce": (configs.Config((4, 8), 4, 1), configs.Config((4, 4), 4, 1), configs.Config((4, 4), 4, 2)),
     "esa_gate": tuple(configs.Config((1, pixels), 4, 1) for pixels in (64, 32, 16)),
+    "depthwise": (
+        configs.Config((4, 16), 4, 1),
+        configs.Config((4, 16), 4, 1, 255),
+        configs.Config((2, 16), 4, 1),
+        configs.Config((2, 16), 4, 1, 255),
+    ),
+    "depthwise_planes": tuple(
+        configs.Config(tile, 4, 1, registers) for tile in ((8, 64), (4, 64)) for registers in (0, 255)
+    ),
+    "depthwise_gradient": tuple(
+        configs.Config(tile, 4, 1, registers) for tile in ((2, 16), (1, 16)) for registers in (0, 255)
+    ),
+    "depthwise_gradient_planes": tuple(
+        configs.Config(tile, 4, 1, registers) for tile in ((4, 64), (2, 64)) for registers in (0, 255)
+    ),
+    "layer_norm": tuple(configs.Config((1, pixels), 4, 1) for pixels in (32, 16)),
+    "layer_norm_gradient": tuple(configs.Config((1, pixels), 4, 1) for pixels in (32, 16)),
 }
 _ENOUGH_WARPS = 8
 
@@ -342,21 +377,27 @@ def _resident_warps(launches: Sequence[Launch], arch: int) -> int | None:
     return warps
 
 
-def select(arch: int, name: str, log: Callable[[str], None] = print) -> dict[str, configs.Config]:
-    """For every configuration key of a dtype the most preferred candidate without a problem in any of its kernels."""
+def select(
+    arch: int, name: str, log: Callable[[str], None] = print, kernels: Sequence[str] = ()
+) -> dict[str, configs.Config]:
+    """For every configuration key of a dtype the most preferred candidate without a problem in any of its kernels.
+
+    `kernels` are those that the keys begin with, in single operators; none: all, in networks too.
+    """
     found: dict[str, configs.Config] = {}
     by_candidate: list[dict[str, list[Launch]]] = []
-    for i in range(max(map(len, _CANDIDATES.values()))):
+    for i in range(max(len(options) for kernel, options in _CANDIDATES.items() if not kernels or kernel in kernels)):
 
         def candidate(key: str, i: int = i) -> configs.Config:
             options = _CANDIDATES[key.partition("/")[0]]
             return options[min(i, len(options) - 1)]
 
         launches: dict[str, list[Launch]] = {}
-        for item in unique(
-            model_launches(arch, name, config=candidate) + operator_launches(arch, name, config=candidate)
-        ):
-            if item.config is not None:
+        items = operator_launches(arch, name, config=candidate)
+        if not kernels:
+            items = model_launches(arch, name, config=candidate) + items
+        for item in unique(items):
+            if item.config is not None and (not kernels or item.config.partition("/")[0] in kernels):
                 launches.setdefault(item.config, []).append(item)
         by_candidate.append(launches)
     for key in sorted(set().union(*by_candidate)):
@@ -382,11 +423,16 @@ def select(arch: int, name: str, log: Callable[[str], None] = print) -> dict[str
 _LIKE = {80: 86, 89: 86}
 
 
-def write(arch: int, folder: Path, log: Callable[[str], None] = print) -> None:
-    """Write `sm_<arch>.json`, the configurations of GPUs that nobody has measured yet, and those of its like."""
+def write(arch: int, folder: Path, log: Callable[[str], None] = print, kernels: Sequence[str] = ()) -> None:
+    """Write `sm_<arch>.json`, the configurations of GPUs that nobody has measured yet, and those of its like.
+
+    With `kernels` only theirs are chosen; the others stay what the file says.
+    """
     table: dict[str, Any] = {}
+    if kernels:
+        table |= configs.read(folder / f"sm_{arch}.json")["configurations"]
     for name in DTYPES:
-        for key, config in select(arch, name, log).items():
+        for key, config in select(arch, name, log, kernels).items():
             table[key] = configs.entry(config)
     for same in (arch, *(a for a, like in _LIKE.items() if like == arch)):
         data = {
@@ -420,6 +466,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m esr_kernels.backends.triton.resources", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--select", type=Path, metavar="FOLDER", help="choose configurations and write them there")
+    parser.add_argument(
+        "--kernels", nargs="+", choices=list(_CANDIDATES), default=[], help="with --select: only these; default: all"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there")
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/gpu.md")
     which = parser.add_mutually_exclusive_group()
@@ -428,7 +477,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.select is not None:
         for arch in set(options.arch) - set(_LIKE):
-            write(arch, options.select)
+            write(arch, options.select, kernels=options.kernels)
         return 0
     results = []
     for arch in options.arch:

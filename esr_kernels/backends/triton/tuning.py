@@ -39,10 +39,11 @@ _TOLERANCE = {"float16": 2e-2, "bfloat16": 1e-1, "tf32": 2e-2, "float32": 1e-4}
 
 
 class Task(NamedTuple):
-    """A configuration to try: `case` runs a kernel whose configuration has the key."""
+    """A configuration to try: `case` in this layout runs a kernel whose configuration has the key."""
 
     label: str
     case: str
+    layout: torch.memory_format
     training: bool
     key: str
     config: Config
@@ -54,13 +55,13 @@ def tasks(labels: Sequence[str], arch: int) -> list[Task]:
     seen: set[str] = set()
     for label in labels:
         for training in (False, True):
-            for case in CASES:
-                for item in resources.case_launches(case, arch, label, backward=training):
+            for case, layout in ((c, layout) for c in CASES for layout in resources.layouts(c)):
+                for item in resources.case_launches(case, arch, label, backward=training, layout=layout):
                     if item.config is None or item.config in seen:
                         continue
                     seen.add(item.config)
                     space = SPACE[item.config.partition("/")[0]]
-                    found += [Task(label, case.name, training, item.config, config) for config in space]
+                    found += [Task(label, case.name, layout, training, item.config, config) for config in space]
     order = list(SPACE)
     return sorted(found, key=lambda t: (labels.index(t.label), t.training, order.index(t.key.partition("/")[0])))
 
@@ -72,7 +73,9 @@ def problem(task: Task, arch: int) -> str | None:
     def chosen(key: str) -> Config | None:
         return task.config if key == task.key else None
 
-    launches = resources.case_launches(case, arch, task.label, backward=task.training, config=chosen)
+    launches = resources.case_launches(
+        case, arch, task.label, backward=task.training, layout=task.layout, config=chosen
+    )
     try:
         found = (resources.inspect(item, arch).problem for item in launches if item.config == task.key)
         return next((p for p in found if p is not None), None)
@@ -198,7 +201,7 @@ def _fastest(
     """The fastest of the usable configurations whose results are right, and each one's time or what was wrong."""
     case = _case(task.case)
     dtype = DTYPES["float32" if task.label == "tf32" else task.label]
-    arguments = case.arguments(1, *size, dtype=dtype, device=device, memory_format=torch.channels_last)
+    arguments = case.arguments(1, *size, dtype=dtype, device=device, memory_format=task.layout)
     measured: dict[str, float | str] = {}
     found: tuple[float, Config] | None = None
     with resources.tf32(task.label == "tf32"), use_backend("triton"):
