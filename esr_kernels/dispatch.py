@@ -26,12 +26,14 @@ class Implementation:
 
     `accepts` takes the operator's arguments and returns None, or why this call cannot run; it is asked on
     every call, so most implementations leave it out and declare devices and dtypes, which are asked once.
+    `compiles`: its kernels are compiled when they are first called with a memory layout or alignment.
     """
 
     function: Callable[..., Any]
     devices: frozenset[str]
     dtypes: frozenset[torch.dtype] = FLOATS
     accepts: Callable[..., str | None] | None = None
+    compiles: bool = False
 
     def why_not(self, device: str, dtype: torch.dtype) -> str | None:
         if device not in self.devices:
@@ -193,6 +195,14 @@ def select(operator: str, device: str, dtype: torch.dtype, chosen: str | None) -
             return backends[name].implementations[operator]
         reasons.append(f"{name}: {reason}")
     raise BackendError(f"no backend can run {operator}: {'; '.join(reasons)}")
+
+
+def compiles(operator: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether what runs `operator` here compiles kernels for each layout of its tensors."""
+    try:
+        return select(operator, device, dtype, chosen_backend()).compiles
+    except BackendError:
+        return False
 
 
 def run(operator: str, args: tuple[Any, ...]) -> Any:

@@ -77,6 +77,7 @@ def test_products_run_on_tensor_cores(compiled: dict[int, list[dict[str, Any]]],
 def test_planted_problems_are_found() -> None:
     """A tile too large for its warps, and one too large for the shared memory, are found by compiling them."""
     code = """
+import torch
 from esr_kernels.backends.triton.configs import Config
 from esr_kernels.backends.triton.tuning import Task, problem
 case = "conv3x3 rlfn 48>46 leaky_relu post"
@@ -85,7 +86,7 @@ for label, config, arch in (
     ("float16", Config((16, 16), 8, 3), 86),
     ("float16", Config((8, 16), 4, 2), 90),
 ):
-    print(problem(Task(label, case, False, "convolution/float16/48x48", config), arch))
+    print(problem(Task(label, case, torch.channels_last, False, "convolution/float16/48x48", config), arch))
 """
     done = run("-c", code)
     lines = done.stdout.splitlines()
@@ -174,6 +175,47 @@ print("same")
     )
     done = run("-c", code)
     assert done.stdout.strip() == "same", done.stderr[-3000:]
+
+
+def test_warmup_compiles_whatever_a_call_can_need() -> None:
+    """After it, images of other sizes, batches, layouts and addresses find their kernels compiled."""
+    code = (
+        _STAND_IN
+        + """
+from dataclasses import replace
+from esr_kernels import dispatch
+triton = dispatch._backends()["triton"]
+triton._reason = None
+triton.implementations = {
+    name: replace(i, devices=frozenset({"cpu"})) for name, i in triton.implementations.items()
+}
+loads = []
+load = launch.Kernel._load
+def noted(self, device, args, aligned):
+    loads.append((self.function.__name__, aligned))
+    return load(self, device, args, aligned)
+launch.Kernel._load = noted
+with esr_kernels.use_backend("triton"):
+    for name, smallest in (("span", 8), ("rlfn", 15)):
+        fast = esr_kernels.optimize(cases.model_pair(name)[0], dtype=torch.float16)
+        loads.clear()
+        fast.warmup([(20, 24)])
+        assert {aligned for _, aligned in loads} == {True, False}
+        loads.clear()
+        with torch.no_grad():
+            for dtype in (torch.float16, torch.float32):
+                for n, h, w in ((1, 20, 24), (3, smallest, 31)):
+                    x = torch.zeros(n + 1, 3, h, w, dtype=dtype)
+                    odd = torch.zeros(n * 3 * h * w + 1, dtype=dtype)[1:].view(n, 3, h, w)
+                    for y in (x[:n], x[1:], odd, x.contiguous(memory_format=torch.channels_last)[:n],
+                              odd.view(n, h, w, 3).permute(0, 3, 1, 2)):
+                        fast(y)
+        assert not loads, (name, loads)
+print("all compiled")
+"""
+    )
+    done = run("-c", code)
+    assert done.stdout.strip() == "all compiled", done.stderr[-3000:]
 
 
 def test_programs_refuse_what_may_move() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import cases
 from ..backends import reference
-from ..dispatch import chosen_backend, use_backend
+from ..dispatch import chosen_backend, compiles, use_backend
 from ..errors import BackendError, OptimizeError
 from ..functional import ESA_MINIMUM, decomposes
 from ..graphs import GraphCache
@@ -143,13 +143,14 @@ class OptimizedModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self._run(x)
 
-    def _run(self, x: Tensor, *, at_once: bool = False) -> Tensor:
+    def _run(self, x: Tensor, *, at_once: bool = False, replay: bool = True) -> Tensor:
         if self.plan is None:
             assert self.fallback is not None
             y = self.fallback(x if self._dtype is None else x.to(self._dtype)).to(x.dtype)
         else:
             self._check(x)
-            if not torch.compiler.is_compiling() and not torch.jit.is_tracing() and self._graphs is not None:
+            replay = replay and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+            if replay and self._graphs is not None:
                 replayed = self._replay(self._graphs, x, at_once)
                 if replayed is not None:
                     return replayed
@@ -205,7 +206,8 @@ class OptimizedModel(nn.Module):
         """Do all packing, compiling and buffer planning for images of these (height, width) now, outside timed code.
 
         On a CUDA device one CUDA graph per size is captured too, for single NCHW images and whatever their size
-        (unless `cuda_graphs` is False); as many are kept from then on.
+        (unless `cuda_graphs` is False); as many are kept from then on. Where kernels are compiled for the layout of
+        their tensors, those for NCHW and channels_last images are, at addresses aligned to 16 bytes and at others.
         """
         channels = 3 if self.plan is None else self.plan.inputs[0][0]
         tensors = [*self.buffers(), *self.parameters()]
@@ -216,11 +218,25 @@ class OptimizedModel(nn.Module):
         with torch.inference_mode():
             # The largest first: the graphs of the others then fit in the memory that it needs between its layers.
             for height, width in sorted(sizes, key=lambda size: -size[0] * size[1]):
-                self._run(torch.zeros(1, channels, height, width, dtype=dtype, device=device), at_once=True)
+                shape = (1, channels, height, width)
+                self._run(torch.zeros(shape, dtype=dtype, device=device), at_once=True)
+                if compiles("run_plan", device.type, dtype):
+                    for image in _other_layouts(shape, dtype, device):
+                        self._run(image, replay=False)
         return self
 
     def extra_repr(self) -> str:
         return "plan=None" if self.plan is None else f"{len(self.plan.layers)} layers, x{self.plan.scale}"
+
+
+def _other_layouts(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """Zeros in the layouts that kernels are compiled for, apart from NCHW at an aligned address."""
+    n, c, h, w = shape
+    for strides in ((c * h * w, h * w, w, 1), (h * w * c, 1, w * c, c)):
+        for offset in (0, 1):
+            if offset or strides[1] == 1:
+                memory = torch.zeros(n * c * h * w + offset, dtype=dtype, device=device)
+                yield memory.as_strided(shape, strides, offset)
 
 
 def optimize(
