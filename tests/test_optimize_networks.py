@@ -17,7 +17,7 @@ BACKENDS = [b.name for b in esr_kernels.list_backends() if b.available and b.nam
 
 
 def conv(i, o, k=3, **options):
-    return nn.Conv2d(i, o, k, padding=options.pop("padding", k // 2), **options)
+    return nn.Conv2d(i, o, k, **{"padding": "same" if isinstance(k, tuple) else k // 2, **options})
 
 
 class Net(nn.Module):
@@ -532,3 +532,141 @@ def test_whole_networks(name):
         assert ops_of(fast) == expected
     assert fast.report().share > 0.2
     assert fast.report().exact_difference < 1e-5 and fast.report().samples
+
+
+# --- operators outside the plans: depthwise convolutions, gates, normalisation over channels
+
+
+class Norm(nn.Module):
+    """Layer normalisation over channels, written in one of several ways."""
+
+    def __init__(self, function, channels=12, eps=1e-6):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(channels) + 0.5), nn.Parameter(torch.randn(channels))
+        self.function, self.eps = function, eps
+
+    def forward(self, x):
+        return self.function(x, self.weight.view(-1, 1, 1), self.bias.view(-1, 1, 1), self.eps)
+
+
+def published_norm(x, w, b, eps):
+    u = x.mean(1, keepdim=True)
+    s = (x - u).pow(2).mean(1, keepdim=True)
+    return w * ((x - u) / torch.sqrt(s + eps)) + b
+
+
+def norm_by_permuting(x, w, b, eps):
+    y = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), w.flatten(), b.flatten(), eps)
+    return y.permute(0, 3, 1, 2)
+
+
+NORMS = {
+    "mean, pow, sqrt": published_norm,
+    "var": lambda x, w, b, eps: (
+        w * (x - x.mean(1, keepdim=True)) * torch.rsqrt(x.var(1, keepdim=True, unbiased=False) + eps) + b
+    ),
+    "permuted": norm_by_permuting,
+    "no parameters": lambda x, w, b, eps: published_norm(x, 1.0, 0.0, eps),
+    "power": lambda x, w, b, eps: (x - x.mean(1, True)) * (x.var(1, False, keepdim=True) + eps) ** -0.5 * w,
+}
+NOT_NORMS = {
+    "unbiased variance": lambda x, w, b, eps: (x - x.mean(1, True)) / torch.sqrt(x.var(1, keepdim=True) + eps),
+    "standard deviation plus epsilon": lambda x, w, b, eps: (
+        (x - x.mean(1, True)) / (x.var(1, False, keepdim=True).sqrt() + 0.1)
+    ),
+    "no mean": lambda x, w, b, eps: x / torch.sqrt(x.pow(2).mean(1, keepdim=True) + eps),
+    "two groups": lambda x, w, b, eps: F.group_norm(x, 2, w.flatten(), b.flatten(), eps),
+    "instance": lambda x, w, b, eps: (x - x.mean((2, 3), True)) / torch.sqrt(x.var((2, 3), False, keepdim=True) + eps),
+}
+
+
+def alone(fast: OptimizedModel) -> list[str]:
+    """The operators that it calls by themselves, as its report has them."""
+    return [line.split(" (")[0] for line in fast.report().fused if line.startswith(("depthwise_conv", "layer_norm2d"))]
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_normalization_over_channels(name):
+    network = Net(
+        lambda m, x: m.tail((y := m.head(x)) + m.c(m.norm(y)) * torch.sigmoid(y.mean(1, True))), head=conv(3, 12)
+    )
+    network.norm, network.c, network.tail = Norm(NORMS[name]), conv(12, 12, 1), conv(12, 5)
+    assert alone(check(network)) == ["layer_norm2d: 12 channels"]
+
+
+@pytest.mark.parametrize("name", NOT_NORMS)
+def test_what_only_looks_like_normalization_over_channels(name):
+    assert alone(check(nn.Sequential(conv(3, 12), Norm(NOT_NORMS[name]), conv(12, 5)))) == []
+
+
+def gated(act, halves):
+    def run(m, x):
+        a, b = halves(m.dw(m.up(x)))
+        return m.down(act(a) * b)
+
+    return run
+
+
+def chunks(y):
+    return y.chunk(2, 1)
+
+
+def same(x):
+    return x
+
+
+GATES = {
+    "chunk, gelu": (gated(F.gelu, chunks), "3x3, 20 channels, gelu, gated"),
+    "split, tanh gelu": (
+        gated(lambda x: F.gelu(x, approximate="tanh"), lambda y: torch.split(y, y.shape[1] // 2, dim=1)),
+        "3x3, 20 channels, gelu_tanh, gated",
+    ),
+    "slices": (gated(same, lambda y: (y[:, :20], y[:, 20:])), "3x3, 20 channels, gated"),
+    "second times first": (
+        lambda m, x: m.down((h := m.dw(m.up(x)).chunk(2, 1))[1] * F.silu(h[0])),
+        "3x3, 20 channels, silu, gated",
+    ),
+    "x sigmoid(x)": (gated(lambda x: x * torch.sigmoid(x), chunks), "3x3, 20 channels, silu, gated"),
+    # What is activated must be the first half, and nobody else may read the halves.
+    "second half activated": (lambda m, x: m.down((h := m.dw(m.up(x)).chunk(2, 1))[0] * F.gelu(h[1])), None),
+    "read twice": (lambda m, x: m.down((h := m.dw(m.up(x)).chunk(2, 1))[0] * h[1] + h[1]), None),
+    "three parts": (lambda m, x: m.down((h := m.dw(m.up(x)).split([20, 10, 10], 1))[0] * torch.cat(h[1:], 1)), None),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gates(name):
+    function, expected = GATES[name]
+    network = Net(function, up=conv(3, 40, 1), dw=conv(40, 40, groups=40), down=conv(20, 7, 1))
+    found = alone(check(network))
+    assert found == ([f"depthwise_conv: {expected}"] if expected else found)
+    assert not any("gated" in line for line in found) or expected is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "after", "expected"),
+    [
+        ({"k": 5}, nn.GELU(), "5x5, 12 channels, gelu"),
+        ({"k": (3, 5)}, nn.LeakyReLU(0.2), "3x5, 12 channels, leaky_relu"),
+        ({"k": 3, "dilation": 3, "padding": 3}, nn.Identity(), "3x3, 12 channels"),
+        ({"k": 7, "bias": False}, nn.SiLU(), "7x7, 12 channels, silu"),
+        ({"k": 9}, nn.GELU(), None),
+        ({"k": 3, "padding": 0}, nn.GELU(), None),
+        ({"k": 3, "stride": 2}, nn.GELU(), None),
+        ({"k": 3, "padding_mode": "reflect"}, nn.GELU(), None),
+    ],
+)
+def test_depthwise_convolutions(options, after, expected):
+    options = dict(options)
+    depthwise = conv(12, 12, options.pop("k"), groups=12, **options)
+    # An activation before it, so that it is no part of a separable pair.
+    fast = check(nn.Sequential(conv(3, 12, 1), nn.GELU(), depthwise, after, conv(12, 5)))
+    assert alone(fast) == ([f"depthwise_conv: {expected}"] if expected else [])
+
+
+def test_batch_normalization_before_the_activation_goes_into_a_depthwise_convolution():
+    norm = nn.BatchNorm2d(12)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    fast = check(nn.Sequential(conv(3, 12, 1), nn.GELU(), conv(12, 12, groups=12), norm, nn.ReLU(), conv(12, 5)))
+    assert alone(fast) == ["depthwise_conv: 3x3, 12 channels, relu"]

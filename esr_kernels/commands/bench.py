@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from .. import cases
 from ..dispatch import use_backend
 from ..errors import BackendError, OptimizeError
 from ..optimize import OptimizedModel
+from ..profiling import Shares, shares
 from ..timing import Timing, alternate, machine, machine_line, table, thread_count, write_json
 from . import _bench_train
 from ._arguments import (
@@ -288,6 +289,7 @@ def _measure(subject: Subject, args: argparse.Namespace, dtype: torch.dtype, sha
         "threads": torch.get_num_threads(),
         "gflop": None,
         "not_fused": [],
+        "operators": None,
         "ok": False,
         "problem": None,
         "engines": report,
@@ -304,6 +306,7 @@ def _measure(subject: Subject, args: argparse.Namespace, dtype: torch.dtype, sha
     ours = engines[OURS].call
     if isinstance(ours, OptimizedModel):
         record["not_fused"] = ours.report().left
+        record["operators"] = asdict(shares(engines[OURS].first, device=args.device))
     checks = _check(subject, backend, dtype, results)
     del results
     report |= {name: {"check": check.to_json()} for name, check in checks.items()}
@@ -354,7 +357,7 @@ def _rows(records: Sequence[dict[str, Any]]) -> str:
     for record in records:
         shape = "x".join(map(str, record["shape"]))
         common = [record["name"], shape, record["dtype"], str(record["threads"])]
-        common.append("not fused" if record["not_fused"] else record["backend"] or "-")
+        common.append((record["backend"] or "-") + (", in part" if record["not_fused"] else ""))
         engines = record["engines"]
         if not record["ok"]:
             rows.append([*common, "-", "FAILED", *["-"] * (len(headers) - 7)])
@@ -370,6 +373,17 @@ def _rows(records: Sequence[dict[str, Any]]) -> str:
                     row += ["-", "-"]
             rows.append(row)
     return table(headers, rows, "lllrll" + "r" * (len(headers) - 6))
+
+
+def _operators(records: Sequence[dict[str, Any]]) -> list[str]:
+    """For each model what it runs and where the time goes, at the first size and number of threads."""
+    lines: dict[str, str] = {}
+    for record in records:
+        if record.get("operators"):
+            lines.setdefault(
+                record["name"], f"{record['name']} on {record['backend']}: {Shares(**record['operators'])}"
+            )
+    return list(lines.values())
 
 
 def _subjects(args: argparse.Namespace, dtype: torch.dtype, shape: Shape) -> list[tuple[str, Callable[[], Subject]]]:
@@ -437,6 +451,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("GFLOP/s: the work of direct convolutions, a multiply-add as two, over the time")
         print(_rows(records))
+        for line in _operators(records):
+            print(line)
     if args.json is not None:
         settings = {"rounds": args.rounds, "budget": args.budget, "weights": _name_of(args.weights)}
         write_json(args.json, {"command": _command_line(), "machine": info, "settings": settings, "results": records})

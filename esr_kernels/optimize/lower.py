@@ -20,6 +20,8 @@ from .workspace import Workspace, aten, dims, is_map, location
 ops = torch.ops.esr
 
 _HOT = {op.default for op in (ops.conv3x3, ops.conv1x1, ops.conv3x3_pixel_shuffle, ops.esa, ops.bsconv, ops.spab)}
+# Operators that plans do not have: called by themselves.
+_ALONE = {op.default for op in (ops.depthwise_conv, ops.layer_norm2d)}
 
 
 class NotPlannableError(Exception):
@@ -33,7 +35,7 @@ class Lowered:
     Attributes:
         module: the whole network as a graph that calls `esr::run_plan` for its fused parts.
         plan, weights: the network as one plan, or None and no weights where it is not one.
-        fused: one line per layer.
+        fused: one line per layer, and per operator that is called by itself.
         left: one line per kind of operation that stayed plain, and where.
     """
 
@@ -55,16 +57,32 @@ def lower(ws: Workspace, image: fx.Node) -> Lowered:
         except NotPlannableError as error:
             refused[error.args[1]] = error.args[0]
     module = _assemble(ws, groups, segments)
-    foreign = [n for n in ws.graph.nodes if _computes(ws, n) and not any(n in g for g in groups.values())]
+    outside = [n for n in ws.graph.nodes if _computes(ws, n) and not any(n in g for g in groups.values())]
+    foreign = [n for n in outside if n.target not in _ALONE]
     result = Lowered(module, left=_describe(ws, foreign, refused))
     for k, segment in enumerate(segments.values()):
         lines = str(segment.plan).splitlines()[1 + len(segment.plan.inputs) :]
         result.fused += lines if len(segments) == 1 else [f"plan {k + 1}: {line}" for line in lines]
-    if len(segments) == 1 and not foreign:
+    result.fused += [_alone(n) for n in outside if n.target in _ALONE]
+    if len(segments) == 1 and not outside:
         (segment,) = segments.values()
         if segment.inputs == [image] and segment.outputs == [ws.returned()]:
             result.plan, result.weights = segment.plan, segment.weights
     return result
+
+
+def _alone(node: fx.Node) -> str:
+    """An operator outside the plans, as a line of the report."""
+    name = str(node.target).removeprefix("esr.").removesuffix(".default")
+    where = location(node)
+    words = [f"{dims(node)[1]} channels"]
+    if node.target is ops.depthwise_conv.default:
+        kernel = node.args[1].meta["val"].shape[2:]  # type: ignore[union-attr]
+        activation, gated = node.args[4], node.args[6]
+        words.insert(0, "x".join(map(str, kernel)))
+        words += [str(activation)] if activation != "none" else []
+        words += ["gated"] if gated else []
+    return f"{name}: {', '.join(words)}" + (f" ({where})" if where else "")
 
 
 def _computes(ws: Workspace, node: fx.Node) -> bool:

@@ -16,11 +16,13 @@ from torch.fx.node import map_arg
 
 from ..backends.reference._common import activate, attention
 from .simplify import Conv, conv_of, within
-from .workspace import _CASTS, Workspace, aten, dims, is_map, is_pointwise
+from .workspace import _CASTS, Workspace, aten, dims, getitem, is_map, is_pointwise
 
 ops = torch.ops.esr
 
 _ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
+_WIDEST = 7  # side of a depthwise kernel
+_SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 _LONGEST = 12  # operations between a convolution and the end of its epilogue
 _EXACT = 1e-9  # of float64 evaluations that should be equal; the approximations of GELU differ by 1e-4
 
@@ -33,7 +35,10 @@ def match(ws: Workspace, scale_limit: float | None = None) -> None:
     """
     _convolutions(ws)
     _separable(ws)
+    _depthwise(ws)
+    _normalizations(ws)
     _epilogues(ws, scale_limit)
+    _gates(ws)
     _spatial_attention(ws)
     ws.clean()
 
@@ -74,6 +79,8 @@ class _Fused:
     factor: int = 1
     depthwise: Tensor | None = None
     padding_mode: str = "zeros"
+    dilation: int = 1
+    gated: bool = False
 
     def scaled(self, scale: Tensor, shift: Tensor) -> _Fused:
         """Followed by y * scale + shift, before activation and residual; one number each per channel of the result."""
@@ -107,6 +114,9 @@ def _fused_of(ws: Workspace, node: fx.Node) -> _Fused | None:
     if node.target is ops.bsconv.default and known(a[1], a[2], a[3]):
         found = _Fused("bsconv", node, [a[0]], ws.known(a[1]), bias(a[3]), None, a[5], a[6])  # type: ignore[arg-type]
         return replace(found, depthwise=ws.known(a[2]), padding_mode=a[4])  # type: ignore[arg-type]
+    if node.target is ops.depthwise_conv.default and known(a[1], a[2]) and not a[6]:
+        found = _Fused("depthwise_conv", node, [a[0]], ws.known(a[1]), bias(a[2]), None, a[4], a[5])  # type: ignore[arg-type]
+        return replace(found, dilation=a[3])
     return None
 
 
@@ -124,6 +134,8 @@ def _write(ws: Workspace, fused: _Fused, at: fx.Node, gone: list[fx.Node] | None
         args = (fused.xs, weight, bias, *act)
     elif fused.op == "conv3x3_pixel_shuffle":
         args = (x, weight, bias, fused.residual, fused.factor)
+    elif fused.op == "depthwise_conv":
+        args = (x, weight, bias, fused.dilation, *act, fused.gated)
     else:
         assert fused.depthwise is not None
         args = (x, weight, ws.constant(fused.depthwise, dtype), bias, fused.padding_mode, *act)
@@ -153,8 +165,8 @@ def _separable(ws: Workspace) -> None:
         point = _fused_of(ws, x)
         if point is None or point.op != "conv1x1" or point.activation != "none" or len(point.xs) != 1:
             continue
-        if len(x.users) != 1:
-            continue
+        if len(x.users) != 1 or _halves(ws, node) is not None:
+            continue  # the halves of a gate are multiplied where they are made
         source = point.xs[0]
         bias = depth.bias
         if point.bias is not None and bool(point.bias.any()):
@@ -169,6 +181,182 @@ def _separable(ws: Workspace) -> None:
 
 def _reflects(node: fx.Node) -> bool:
     return node.target is aten.reflection_pad2d.default and list(node.args[1]) == [1, 1, 1, 1]  # type: ignore[arg-type]
+
+
+# --- depthwise convolutions, their halves multiplied
+
+
+def _depthwise(ws: Workspace) -> None:
+    """Depthwise convolutions that keep the size and are not part of a separable pair."""
+    for node in list(ws.graph.nodes):
+        conv = conv_of(ws, node)
+        if conv is None or conv.stride != (1, 1) or conv.groups == 1 or conv.dilation[0] != conv.dilation[1]:
+            continue
+        channels = conv.weight.shape[0]
+        if conv.groups != channels or conv.weight.shape[1] != 1 or any(k % 2 == 0 or k > _WIDEST for k in conv.kernel):
+            continue
+        if conv.padding != tuple(conv.dilation[0] * (k // 2) for k in conv.kernel):
+            continue
+        fused = _Fused("depthwise_conv", node, [conv.x], conv.weight, conv.bias, dilation=conv.dilation[0])
+        _write(ws, fused, node)
+    ws.clean()
+
+
+def _halves(ws: Workspace, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two halves of a map's channels, where nobody reads anything else of it."""
+    channels = dims(node)[1]
+    if not isinstance(channels, int) or channels % 2:
+        return None
+    half = channels // 2
+    users = list(node.users)
+    if len(users) == 1 and users[0].target in _SPLITS:
+        parts = getitem(users[0])
+        if sorted(parts) != [0, 1] or len(users[0].users) != 2:
+            return None
+        first, second = parts[0], parts[1]
+    elif len(users) == 2 and all(u.target is aten.slice.Tensor and u.args[1] in (1, -3) for u in users):
+        starts = {u.args[2]: u for u in users}
+        if set(starts) != {0, half}:
+            return None
+        first, second = starts[0], starts[half]
+    else:
+        return None
+    if all(is_map(p) and dims(p)[1] == half for p in (first, second)):
+        return first, second
+    return None
+
+
+def _gates(ws: Workspace) -> None:
+    """Depthwise convolution, one half of its channels times the other, as gated feed-forward networks have it."""
+    for node in list(ws.graph.nodes):
+        fused = None if node._erased else _fused_of(ws, node)
+        if fused is None or fused.op != "depthwise_conv" or fused.activation != "none":
+            continue
+        found = _halves(ws, node)
+        if found is None:
+            continue
+        first, second = found
+        for region, end in _regions(ws, first):
+            call = _evaluation(ws, first, region, end)
+            if call is None or call.others != [second] or not set(second.users) <= set(region):
+                continue
+            x = _probes(ws, region, dims(first)[1])
+            r = x[:, :, torch.randperm(x.shape[2], generator=torch.Generator().manual_seed(1))]
+            got, size = call(x, r), torch.maximum(x.abs(), r.abs()) * r.abs().clamp_min(1)
+            known = ("none", *_ACTIVATIONS)
+            activation = next(
+                (a for a in known if got is not None and _equal(got, activate(x, a, 0.0) * r, size)), None
+            )
+            if activation is not None:
+                gone = [node, *(a for a in (first.args[0],) if a is not node), first, second, *region[:-1]]
+                _write(ws, replace(fused, activation=activation, gated=True), end, gone)  # type: ignore[arg-type]
+                break
+    ws.clean()
+
+
+# --- normalisation over channels
+
+
+def _normalizations(ws: Workspace) -> None:
+    """Layer normalisation over the channels of every pixel, told by its values like what follows a convolution."""
+    for node in list(ws.graph.nodes):
+        if node._erased or not is_map(node) or node in ws.values or not isinstance(dims(node)[1], int):
+            continue
+        if any(_over_channels(u) for u in node.users):
+            _normalization(ws, node)
+        if (norm := _permuted_norm(node)) is not None:
+            call, end = norm
+            weight, bias = (*call.args[2:4], None, None)[:2]
+            eps = call.args[4] if len(call.args) > 4 else 1e-5
+            known = [None if p is None else ws.known(p) for p in (weight, bias)]
+            if all((p is None) == (k is None) for p, k in zip((weight, bias), known, strict=True)):
+                _write_norm(ws, node, end, known[0], known[1], float(eps))  # type: ignore[arg-type]
+    ws.clean()
+
+
+def _write_norm(ws: Workspace, x: fx.Node, end: fx.Node, weight: Any, bias: Any, eps: float) -> None:
+    dtype = ws.dtype(x)
+    parameters = (None if p is None else ws.constant(p, dtype) for p in (weight, bias))
+    node = ws.call(end, ops.layer_norm2d.default, (x, *parameters, eps), end)
+    ws.replace(end, node)
+
+
+def _permuted_norm(x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """`layer_norm` of x with its channels moved last, and the node that has them back in their place."""
+    for user in x.users:
+        if user.target is not aten.permute.default or list(user.args[1]) != [0, 2, 3, 1]:  # type: ignore[arg-type]
+            continue
+        users = list(user.users)
+        if len(users) != 1 or users[0].target is not aten.layer_norm.default or list(users[0].args[1]) != [dims(x)[1]]:  # type: ignore[arg-type]
+            continue
+        back = list(users[0].users)
+        if len(back) == 1 and back[0].target is aten.permute.default and list(back[0].args[1]) == [0, 3, 1, 2]:  # type: ignore[arg-type]
+            return users[0], back[0]
+    return None
+
+
+def _over_channels(node: fx.Node) -> bool:
+    """Whether a node reduces a map to one channel."""
+    place = {aten.mean.dim: 2, aten.sum.dim_IntList: 2, aten.var.dim: 3, aten.var.correction: None}
+    if node.target not in place:
+        return False
+    axes, at = node.args[1] if len(node.args) > 1 else None, place[node.target]  # type: ignore[index]
+    keeps = node.args[at] if at is not None and len(node.args) > at else node.kwargs.get("keepdim", False)
+    return isinstance(axes, (list, tuple)) and list(axes) in ([1], [-3]) and bool(keeps)
+
+
+def _normalization(ws: Workspace, x: fx.Node) -> None:
+    order = {n: i for i, n in enumerate(ws.graph.nodes)}
+    inside: list[fx.Node] = []
+    pending = {u for u in x.users if _over_channels(u) or is_pointwise(u)}
+    outside = set(x.users) - pending
+    found: tuple[fx.Node, tuple[Tensor, Tensor, float]] | None = None
+    while pending and len(inside) < _LONGEST:
+        node = min(pending, key=order.__getitem__)
+        pending.discard(node)
+        reads = [a for a in node.all_input_nodes if a not in ws.values]
+        if not (_over_channels(node) or is_pointwise(node)) or not all(a is x or a in inside for a in reads):
+            outside.add(node)  # reads the map for a purpose of its own
+            continue
+        inside.append(node)
+        pending |= set(node.users) - outside
+        # Others may read the mean, which then stays.
+        whole = [n for n in inside[:-1] if not is_map(n) or dims(n) == dims(x)]
+        closed = all(user in inside for member in whole for user in member.users)
+        if closed and is_map(node) and dims(node) == dims(x) and (norm := _norm_of(ws, x, inside, node)) is not None:
+            found = node, norm
+    if found is not None:
+        end, (weight, bias, eps) = found
+        plain = bool((weight == 1).all()) and not bool(bias.any())
+        _write_norm(ws, x, end, None if plain else weight, None if plain else bias, eps)
+
+
+def _norm_of(ws: Workspace, x: fx.Node, region: list[fx.Node], end: fx.Node) -> tuple[Tensor, Tensor, float] | None:
+    """Weight, bias and epsilon with which a region is a layer normalisation over channels."""
+    call = _evaluation(ws, x, region, end)
+    if call is None or call.others:
+        return None
+    channels = dims(x)[1]
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1, channels, 48, 1, generator=generator, dtype=torch.float64)
+    values = values * torch.logspace(-4, 3, 48, dtype=torch.float64).view(1, 1, -1, 1) + 0.3
+    got = call(values)
+    if got is None or channels < 2:
+        return None
+    numbers = [ws.known(a) for n in region for a in (*n.args, *n.kwargs.values())]
+    candidates = {float(v) for v in numbers if v is not None and (not isinstance(v, Tensor) or v.numel() == 1)}
+    centred = values - values.mean(1, keepdim=True)
+    variance = centred.square().mean(1, keepdim=True)
+    for eps in sorted(e for e in candidates if 0 < e < 1):
+        normal = centred / torch.sqrt(variance + eps)
+        n, y = (t - t.mean(2, keepdim=True) for t in (normal, got))
+        weight = (n * y).sum((0, 2, 3)) / n.square().sum((0, 2, 3))
+        bias = (got - _column(weight) * normal).mean((0, 2, 3))
+        if _equal(got, _column(weight) * normal + _column(bias), normal):
+            weight = torch.where((weight - weight.round()).abs() < _EXACT, weight.round(), weight)
+            bias = torch.where(bias.abs() < _EXACT, 0.0, bias)
+            return weight, bias, eps
+    return None
 
 
 # --- what follows a convolution
@@ -262,13 +450,75 @@ def _recognize(
 ) -> tuple[_Fused, float | None] | None:
     """The operator that computes `end`, and a number that its result is still to be multiplied by."""
     h = fused.node
-    channels = dims(h)[1]
+    call = _evaluation(ws, h, region, end)
+    if call is None:
+        return None
+    others = call.others
+    if others and (not is_map(others[0]) or dims(others[0]) != dims(h)):
+        return None  # a residual that is broadcast
+    x = _probes(ws, call.region, dims(h)[1])
+
+    def run(hv: Tensor, rv: Tensor | None = None) -> Tensor:
+        result = call(hv, rv)
+        if result is None:
+            raise _NotInFloat64
+        return result
+
+    try:
+        if not others:
+            return _one_argument(fused, run, x, limit)
+        return _two_arguments(fused, run, x, others[0], limit)
+    except _NotInFloat64:
+        return None
+
+
+class _NotInFloat64(Exception):
+    """An operation does not take float64."""
+
+
+@dataclass
+class _Evaluation:
+    """A region as a function in float64.
+
+    Attributes:
+        h: its first argument.
+        others: what it reads besides and besides constants: none or one.
+    """
+
+    ws: Workspace
+    h: fx.Node
+    region: list[fx.Node]
+    end: fx.Node
+    others: list[fx.Node]
+
+    def __call__(self, hv: Tensor, rv: Tensor | None = None) -> Tensor | None:
+        env: dict[fx.Node, Any] = {self.h: hv}
+        if self.others:
+            env[self.others[0]] = rv
+
+        def resolve(n: fx.Node) -> Any:
+            return env[n] if n in env else self.ws.values[n]
+
+        try:
+            for node in self.region:
+                if node.target in _CASTS:
+                    env[node] = env[node.args[0]]  # type: ignore[index]
+                    continue
+                env[node] = node.target(*map_arg(node.args, resolve), **map_arg(node.kwargs, resolve))  # type: ignore[operator]
+            result: Tensor = env[self.end]
+            return result.expand(hv.shape)
+        except RuntimeError:
+            return None  # an operation that does not take float64, or not another width
+
+
+def _evaluation(ws: Workspace, h: fx.Node, region: list[fx.Node], end: fx.Node) -> _Evaluation | None:
+    """A region that works pixel by pixel as a function of `h` and at most one other map."""
     others = _inputs(ws, region, h)
     # What is made of another input alone is no input: x * 0.5 beside x.
     made = [n for n in others if is_pointwise(n) and is_map(n) and set(_inputs(ws, [n], h)) < set(others)]
     others = [n for n in others if n not in made]
     region = [*made, *region]
-    if len(others) > 1 or not isinstance(channels, int):
+    if len(others) > 1 or not isinstance(dims(h)[1], int):
         return None
     for node in region:
         for a in node.all_input_nodes:
@@ -279,32 +529,7 @@ def _recognize(
                 return None
         if not is_map(node) and node.meta["val"].dtype != torch.bool:
             return None
-    if others and (not is_map(others[0]) or dims(others[0]) != dims(h)):
-        return None  # a residual that is broadcast
-    x = _probes(ws, region, channels)
-
-    def run(hv: Tensor, rv: Tensor | None = None) -> Tensor:
-        env: dict[fx.Node, Any] = {h: hv}
-        if others:
-            env[others[0]] = rv
-
-        def resolve(n: fx.Node) -> Any:
-            return env[n] if n in env else ws.values[n]
-
-        for node in region:
-            if node.target in _CASTS:
-                env[node] = env[node.args[0]]  # type: ignore[index]
-                continue
-            env[node] = node.target(*map_arg(node.args, resolve), **map_arg(node.kwargs, resolve))  # type: ignore[operator]
-        result: Tensor = env[end]
-        return result.expand(hv.shape)
-
-    try:
-        if not others:
-            return _one_argument(fused, run, x, limit)
-        return _two_arguments(fused, run, x, others[0], limit)
-    except RuntimeError:
-        return None  # an operation that does not take float64
+    return _Evaluation(ws, h, region, end, others)
 
 
 def _inputs(ws: Workspace, region: list[fx.Node], h: fx.Node) -> list[fx.Node]:

@@ -42,6 +42,9 @@ _MOVES = {
 }
 
 
+_ALL = 2**63 - 1  # the end of a slice without one
+
+
 @dataclass(frozen=True)
 class Conv:
     """A 2-D convolution with known weights (float64)."""
@@ -214,6 +217,14 @@ def _filled(ws: Workspace, node: fx.Node) -> bool:
     return True
 
 
+def _is_whole(node: fx.Node) -> bool:
+    """Whether a slice is all there is, as `x[:, :4]` first takes all of the batch."""
+    if node.target is not aten.slice.Tensor or node.kwargs:
+        return False
+    bounds: list[Any] = [*node.args[2:], *(None, None, 1)[len(node.args) - 2 :]]
+    return bounds[0] in (None, 0) and bounds[1] in (None, _ALL) and bounds[2] == 1
+
+
 def _identity(ws: Workspace, node: fx.Node) -> bool:
     if node.target in _RESHAPES and node.target is not aten.flatten.using_ints:
         # A view of a tensor whose copies are gone may have to copy.
@@ -222,7 +233,7 @@ def _identity(ws: Workspace, node: fx.Node) -> bool:
         source: Any = node.args[0]
         if node.target in (aten.dropout.default, aten.feature_dropout.default) and node.args[2]:
             return False
-    elif node.target in _RESHAPES:
+    elif node.target in _RESHAPES or _is_whole(node):
         source = node.args[0]
     else:
         return False
