@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -386,6 +386,46 @@ def test_conv1x1(capability: str, split: tuple[int, ...]) -> None:
         (y,) = p.run(xs, {out: (2, cout, *size)})
         want = activate(F.conv2d(torch.cat(xs, 1).double(), w.double(), b.double()), activation)
         assert error(y, want) < DIRECT
+
+
+@pytest.mark.parametrize(
+    ("size", "cout", "activation"), [((1, 1), 3, "none"), ((8, 8), 28, "gelu"), ((7, 23), 37, "relu")]
+)
+@pytest.mark.parametrize("added", ["", "before", "after"])
+@pytest.mark.parametrize("split", [(1,), (28,), (9, 16, 3), (256,), (255, 2)])
+def test_conv1x1_of_planes_has_the_bits_of_the_internal_layout(
+    capability: str, split: tuple[int, ...], added: str, size: tuple[int, int], cout: int, activation: str
+) -> None:
+    """Images in planes are computed where they are; up to 256 channels, and anything else in the internal layout."""
+    xs = [torch.randn(2, c + 2, *size)[:, 1:-1] for c in split]  # planes, but not images, lie together
+    residual = torch.randn(2, cout, *size)
+    w, b = conv_weight(cout, sum(split), 1), torch.randn(cout)
+
+    def result(layout: Callable[[Tensor], Tensor], **options: Any) -> Tensor:
+        p = Program(len(xs) + 1)
+        out = p.conv1x1(list(range(len(xs))), w, b, activation)
+        if added:
+            out = p.add(len(xs), out) if added == "before" else p.add(out, len(xs))
+        return p.run([layout(t) for t in (*xs, residual)], {out: (2, cout, *size)}, **options)[0]
+
+    planes = result(lambda t: t)
+    inner = result(lambda t: t.contiguous(memory_format=torch.channels_last), channels_last=True)
+    assert torch.equal(planes, inner)
+    # Rows that do not follow one another are no planes.
+    assert torch.equal(planes, result(lambda t: F.pad(t, (1, 2))[..., 1:-2]))
+    want = activate(F.conv2d(torch.cat(xs, 1).double(), w.double(), b.double()), activation)
+    assert error(planes, want + residual if added else want) < DIRECT
+
+
+def test_conv1x1_of_planes_in_any_number_of_threads(capability: str) -> None:
+    x, w = torch.randn(1, 24, 97, 131), conv_weight(31, 24, 1)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        p = Program()
+        results += p.run([x], {p.conv1x1([0], w): (1, 31, 97, 131)})
+    assert all(torch.equal(r, results[0]) for r in results)
+    assert error(results[0], F.conv2d(x.double(), w.double())) < DIRECT
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3, 4, 5])

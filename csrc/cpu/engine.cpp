@@ -7,6 +7,7 @@
 #include "../common/registry.h"
 #include "capability.h"
 #include "operator.h"
+#include "planar.h"
 #include "tensors.h"
 
 namespace esr {
@@ -33,6 +34,7 @@ class CompiledPlan {
     // Channels that are known before the plan runs must fit.
     infer(std::vector<Shape>(static_cast<size_t>(program_.inputs)));
     find_uses();
+    planar_ = PlanarPlan::make(program_, weights, kernels_);
   }
 
   void execute(const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) const {
@@ -61,6 +63,10 @@ class CompiledPlan {
       if (s.height == 0 || s.width == 0) return;
     }
     if (in[0].images == 0) return;
+    if (planar_ != nullptr && planar_->takes(in, out)) {
+      for (int64_t n = 0; n < in[0].images; ++n) planar_->run(in, out, n);
+      return;
+    }
     const Workspace workspace(geometry->floats);
     for (int64_t n = 0; n < in[0].images; ++n) run_image(*geometry, in, out, n, workspace.data());
   }
@@ -218,6 +224,7 @@ class CompiledPlan {
   const Program program_;
   const Kernels& kernels_;
   std::vector<std::unique_ptr<Operator>> operators_;
+  std::unique_ptr<PlanarPlan> planar_;  // null: the program is none of those it runs
   std::vector<Use> uses_;
   mutable std::mutex mutex_;
   mutable std::vector<std::pair<std::vector<int64_t>, std::shared_ptr<const Geometry>>> geometries_;

@@ -76,6 +76,23 @@ struct Conv1x1Args {
   Epilogue epilogue;
 };
 
+// A 1x1 convolution from planes to planes.
+struct Planar1x1Args {
+  static constexpr int64_t kMostChannels = 256;
+  static constexpr int64_t kTile = 64;  // pixels
+  const float* in[kMostChannels];       // a plane each
+  int64_t cin = 0;
+  float* out = nullptr;
+  int64_t cout = 0;
+  int64_t pixels = 0;               // of a plane
+  int64_t plane = 0;                // floats from a plane of `out` and of `residual` to the next
+  const float* residual = nullptr;  // added after the activation
+  const float* weights = nullptr;   // [block][cin][planar_rows]
+  const float* bias = nullptr;      // [cout]
+  Activation activation = Activation::kNone;
+  float slope = 0.0f;
+};
+
 struct MaxPoolArgs {  // window 7, stride 3, no padding
   const float* in = nullptr;
   int64_t in_pitch = 0;
@@ -233,10 +250,12 @@ struct ShrinkArgs {
 struct Kernels {
   const char* name;
   int64_t lanes;
+  int64_t planar_rows;  // channels of a block of planar1x1's weights
   void (*conv3x3)(const Conv3x3Args&, int64_t y0, int64_t y1);
   void (*winograd)(const WinogradArgs&, int64_t tile_row0, int64_t tile_row1);
   int64_t (*winograd_scratch_floats)(int64_t in_step, int64_t width);
   void (*conv1x1)(const Conv1x1Args&, int64_t y0, int64_t y1);
+  void (*planar1x1)(const Planar1x1Args&, int64_t tile0, int64_t tile1);
   void (*max_pool)(const MaxPoolArgs&, int64_t y0, int64_t y1);
   void (*esa_gate)(const EsaGateArgs&, int64_t y0, int64_t y1);
   void (*depthwise)(const DepthwiseArgs&, int64_t y);

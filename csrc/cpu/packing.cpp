@@ -44,6 +44,16 @@ PackedFloats pack_conv1x1(const Weight& w, int64_t lanes) {
   return pack_dense(w.values, w.shape[0], w.shape[1], 1, lanes);
 }
 
+PackedFloats pack_rows(const Weight& w, int64_t rows) {
+  const int64_t cout = w.shape[0], cin = w.shape[1];
+  PackedFloats packed(ceil_div(cout, rows) * rows * cin);
+  for (int64_t o = 0; o < cout; ++o) {
+    float* block = packed.data() + o / rows * rows * cin + o % rows;
+    for (int64_t i = 0; i < cin; ++i) block[i * rows] = w.values[static_cast<size_t>(o * cin + i)];
+  }
+  return packed;
+}
+
 PackedFloats pack_winograd(const Weight& w, int64_t lanes) {
   constexpr double kG[6][3] = {{0.25, 0.0, 0.0},
                                {-1.0 / 6, -1.0 / 6, -1.0 / 6},

@@ -36,6 +36,9 @@ PackedFloats pack_winograd(const Weight& w, int64_t lanes);
 // [block][cin][vectors of the block * lanes], from [cout, cin, 1, 1].
 PackedFloats pack_conv1x1(const Weight& w, int64_t lanes);
 
+// [block][cin][rows], from [cout, cin, 1, 1]: blocks of `rows` output channels.
+PackedFloats pack_rows(const Weight& w, int64_t rows);
+
 // [3 * 3][channels], from [channels, 1, 3, 3].
 PackedFloats pack_depthwise(const Weight& w, int64_t lanes);
 

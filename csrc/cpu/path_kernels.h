@@ -25,6 +25,7 @@ struct Constant {
 #include "conv3x3.h"
 #include "winograd.h"
 #include "conv1x1.h"
+#include "planar1x1.h"
 #include "esa.h"
 #include "bsconv.h"
 #include "add.h"
@@ -38,10 +39,12 @@ struct Constant {
 constexpr Kernels make_kernels(const char* name) {
   return Kernels{name,
                  kLanes,
+                 kPlanarRows,
                  conv3x3,
                  winograd,
                  winograd_scratch_floats,
                  conv1x1,
+                 planar1x1,
                  max_pool,
                  esa_gate,
                  depthwise,

@@ -10,6 +10,8 @@
 constexpr int kLanes = 16;
 // Pixels computed at once for a block of 1, 2 and 3 vectors of channels: 32 registers.
 constexpr int kPixels1 = 12, kPixels2 = 12, kPixels3 = 8;
+// Channels of two vectors of pixels each: 24 sums.
+constexpr int kPlanarRows = 12;
 using Vec = __m512;
 
 ESR_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -86,6 +88,7 @@ ESR_INLINE void transpose(Vec (&r)[kLanes]) {
 constexpr int kLanes = 8;
 // 16 registers: 12 accumulators, the weights, one broadcast pixel.
 constexpr int kPixels1 = 8, kPixels2 = 6, kPixels3 = 4;
+constexpr int kPlanarRows = 6;
 using Vec = __m256;
 
 ESR_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
@@ -156,6 +159,7 @@ ESR_INLINE void transpose(Vec (&r)[kLanes]) {
 constexpr int kLanes = 16;
 // 16 floats are four 128-bit registers: 2 x 2 fills the 32 registers of AArch64.
 constexpr int kPixels1 = 4, kPixels2 = 2, kPixels3 = 1;
+constexpr int kPlanarRows = 2;
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t IntVec __attribute__((vector_size(64)));
 
