@@ -670,3 +670,22 @@ def test_batch_normalization_before_the_activation_goes_into_a_depthwise_convolu
     norm.running_var.uniform_(0.5, 2)
     fast = check(nn.Sequential(conv(3, 12, 1), nn.GELU(), conv(12, 12, groups=12), norm, nn.ReLU(), conv(12, 5)))
     assert alone(fast) == ["depthwise_conv: 3x3, 12 channels, relu"]
+
+
+def test_networks_that_take_too_long_to_trace_are_taken_module_by_module(monkeypatch):
+    from esr_kernels.optimize import model as optimizer
+
+    network = nn.Sequential(nn.Sequential(conv(3, 12), nn.ReLU()), nn.Sequential(conv(12, 5), nn.ReLU()))
+    complete = optimizer.build
+    whole = []
+
+    def build(module, example, scale_limit=None, deadline=None):
+        if not whole:
+            whole.append(module)
+            deadline = 0.0  # has passed
+        return complete(module, example, scale_limit, deadline)
+
+    monkeypatch.setattr(optimizer, "build", build)
+    fast = check(network)
+    assert len(fast.report().fused) == 2
+    assert "the whole network: torch.export failed: TimeoutError: tracing takes too long" in fast.report().left[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,9 @@ from ..errors import OptimizeError
 
 # Height and width of the example that is traced: odd, unequal and large enough for enhanced spatial attention.
 EXAMPLE_SIZE = (35, 41)
+
+# Seconds of computing that a trace may take.
+PATIENCE = 90.0
 
 
 class CaptureError(Exception):
@@ -132,18 +136,24 @@ class _TraceMode(TorchFunctionMode):
 
     torch.export does not see it. Within this mode a written tensor stands for the parameter from then on. Adaptive
     pooling to a size that depends on the image's stays so.
+
+    Args:
+        deadline: by `time.process_time()`, after which it gives up.
     """
 
     _GET, _SET = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: float) -> None:
         super().__init__()
+        self._deadline = deadline
         self._written: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _now(self, t: Tensor) -> Tensor:
         return self._written[id(t)][1] if id(t) in self._written else t
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if time.process_time() > self._deadline:
+            raise TimeoutError("tracing takes too long: sizes are computed from sizes too often")
         if func == self._SET:
             # The parameter too: it must outlive its id.
             self._written[id(args[0])] = (args[0], self._now(args[1]))
@@ -162,12 +172,12 @@ class _TraceMode(TorchFunctionMode):
 
 
 class _Traced(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, deadline: float) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.deadline = network, deadline
 
     def forward(self, x: Tensor) -> Any:
-        with _TraceMode():
+        with _TraceMode(self.deadline):
             return self.network(x)
 
 
@@ -207,21 +217,27 @@ def find_example(network: nn.Module) -> Tensor:
     ) from failure
 
 
-def capture(network: nn.Module, example: Tensor) -> Captured:
+def capture(network: nn.Module, example: Tensor, deadline: float | None = None) -> Captured:
     """Trace a network of one image with dynamic batch, height and width.
 
     Args:
         network: in eval mode, any module from one tensor [N, C, H, W] to one tensor.
         example: an image that it takes; a batch of one specialises the graph to single images.
+        deadline: by `time.process_time()`; None: `PATIENCE` from now. Where a network derives sizes from sizes in every
+            layer, their expressions grow, and with them the time that torch.export takes.
 
     Raises:
-        CaptureError: torch.export cannot, or the network does more than compute a tensor from a tensor.
+        CaptureError: torch.export cannot, or not in time, or the network does more than compute a tensor from a tensor.
     """
+    if deadline is None:
+        deadline = time.process_time() + PATIENCE
     auto = torch.export.Dim.AUTO
     dynamic = {i: auto for i in (0, 2, 3) if i < example.dim() and example.shape[i] > 1}
     try:
         with torch.no_grad():
-            program = torch.export.export(_Traced(network), (example,), dynamic_shapes=(dynamic,), strict=False)
+            program = torch.export.export(
+                _Traced(network, deadline), (example,), dynamic_shapes=(dynamic,), strict=False
+            )
             conditions = _conditions(program)
             if not _purify(program.graph):
                 # An empty table: in-place operations become pure ones, and nothing else is taken apart.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from ..functional import ESA_MINIMUM, decomposes
 from ..graphs import GraphCache
 from ..plan import Plan
 from ..reparam import deploy
-from .capture import CaptureError, Guard, capture, find_example, reason, sample_sizes
+from .capture import PATIENCE, CaptureError, Guard, capture, find_example, reason, sample_sizes
 from .lower import Lowered, lower
 from .patterns import match
 from .report import Report
@@ -323,13 +324,17 @@ def optimize(
     return optimized.warmup(sizes)
 
 
-def build(network: nn.Module, example: Tensor, scale_limit: float | None = None) -> tuple[Lowered, Guard, int]:
+def build(
+    network: nn.Module, example: Tensor, scale_limit: float | None = None, deadline: float | None = None
+) -> tuple[Lowered, Guard, int]:
     """Capture, simplify, match and lower a network; also the smallest height and width that it takes.
+
+    Args: as of `capture`, and `scale_limit` of `match`.
 
     Raises:
         CaptureError: it cannot be captured.
     """
-    captured = capture(network, example)
+    captured = capture(network, example, deadline)
     ws = Workspace(captured.graph, captured.values)
     for target, value in captured.written.items():
         if value not in ws.values or _reads(value, target):
@@ -500,6 +505,7 @@ class _Optimizer:
         calls = _record(network, self.example)
         done: dict[nn.Module, nn.Module] = {}
         names: list[str] = []
+        deadline = time.process_time() + PATIENCE
 
         def visit(parent: nn.Module, path: str) -> None:
             for name, child in list(parent.named_children()):
@@ -510,7 +516,7 @@ class _Optimizer:
                 x = calls.get(child)
                 if x is not None:
                     try:
-                        lowered, guard, _minimum = build(child, x, self._scale_limit)
+                        lowered, guard, _minimum = build(child, x, self._scale_limit, deadline)
                     except CaptureError as error:
                         self.report.left.append(f"{full}: {error}")
                     else:
