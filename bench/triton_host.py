@@ -32,35 +32,50 @@ ARCHITECTURES = (80, 86, 89, 90)
 CASE = "conv3x3 rlfn 48>46 leaky_relu post"
 
 
-def compile_network(model: str, name: str, arch: int) -> None:
-    """Print, as the last line, kernels, seconds and CPU seconds of compiling a network in this process."""
+def compile_network(model: str, name: str, arch: int, limit: float, most: int | None = None) -> None:
+    """Print, as the last line, what compiling a network in this process took.
+
+    Args:
+        limit: seconds after which no further kernel is begun.
+        most: kernels to compile at most; None: all.
+    """
     from triton.backends.compiler import GPUTarget
 
     from esr_kernels.backends.triton import resources
 
     launches = resources.model_launches(arch, name, (model,))
     start, before = time.perf_counter(), os.times()
-    for item in launches:
+    compiled = 0
+    for item in launches[:most]:
+        if time.perf_counter() - start > limit:
+            break
         item.kernel.compile(GPUTarget("cuda", arch, 32), item.args)
-    cpu = sum(os.times()[:4]) - sum(before[:4])
-    print(json.dumps({"kernels": len(launches), "seconds": time.perf_counter() - start, "cpu_seconds": cpu}))
+        compiled += 1
+    seconds, cpu = time.perf_counter() - start, sum(os.times()[:4]) - sum(before[:4])
+    print(json.dumps({"kernels": len(launches), "compiled": compiled, "seconds": seconds, "cpu_seconds": cpu}))
 
 
-def compile_times(models: Sequence[str], names: Sequence[str], arch: int) -> dict[str, dict[str, Any]]:
-    """Compiling in a new process, with Triton's cache empty and filled, by network and dtype."""
+def compile_times(models: Sequence[str], names: Sequence[str], arch: int, limit: float) -> dict[str, dict[str, Any]]:
+    """Compiling in a new process, with Triton's cache empty and filled, by network and dtype.
+
+    Nothing is begun after `limit` seconds of a network; with the cache filled the same kernels are compiled.
+    """
     found: dict[str, dict[str, Any]] = {}
     for model in models:
         for name in names:
-            code = f"from bench.triton_host import compile_network; compile_network({model!r}, {name!r}, {arch})"
             record = found[f"{model} {name}"] = {}
+            most = None
             with tempfile.TemporaryDirectory() as folder:
                 for cache in ("empty", "filled"):
+                    arguments = f"{model!r}, {name!r}, {arch}, {limit}, {most}"
+                    code = f"from bench.triton_host import compile_network; compile_network({arguments})"
                     finished = jobs.run_command(
-                        [sys.executable, "-c", code], 600, environment={"TRITON_CACHE_DIR": folder}
+                        [sys.executable, "-c", code], 600 + limit, environment={"TRITON_CACHE_DIR": folder}
                     )
                     if finished.returncode != 0:
                         raise RuntimeError("\n".join([f"status {finished.returncode}", *finished.tail[-10:]]))
                     record[cache] = json.loads(finished.tail[-1])
+                    most = record[cache]["compiled"]
     return found
 
 
@@ -165,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, default=90, help="default: 90")
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), help="default: all")
     parser.add_argument("--dtype", nargs="*", choices=DTYPES, default=list(DTYPES), help="to compile; default: all")
+    parser.add_argument("--limit", type=float, default=30.0, help="seconds for compiling a network (default: 30)")
     parser.add_argument("--seconds", type=float, default=10.0, help="for the times of each call (default: 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there")
     options = parser.parse_args(argv)
@@ -172,11 +188,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if interpreted():
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
-    compiled = compile_times(options.models, options.dtype, options.arch)
-    rows = [
-        [name, str(r["empty"]["kernels"]), *(f"{r[c][k]:.2f}" for c in r for k in ("seconds", "cpu_seconds"))]
-        for name, r in compiled.items()
-    ]
+    compiled = compile_times(options.models, options.dtype, options.arch, options.limit)
+    rows = []
+    for name, r in compiled.items():
+        done, kernels = r["empty"]["compiled"], r["empty"]["kernels"]
+        times = (f"{r[c][k]:.2f}" for c in r for k in ("seconds", "cpu_seconds"))
+        rows.append([name, str(kernels) if done == kernels else f"{done} of {kernels}", *times])
     if rows:
         headers = ["network", "kernels", "cache empty, s", "CPU s", "filled, s", "CPU s"]
         print(table(headers, rows), end="\n\n")
