@@ -12,6 +12,7 @@
 #include "cpu/capability.h"
 #include "cpu/conv1x1_backward.h"
 #include "cpu/conv3x3_backward.h"
+#include "cpu/direct.h"
 #include "cpu/engine.h"
 #include "cpu/esa_backward.h"
 #include "cpu/workspace.h"
@@ -71,6 +72,30 @@ void shuffle_gradients(Tensor grad, Tensor x, Tensor weight, int64_t upscale_fac
   conv3x3_pixel_shuffle_backward(grad, x, weight, upscale_factor, gradients);
 }
 
+// Operators of one result take it in a list, as the others take their gradients.
+const Tensor& only(const char* name, const Tensors& outputs) {
+  STD_TORCH_CHECK(outputs.size() == 1, name, ": ", outputs.size(), " results given, must be 1");
+  return outputs[0];
+}
+
+void run_depthwise_conv(Tensor x, Tensor weight, Optional bias, int64_t dilation, int64_t activation, double slope,
+                        bool gated, Tensors outputs) {
+  depthwise_conv(x, weight, bias, dilation, activation, slope, gated, only("depthwise_conv", outputs));
+}
+
+void depthwise_conv_gradients(Tensor grad, Tensor x, Tensor weight, Optional bias, int64_t dilation, int64_t activation,
+                              double slope, bool gated, Tensors gradients) {
+  depthwise_conv_backward(grad, x, weight, bias, dilation, activation, slope, gated, gradients);
+}
+
+void run_layer_norm2d(Tensor x, Optional weight, Optional bias, double eps, Tensors outputs) {
+  layer_norm2d(x, weight, bias, eps, only("layer_norm2d", outputs));
+}
+
+void layer_norm2d_gradients(Tensor grad, Tensor x, Optional weight, double eps, Tensors gradients) {
+  layer_norm2d_backward(grad, x, weight, eps, gradients);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(esr_native, m) {
@@ -98,6 +123,14 @@ STABLE_TORCH_LIBRARY(esr_native, m) {
   m.def(
       "bsconv_backward(Tensor grad, Tensor x, Tensor pointwise, Tensor depthwise, Tensor? bias, bool reflect, "
       "int activation, float slope, Tensor(a!)[] gradients) -> ()");
+  m.def(
+      "depthwise_conv(Tensor x, Tensor weight, Tensor? bias, int dilation, int activation, float slope, bool gated, "
+      "Tensor(a!)[] outputs) -> ()");
+  m.def(
+      "depthwise_conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, int dilation, int activation, "
+      "float slope, bool gated, Tensor(a!)[] gradients) -> ()");
+  m.def("layer_norm2d(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor(a!)[] outputs) -> ()");
+  m.def("layer_norm2d_backward(Tensor grad, Tensor x, Tensor? weight, float eps, Tensor(a!)[] gradients) -> ()");
 }
 
 // Not the CPU key: most of these take no tensor, and one on another device is to get a message of ours.
@@ -116,6 +149,10 @@ STABLE_TORCH_LIBRARY_IMPL(esr_native, CompositeExplicitAutograd, m) {
   m.impl("conv1x1_backward", TORCH_BOX(&conv1x1_gradients));
   m.impl("esa_backward", TORCH_BOX(&esa_gradients));
   m.impl("bsconv_backward", TORCH_BOX(&bsconv_gradients));
+  m.impl("depthwise_conv", TORCH_BOX(&run_depthwise_conv));
+  m.impl("depthwise_conv_backward", TORCH_BOX(&depthwise_conv_gradients));
+  m.impl("layer_norm2d", TORCH_BOX(&run_layer_norm2d));
+  m.impl("layer_norm2d_backward", TORCH_BOX(&layer_norm2d_gradients));
 }
 
 }  // namespace esr

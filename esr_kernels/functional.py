@@ -554,7 +554,13 @@ def _check_weight(name: str, weight: Any, x: Tensor, channels: int, kernel: int,
 def _check_depthwise(name: str, weight: Any, x: Tensor) -> None:
     _check_tensor(name, weight)
     shape = weight.shape
-    if weight.dim() != 4 or shape[0] != x.shape[1] or shape[1] != 1 or not set(shape[2:]) <= set(DEPTHWISE_SIDES):
+    if (
+        weight.dim() != 4
+        or shape[0] != x.shape[1]
+        or shape[1] != 1
+        or shape[2] not in DEPTHWISE_SIDES
+        or shape[3] not in DEPTHWISE_SIDES
+    ):
         sides = ", ".join(map(str, DEPTHWISE_SIDES))
         raise ValueError(f"{name}: expected shape [{x.shape[1]}, 1, KH, KW] with sides of {sides}, got {list(shape)}")
     _check_same(name, weight, x)

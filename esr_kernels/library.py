@@ -77,7 +77,7 @@ for _name in SCHEMAS:
 # --- fake kernels: shapes and the real strides --------------------------------------------------------------------
 
 
-def _format(x: Tensor) -> torch.memory_format:
+def memory_format(x: Tensor) -> torch.memory_format:
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
 
@@ -85,7 +85,7 @@ def _format(x: Tensor) -> torch.memory_format:
 def feature_map(x: Tensor, channels: int) -> Tensor:
     """An uninitialised [N, channels, H, W] in the memory format of `x`."""
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def image(x: Tensor, channels: int, scale: int) -> Tensor:
@@ -96,7 +96,7 @@ def image(x: Tensor, channels: int, scale: int) -> Tensor:
 def gradient(like: Tensor, wanted: bool = True) -> Tensor:
     if not wanted:
         return like.new_empty(0)
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=_format(like))
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
 
 
 def bias_gradient(bias: Tensor | None, weight: Tensor, wanted: bool) -> Tensor:

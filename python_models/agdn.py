@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from esr_kernels.modules import CCA, GDFN, DepthwiseConv, ElementScale, LayerNorm2d, Level, MultiscaleGate
+from esr_kernels.modules import CCA, GDFN, ElementScale, Level, MultiscaleGate
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
@@ -59,7 +59,7 @@ class _RCCA(nn.Module):
 
     def __init__(self, layers: Layers, c: int) -> None:
         super().__init__()
-        self.dwconv = DepthwiseConv(c, activation="gelu")
+        self.dwconv = layers.depthwise_conv(c, activation="gelu")
         self.decompose = layers.conv1x1(c, 1, activation="gelu")
         self.sigma = ElementScale(c)
         self.cca = CCA(c, 4)
@@ -85,7 +85,7 @@ class _ChannelAttention(nn.Module):
         super().__init__()
         self.temperature = nn.Parameter(torch.ones(c // _HEAD, 1, 1))
         self.qkv = layers.conv1x1(c, 3 * c, bias=False)
-        self.qkv_dwconv = DepthwiseConv(3 * c, bias=False)
+        self.qkv_dwconv = layers.depthwise_conv(3 * c, bias=False)
         self.project_out = layers.conv1x1(c, c, bias=False)
 
     def attend(self, qkv: Tensor) -> Tensor:
@@ -113,10 +113,10 @@ class _SGSA(nn.Module):
 
     def __init__(self, layers: Layers, c: int) -> None:
         super().__init__()
-        self.norm3 = nn.ModuleDict({"body": LayerNorm2d(c, 1e-5)})
-        self.norm4 = nn.ModuleDict({"body": LayerNorm2d(c, 1e-5)})
+        self.norm3 = nn.ModuleDict({"body": layers.layer_norm2d(c, 1e-5)})
+        self.norm4 = nn.ModuleDict({"body": layers.layer_norm2d(c, 1e-5)})
         self.restormer_attn = _ChannelAttention(layers, c)
-        self.restormer_ffn = GDFN(c, 2 * c, conv1x1=layers.conv1x1)
+        self.restormer_ffn = GDFN(c, 2 * c, conv1x1=layers.conv1x1, depthwise_conv=layers.depthwise_conv)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.restormer_attn(self.norm3["body"](x)) + x

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from esr_kernels.modules import GDFN, DepthwiseConv, LayerNorm2d
+from esr_kernels.modules import GDFN
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
@@ -102,7 +102,7 @@ class _SRWAB(nn.Module):
         self.norm1 = nn.LayerNorm(c)
         self.qkv = nn.Linear(c, 3 * c)
         self.attns = nn.ModuleList(_WindowAttention(layers, c // 2, w) for w in _WINDOWS)
-        self.get_v = DepthwiseConv(c)
+        self.get_v = layers.depthwise_conv(c)
         self.proj = nn.Linear(c, c)
         self.norm2 = nn.LayerNorm(c)
         self.mlp = _MLP(c, 2 * c)
@@ -150,9 +150,9 @@ class _ChannelAttention(nn.Module):
         super().__init__()
         self.temperature = nn.Parameter(torch.ones(c // _HEAD, 1, 1))
         self.q = layers.conv1x1(c, c, bias=False)
-        self.q_dwconv = DepthwiseConv(c, bias=False)
+        self.q_dwconv = layers.depthwise_conv(c, bias=False)
         self.kv = layers.conv1x1(c, 2 * c, bias=False)
-        self.kv_dwconv = DepthwiseConv(2 * c, bias=False)
+        self.kv_dwconv = layers.depthwise_conv(2 * c, bias=False)
         self.project_out = layers.conv1x1(c, c, bias=False)
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
@@ -168,10 +168,10 @@ class _HFB(nn.Module):
 
     def __init__(self, layers: Layers, c: int) -> None:
         super().__init__()
-        self.norm1 = nn.ModuleDict({"body": LayerNorm2d(c, 1e-5)})
+        self.norm1 = nn.ModuleDict({"body": layers.layer_norm2d(c, 1e-5)})
         self.attn = _ChannelAttention(layers, c)
-        self.norm2 = nn.ModuleDict({"body": LayerNorm2d(c, 1e-5)})
-        self.ffn = GDFN(c, int(c * 2.66), conv1x1=layers.conv1x1)
+        self.norm2 = nn.ModuleDict({"body": layers.layer_norm2d(c, 1e-5)})
+        self.ffn = GDFN(c, int(c * 2.66), conv1x1=layers.conv1x1, depthwise_conv=layers.depthwise_conv)
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         low = low + self.attn(self.norm1["body"](low), high)
@@ -240,7 +240,7 @@ class CRAFT(Network):
             self.register_buffer(f"biases_{name}", _relative_positions(*reversed(sides))[0])
         self.conv_first = self.kit.conv3x3(3, channels)
         self.layers = nn.ModuleList(_Layer(self.kit, channels) for _ in range(num_layers))
-        self.norm = nn.ModuleDict({"body": LayerNorm2d(channels, 1e-5)})
+        self.norm = nn.ModuleDict({"body": self.kit.layer_norm2d(channels, 1e-5)})
         self.conv_after_body = self.kit.conv3x3(channels, channels)
         self.upsample = self.kit.upsampler(channels, 3, upscale)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from esr_kernels.modules import RLFB, DepthwiseConv
+from esr_kernels.modules import RLFB
 
 from .base import ResidualNetwork
 from .layers import PLAIN
@@ -47,7 +47,7 @@ class DepthRLFN(ResidualNetwork):
         for i in range(1, self.num_blocks + 1):
             block = b.rlfb(c, m)
             block.c2_r = nn.Sequential(
-                DepthwiseConv(m, activation="leaky_relu"),
+                b.depthwise_conv(m, activation="leaky_relu"),
                 nn.Identity(),  # the published network has its activation here
                 b.conv1x1(m, m, activation="leaky_relu"),
             )

@@ -21,7 +21,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from esr_kernels.modules import CCA, DepthwiseConv
+from esr_kernels.modules import CCA
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
@@ -38,7 +38,7 @@ _UNUSED_BLOCKS = (("INV", "DW", "INV"), ("INV", "INV", "INV"))
 class _DepthwisePointwise(nn.Module):
     def __init__(self, layers: Layers, c: int) -> None:
         super().__init__()
-        self.dw = DepthwiseConv(c)
+        self.dw = layers.depthwise_conv(c)
         self.pw = layers.conv1x1(c, c, bias=False, activation="leaky_relu", negative_slope=_SLOPE)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from esr_kernels.modules import CCA, DepthwiseConv
+from esr_kernels.modules import CCA
 
 from .layers import Layers
 
@@ -49,7 +49,8 @@ class EnhancedCCA(nn.Module):
 
     def __init__(self, layers: Layers, c: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(layers.conv1x1(c, c, activation="gelu"), nn.Identity(), CCA(c, 1), DepthwiseConv(c))
+        first = layers.conv1x1(c, c, activation="gelu")
+        self.body = nn.Sequential(first, nn.Identity(), CCA(c, 1), layers.depthwise_conv(c))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x) + x

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from esr_kernels.modules import GDFN, SAFM, LayerNorm2d
+from esr_kernels.modules import GDFN, SAFM
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
-from .layers import PLAIN
+from .layers import PLAIN, Layers
 from .registry import ModelCard, register
 from .table1 import TABLE1
 
@@ -26,11 +26,11 @@ from .table1 import TABLE1
 class FMM(nn.Module):
     """Feature mixing module: x + safm(norm(x)), then x + ffd(norm(x)); SAFM and feed-forward network may vary."""
 
-    def __init__(self, channels: int, safm: nn.Module, ffd: nn.Module) -> None:
+    def __init__(self, layers: Layers, channels: int, safm: nn.Module, ffd: nn.Module) -> None:
         super().__init__()
-        self.norm1 = LayerNorm2d(channels)
+        self.norm1 = layers.layer_norm2d(channels)
         self.safm = safm
-        self.norm2 = LayerNorm2d(channels)
+        self.norm2 = layers.layer_norm2d(channels)
         self.ffd = ffd
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,10 +59,10 @@ class EGFMN(Network):
         self.scale = upscale
         self.to_feat = self.kit.conv3x3(3, channels)
         hidden = int(channels * ffn_scale)
-        conv1x1 = self.kit.conv1x1
+        make = {"conv1x1": self.kit.conv1x1, "depthwise_conv": self.kit.depthwise_conv}
         self.feats = nn.Sequential(
             *(
-                FMM(channels, SAFM(channels, conv1x1=conv1x1), GDFN(channels, hidden, gelu=False, conv1x1=conv1x1))
+                FMM(self.kit, channels, SAFM(channels, **make), GDFN(channels, hidden, gelu=False, **make))
                 for _ in range(num_blocks)
             )
         )

@@ -34,7 +34,7 @@ class _Modulation(SAFM):
     """SAFM of what deviates from the image's mean."""
 
     def __init__(self, layers: Layers, c: int) -> None:
-        super().__init__(c, conv1x1=layers.conv1x1)
+        super().__init__(c, conv1x1=layers.conv1x1, depthwise_conv=layers.depthwise_conv)
         self.proj_1 = layers.conv1x1(c, c)
         self.sigma = ElementScale(c)
 
@@ -47,13 +47,12 @@ class _FeedForward(GDFN):
     """GDFN without GELU and with the product's part that the channels do not share amplified."""
 
     def __init__(self, layers: Layers, c: int, hidden: int) -> None:
-        super().__init__(c, hidden, gelu=False, conv1x1=layers.conv1x1)
+        super().__init__(c, hidden, gelu=False, conv1x1=layers.conv1x1, depthwise_conv=layers.depthwise_conv)
         self.decompose = layers.conv1x1(hidden, 1, activation="gelu")
         self.sigma = ElementScale(hidden)
 
-    def gate(self, a: Tensor, b: Tensor) -> Tensor:
-        t = a * b
-        return t + self.sigma(t - self.decompose(t))
+    def refine(self, product: Tensor) -> Tensor:
+        return product + self.sigma(product - self.decompose(product))
 
 
 class GFMN(Network):
@@ -80,7 +79,7 @@ class GFMN(Network):
         hidden = int(channels * ffn_scale)
         self.feats = nn.Sequential(
             *(
-                FMM(channels, _Modulation(self.kit, channels), _FeedForward(self.kit, channels, hidden))
+                FMM(self.kit, channels, _Modulation(self.kit, channels), _FeedForward(self.kit, channels, hidden))
                 for _ in range(num_blocks)
             )
         )

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from esr_kernels.modules import DepthwiseConv, LayerNorm2d, Level, MultiscaleGate
+from esr_kernels.modules import Level, MultiscaleGate
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
@@ -46,13 +46,13 @@ _LEVELS = (Level(0, pool=3, padding=1), Level(1, pool=5, padding=0), Level(2, po
 class _Hierarchy(nn.Module):
     """Depthwise convolutions of four quarters of the channels, one after the other."""
 
-    def __init__(self, c: int, activation: str) -> None:
+    def __init__(self, layers: Layers, c: int, activation: str) -> None:
         super().__init__()
         q = c // 4
-        self.conv2_1 = DepthwiseConv(q, activation=activation)
-        self.conv2_2 = DepthwiseConv(q, (5, 3), activation=activation)
-        self.conv2_3 = DepthwiseConv(q, (3, 5), activation=activation)
-        self.conv2_4 = nn.Sequential(DepthwiseConv(q), DepthwiseConv(q, activation=activation))
+        self.conv2_1 = layers.depthwise_conv(q, activation=activation)
+        self.conv2_2 = layers.depthwise_conv(q, (5, 3), activation=activation)
+        self.conv2_3 = layers.depthwise_conv(q, (3, 5), activation=activation)
+        self.conv2_4 = nn.Sequential(layers.depthwise_conv(q), layers.depthwise_conv(q, activation=activation))
 
     def hierarchy(self, x: Tensor) -> list[Tensor]:
         """Four tensors [N, C / 4, H, W]."""
@@ -67,7 +67,7 @@ class _HSRB(_Hierarchy):
     """Hierarchical separable residual block."""
 
     def __init__(self, layers: Layers, c: int) -> None:
-        super().__init__(c, "gelu")
+        super().__init__(layers, c, "gelu")
         self.conv1 = layers.conv1x1(c, c)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class _HSRB(_Hierarchy):
 
 class _Reconstruction(_Hierarchy):
     def __init__(self, layers: Layers, c: int) -> None:
-        super().__init__(c, "none")
+        super().__init__(layers, c, "none")
         self.conv1 = layers.conv1x1(c, c)
         self.conv1x1_2 = layers.conv1x1(c, c)
 
@@ -93,7 +93,7 @@ class _MLP(nn.Module):
     def __init__(self, layers: Layers, c: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = layers.conv1x1(c, hidden)
-        self.dwc1 = _MixedFeatures(hidden, "gelu")
+        self.dwc1 = _MixedFeatures(layers, hidden, "gelu")
         self.fc2 = layers.conv1x1(hidden, c)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,9 +110,9 @@ class _WindowAttention(nn.Module):
         self.shift = (window[0] // 2, window[1] // 2) if rolled else (0, 0)
         self.proj_qk = layers.conv1x1(c, 2 * c)
         self.proj_v = layers.conv1x1(c, c)
-        self.lepe_v = DepthwiseConv(c, 5)
-        self.proj_q_5x5 = DepthwiseConv(c, 5)
-        self.proj_k_5x5 = DepthwiseConv(c, 5)
+        self.lepe_v = layers.depthwise_conv(c, 5)
+        self.proj_q_5x5 = layers.depthwise_conv(c, 5)
+        self.proj_k_5x5 = layers.depthwise_conv(c, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         (height, width), (down, right) = self.window, self.shift
@@ -151,13 +151,13 @@ class _RecurrentGate(nn.Module):
 class _HierarchicalAttention(nn.Module):
     def __init__(self, layers: Layers, c: int, rolled: bool) -> None:
         super().__init__()
-        self.norm1 = LayerNorm2d(c)
+        self.norm1 = layers.layer_norm2d(c)
         self.proj1 = layers.conv1x1(c, 2 * c)
         for i, window in enumerate(_WINDOWS, 1):
             self.add_module(f"attn{i}", _WindowAttention(layers, c // 2, window, rolled))
         self.gate_layer = _RecurrentGate(layers, c // 2)
         self.proj = layers.conv1x1(2 * c, c)
-        self.norm2 = LayerNorm2d(c)
+        self.norm2 = layers.layer_norm2d(c)
         self.mlp = _MLP(layers, c, 2 * c)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ class _HSAM(nn.Module):
     def __init__(self, layers: Layers, c: int, block: int) -> None:
         super().__init__()
         attention = _MDSA(layers, c) if block == _GATE_BLOCK else _Swin(layers, c, rolled=block == _ROLLED_BLOCK)
-        self.body = nn.Sequential(nn.GELU(), attention, DepthwiseConv(c))
+        self.body = nn.Sequential(nn.GELU(), attention, layers.depthwise_conv(c))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x) + x

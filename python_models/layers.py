@@ -21,6 +21,9 @@ from esr_kernels.modules import (
     Conv1x1,
     Conv3x3,
     Conv3x3PixelShuffle,
+    DepthwiseConv,
+    LayerNorm2d,
+    PixelNorm,
     PixelShuffleUpsampler,
 )
 from esr_kernels.reparam import Reparameterized
@@ -30,7 +33,10 @@ from .plain_blocks import (
     PlainConv1x1,
     PlainConv3x3,
     PlainConv3x3PixelShuffle,
+    PlainDepthwiseConv,
     PlainESA,
+    PlainLayerNorm2d,
+    PlainPixelNorm,
     PlainRLFB,
     PlainUpsampler,
     plain_attention,
@@ -50,6 +56,9 @@ class Layers:
     conv3x3: Make
     conv1x1: Make
     bsconv: Make
+    depthwise_conv: Make
+    layer_norm2d: Make
+    pixel_norm: Make
     conv3x3_pixel_shuffle: Make
     upsampler: Make
     esa: Make
@@ -73,6 +82,9 @@ FUSED = Layers(
     conv3x3=Conv3x3,
     conv1x1=Conv1x1,
     bsconv=BSConv,
+    depthwise_conv=DepthwiseConv,
+    layer_norm2d=LayerNorm2d,
+    pixel_norm=PixelNorm,
     conv3x3_pixel_shuffle=Conv3x3PixelShuffle,
     upsampler=PixelShuffleUpsampler,
     esa=ESA,
@@ -84,6 +96,9 @@ PLAIN = Layers(
     conv3x3=PlainConv3x3,
     conv1x1=PlainConv1x1,
     bsconv=PlainBSConv,
+    depthwise_conv=PlainDepthwiseConv,
+    layer_norm2d=PlainLayerNorm2d,
+    pixel_norm=PlainPixelNorm,
     conv3x3_pixel_shuffle=PlainConv3x3PixelShuffle,
     upsampler=PlainUpsampler,
     esa=PlainESA,

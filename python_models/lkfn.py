@@ -21,7 +21,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from esr_kernels.modules import DepthwiseConv
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
@@ -34,7 +33,7 @@ from .table1 import TABLE1
 class _PartialLargeKernel(nn.Module):
     def __init__(self, layers: Layers, c: int, dilation: int) -> None:
         super().__init__()
-        self.pdw = DepthwiseConv(c // 2, 5, dilation=dilation)
+        self.pdw = layers.depthwise_conv(c // 2, 5, dilation=dilation)
         self.pw = layers.conv1x1(c, c, bias=False, activation="gelu")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,14 +70,14 @@ class _LKFB(Distillation):
         super().__init__(layers, c, partial, layers.bsconv(c, c // 2, activation="gelu"))
         self.atten = _FrequencyAttention(layers, c)
         self.c6 = layers.conv1x1(c, c)
-        self.pixel_norm = nn.LayerNorm(c)
+        self.pixel_norm = layers.pixel_norm(c)
 
     def refine(self, conv: nn.Module, t: Tensor) -> Tensor:
         return conv(t)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.c6(self.atten(self.distill(x)))
-        return self.pixel_norm(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous() + x
+        return self.pixel_norm(y) + x
 
 
 class LKFN(Network):

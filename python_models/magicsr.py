@@ -33,7 +33,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from esr_kernels.modules import DepthwiseConv
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
@@ -208,10 +207,10 @@ class _Stage(nn.Module):
 
 
 class _Bottleneck(nn.Module):
-    def __init__(self, c: int) -> None:
+    def __init__(self, layers: Layers, c: int) -> None:
         super().__init__()
         inner = c + c // 4 + c // 16
-        self.depthwise = DepthwiseConv(inner, activation="gelu")
+        self.depthwise = layers.depthwise_conv(inner, activation="gelu")
         self.pointwise = nn.Linear(inner, c)
         self.norm = nn.LayerNorm(c)
 
@@ -261,7 +260,7 @@ class MagicSR(Network):
         self.encoder_layer1 = _Stage(layers, c, 6, 6, _TRAINED)
         self.encoder_layer2 = _Stage(layers, c, 4, 4, _TRAINED // 2, cascade=2 * c)
         self.encoder_layer3 = _Stage(layers, c, 4, 4, _TRAINED // 4, cascade=3 * c, last=True)
-        self.bottleneck = _Bottleneck(c)
+        self.bottleneck = _Bottleneck(layers, c)
         self.decoder_layer1 = _Stage(layers, c, 6, 6, _TRAINED // 2, last=True)
         self.norm = nn.LayerNorm(c)
         self.to_target = _Target(layers, c, upscale)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from esr_kernels.modules import LayerNorm2d, Level, MultiscaleGate
+from esr_kernels.modules import Level, MultiscaleGate
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
@@ -64,7 +64,7 @@ class _MDSA(MultiscaleGate):
 
     def __init__(self, layers: Layers, c: int) -> None:
         super().__init__(c, c // 4, _LEVELS, conv1x1=layers.conv1x1, conv=partial(_BSConvS, layers))
-        self.ln = LayerNorm2d(c)
+        self.ln = layers.layer_norm2d(c)
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.ln(x)

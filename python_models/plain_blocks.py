@@ -30,6 +30,10 @@ _ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def _activation(name: str, slope: float) -> Callable[..., Tensor]:
+    return partial(F.leaky_relu, negative_slope=slope, inplace=True) if name == "leaky_relu" else _ACTIVATIONS[name]
+
+
 class PlainConv(nn.Conv2d):
     """Convolution that keeps the size, activation, residual: three steps."""
 
@@ -37,8 +41,7 @@ class PlainConv(nn.Conv2d):
         self, in_channels: int, out_channels: int, kernel_size: int, activation: str, slope: float, **conv: Any
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, **conv)
-        leaky = partial(F.leaky_relu, negative_slope=slope, inplace=True)
-        self._act = leaky if activation == "leaky_relu" else _ACTIVATIONS[activation]
+        self._act = _activation(activation, slope)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, residual_mode: str = "post") -> Tensor:
         y = super().forward(x)
@@ -83,6 +86,59 @@ class PlainBSConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dw(self.pw(x))
+
+
+class PlainDepthwiseConv(nn.Conv2d):
+    """Convolution, activation, product of the halves: a step each."""
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        *,
+        dilation: int = 1,
+        bias: bool = True,
+        activation: str = "none",
+        negative_slope: float = 0.05,
+        gated: bool = False,
+    ) -> None:
+        height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        super().__init__(
+            channels,
+            channels,
+            (height, width),
+            padding=(height // 2 * dilation, width // 2 * dilation),
+            dilation=dilation,
+            groups=channels,
+            bias=bias,
+        )
+        self._act = _activation(activation, negative_slope)
+        self.gated = gated
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = super().forward(x)
+        if not self.gated:
+            return self._act(h)
+        a, b = h.chunk(2, 1)
+        return self._act(a) * b
+
+
+class PlainLayerNorm2d(nn.Module):
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - x.mean(1, keepdim=True)
+        x = x / torch.sqrt(x.square().mean(1, keepdim=True) + self.eps)
+        return torch.addcmul(self.bias.view(-1, 1, 1), x, self.weight.view(-1, 1, 1))
+
+
+class PlainPixelNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
 
 
 class _Named(nn.Module):

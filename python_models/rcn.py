@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from esr_kernels.modules import ECB, ESA, LayerNorm2d
+from esr_kernels.modules import ECB, ESA
 
 from .base import ResidualNetwork
 from .layers import PLAIN, Layers
@@ -44,11 +44,11 @@ class _RCB(nn.Module):
 
     def __init__(self, b: Layers, channels: int, deploy: bool) -> None:
         super().__init__()
-        self.ln1 = LayerNorm2d(channels)
+        self.ln1 = b.layer_norm2d(channels)
         self.c1_r = b.rep(ECB, channels, channels, activation="gelu", deploy=deploy)
         self.c2_r = b.rep(ECB, channels, channels, activation="gelu", deploy=deploy)
         self.c3_r = b.rep(ECB, channels, channels, activation="gelu", deploy=deploy)
-        self.ln2 = LayerNorm2d(channels)
+        self.ln2 = b.layer_norm2d(channels)
         self.c5 = b.conv1x1(channels, channels)
         self.esa = b.esa(channels, 16)
 

@@ -45,9 +45,9 @@ class RLFF(ResidualNetwork):
         self.scale = upscale
         self.conv_1 = b.conv3x3(3, c)
         self.block_1 = b.rlfb(c, activation="gelu")
-        self.block_2 = GDFN(c, hidden_channels, conv1x1=b.conv1x1)
+        self.block_2 = GDFN(c, hidden_channels, conv1x1=b.conv1x1, depthwise_conv=b.depthwise_conv)
         self.block_3 = b.rlfb(c, activation="gelu")
-        self.block_4 = GDFN(c, hidden_channels, conv1x1=b.conv1x1)
+        self.block_4 = GDFN(c, hidden_channels, conv1x1=b.conv1x1, depthwise_conv=b.depthwise_conv)
         self.block_5 = b.rlfb(c, activation="gelu")
         self.conv_2 = b.conv3x3(c, c)
         self.upsampler = b.upsampler(c, 3, upscale)

@@ -21,7 +21,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from esr_kernels.modules import DepthwiseConv
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
@@ -40,7 +39,7 @@ class _SAFM(nn.Module):
         third = channels // 3
         self.split = [third, channels - third]
         self.proj = b.conv3x3(channels, channels, bias=False)
-        self.dwconv = DepthwiseConv(third, bias=False)
+        self.dwconv = b.depthwise_conv(third, bias=False)
         self.out = b.conv1x1(channels, channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

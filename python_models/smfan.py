@@ -22,7 +22,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from esr_kernels.modules import DepthwiseConv
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
@@ -56,7 +55,7 @@ class _SMFA(nn.Module):
         self.linear_1 = layers.conv1x1(c, c, activation="gelu")
         self.linear_2 = layers.conv1x1(c, c)
         self.lde = _LocalDetail(layers, c)
-        self.dw_conv = DepthwiseConv(c)
+        self.dw_conv = layers.depthwise_conv(c)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]

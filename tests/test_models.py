@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import esr_kernels
 import python_models
 from esr_kernels.checkpoint import CheckpointError, load_state_dict
-from esr_kernels.modules import ESA
+from esr_kernels.modules import ESA, LayerNorm2d, PixelNorm
 from esr_kernels.reparam import Reparameterized, deploy
 
 MODELS = python_models.list_models()
@@ -269,11 +269,20 @@ def test_parameters_and_flops(name: str) -> None:
     with FlopCounterMode(display=False) as plain:
         twin(x)
     assert published == (card.flops - constant) * side**2 // 256**2 + constant + hidden
+    normalised = 0
+
+    def count_normalised(_module: Any, _inputs: Any, out: Tensor) -> None:
+        nonlocal normalised
+        normalised += out.numel()
+
+    for module in model.modules():
+        if isinstance(module, LayerNorm2d | PixelNorm):
+            module.register_forward_hook(count_normalised)
     with FlopCounterMode(display=False) as fused:
         model(x)
-    # The one formula that has more than products: four for every value that ESA resizes.
+    # Two formulas have more than products: four for every value that ESA resizes, seven for what is normalised.
     resized = sum(m.conv1.out_channels * x[0, 0].numel() for m in model.modules() if isinstance(m, ESA))
-    assert fused.get_total_flops() == plain.get_total_flops() - left_out + 2 * 4 * resized
+    assert fused.get_total_flops() == plain.get_total_flops() - left_out + 2 * 4 * resized + 7 * normalised
 
 
 # --- the registry -------------------------------------------------------------------------------------------------

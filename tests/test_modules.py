@@ -24,6 +24,7 @@ from esr_kernels.modules import (
     DepthwiseConv,
     ElementScale,
     LayerNorm2d,
+    PixelNorm,
     local_variance,
 )
 
@@ -330,7 +331,7 @@ def plain_layer_norm(m: LayerNorm2d, x: Tensor) -> Tensor:
 def plain_gdfn(m: GDFN, x: Tensor) -> Tensor:
     t = F.conv2d(x, m.project_in.weight)
     a, b = F.conv2d(t, m.dwconv.weight, padding=1, groups=t.shape[1]).chunk(2, 1)
-    return F.conv2d((F.gelu(a) if m.gelu else a) * b, m.project_out.weight)
+    return F.conv2d((F.gelu(a) if m.dwconv.activation == "gelu" else a) * b, m.project_out.weight)
 
 
 def plain_safm(m: SAFM, x: Tensor) -> Tensor:
@@ -355,7 +356,11 @@ PLAIN_BLOCKS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], A
     "bsconv-stride": (lambda: BSConv(6, 7, padding_mode="reflect", stride=2), plain_bsconv, 6),
     "depthwise": (lambda: DepthwiseConv(7, (5, 3), activation="gelu"), lambda m, x: F.gelu(plain_depthwise(m, x)), 7),
     "depthwise-dilated": (lambda: DepthwiseConv(7, 5, dilation=3, bias=False), lambda m, x: plain_depthwise(m, x), 7),
+    "depthwise-reflect": (lambda: DepthwiseConv(6, padding_mode="reflect"), lambda m, x: plain_depthwise(m, x), 6),
+    "depthwise-gated": (lambda: DepthwiseConv(6, 5, activation="silu", gated=True), lambda m, x: plain_gate(m, x), 6),
+    "depthwise-large": (lambda: DepthwiseConv(6, 9, activation="silu", gated=True), lambda m, x: plain_gate(m, x), 6),
     "layer-norm": (lambda: LayerNorm2d(24, 1e-5), plain_layer_norm, 24),
+    "pixel-norm": (lambda: PixelNorm(24), plain_layer_norm, 24),
     "gdfn": (lambda: GDFN(10, 27), plain_gdfn, 10),
     "gdfn-without-gelu": (lambda: GDFN(10, 12, gelu=False), plain_gdfn, 10),
     "safm": (lambda: SAFM(20), plain_safm, 20),
@@ -366,8 +371,15 @@ PLAIN_BLOCKS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], A
 
 def plain_depthwise(m: DepthwiseConv, x: Tensor) -> Tensor:
     dilation = m.dilation[0]
-    pad = [(k // 2) * dilation for k in m.kernel_size]
-    return F.conv2d(x, m.weight, m.bias, padding=pad, dilation=dilation, groups=x.shape[1])
+    height, width = ((k // 2) * dilation for k in m.kernel_size)
+    mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
+    x = F.pad(x, (width, width, height, height), mode)
+    return F.conv2d(x, m.weight, m.bias, dilation=dilation, groups=x.shape[1])
+
+
+def plain_gate(m: DepthwiseConv, x: Tensor) -> Tensor:
+    a, b = plain_depthwise(m, x).chunk(2, 1)
+    return F.silu(a) * b
 
 
 @pytest.mark.parametrize("name", PLAIN_BLOCKS)
@@ -411,6 +423,8 @@ def test_bad_arguments_of_pointwise_blocks() -> None:
         SAFM(8)(torch.randn(1, 8, 15, 20))
     with pytest.raises(ValueError, match=r"kernel_size: must be odd to keep the size, got \(3, 2\)"):
         DepthwiseConv(4, (3, 2))
+    with pytest.raises(ValueError, match="channels: a gate needs an even number, got 5"):
+        DepthwiseConv(5, gated=True)
     with pytest.raises(ValueError, match="padding_mode: expected one of zeros, reflect, got 'circular'"):
         BSConv(4, 4, padding_mode="circular")
     with pytest.raises(ValueError, match="activation: stride 2 allows only \"none\", got 'gelu'"):

@@ -22,6 +22,39 @@ ESR_INLINE void write_element(char* p, Dtype d, float x) {
   }
 }
 
+// n <= kLanes adjacent elements; zeros in the other lanes.
+ESR_INLINE Vec load_elements(const char* p, Dtype d, int n) {
+  const float* floats = reinterpret_cast<const float*>(p);
+  const uint16_t* bits = reinterpret_cast<const uint16_t*>(p);
+  if (n == kLanes)
+    return d == Dtype::kFloat32 ? load(floats) : d == Dtype::kFloat16 ? load_half(bits) : load_bfloat(bits);
+  if (d == Dtype::kFloat32) return load_partial(floats, n);
+  alignas(64) float values[kLanes] = {};
+  for (int i = 0; i < n; ++i) values[i] = d == Dtype::kFloat16 ? half_to_float(bits[i]) : bfloat_to_float(bits[i]);
+  return load(values);
+}
+
+ESR_INLINE void store_elements(char* p, Dtype d, Vec v, int n) {
+  float* floats = reinterpret_cast<float*>(p);
+  uint16_t* bits = reinterpret_cast<uint16_t*>(p);
+  if (d == Dtype::kFloat32) {
+    if (n == kLanes) {
+      store(floats, v);
+    } else {
+      store_partial(floats, v, n);
+    }
+    return;
+  }
+  alignas(64) uint16_t values[kLanes];
+  uint16_t* const to = n == kLanes ? bits : values;
+  if (d == Dtype::kFloat16) {
+    store_half(to, v);
+  } else {
+    store_bfloat(to, v);
+  }
+  if (n < kLanes) __builtin_memcpy(bits, values, sizeof(uint16_t) * static_cast<size_t>(n));
+}
+
 // n elements, `stride` elements apart, to floats.
 inline void read_line(const char* p, Dtype d, int64_t stride, int64_t n, float* out) {
   int64_t i = 0;

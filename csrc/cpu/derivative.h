@@ -24,20 +24,7 @@ inline void attention_derivative(const DerivativeArgs& a) {
 
 inline void derivative(const DerivativeArgs& a) {
   if (a.mode == ResidualMode::kAttention) return attention_derivative(a);
-  switch (a.activation) {
-    case Activation::kRelu:
-      return derivative_of<Activation::kRelu>(a);
-    case Activation::kLeakyRelu:
-      return derivative_of<Activation::kLeakyRelu>(a);
-    case Activation::kSilu:
-      return derivative_of<Activation::kSilu>(a);
-    case Activation::kGelu:
-      return derivative_of<Activation::kGelu>(a);
-    case Activation::kGeluTanh:
-      return derivative_of<Activation::kGeluTanh>(a);
-    default:
-      return derivative_of<Activation::kNone>(a);
-  }
+  with_activation(a.activation, [&](auto activation) { derivative_of<decltype(activation)::kValue>(a); });
 }
 
 inline void silu_parts(const float* h, float* a, float* d, int64_t floats) {

@@ -1,5 +1,24 @@
 // Activation and residual, applied to results on their way to memory. Included after math.h in every path_*.cpp.
 
+// Calls f with the activation as a Constant.
+template <typename F>
+ESR_INLINE void with_activation(Activation activation, const F& f) {
+  switch (activation) {
+    case Activation::kRelu:
+      return f(Constant<Activation, Activation::kRelu>{});
+    case Activation::kLeakyRelu:
+      return f(Constant<Activation, Activation::kLeakyRelu>{});
+    case Activation::kSilu:
+      return f(Constant<Activation, Activation::kSilu>{});
+    case Activation::kGelu:
+      return f(Constant<Activation, Activation::kGelu>{});
+    case Activation::kGeluTanh:
+      return f(Constant<Activation, Activation::kGeluTanh>{});
+    default:
+      return f(Constant<Activation, Activation::kNone>{});
+  }
+}
+
 // The kind of epilogue as a type; h is the convolution's result, r the residual.
 template <Activation A, ResidualMode M>
 struct Finish {
@@ -33,20 +52,7 @@ ESR_INLINE void with_finish(const Epilogue& e, const F& f) {
   if (e.product) return f(Product{});
   const auto by_activation = [&](auto mode) {
     constexpr ResidualMode kMode = decltype(mode)::kValue;
-    switch (e.activation) {
-      case Activation::kRelu:
-        return f(Finish<Activation::kRelu, kMode>{});
-      case Activation::kLeakyRelu:
-        return f(Finish<Activation::kLeakyRelu, kMode>{});
-      case Activation::kSilu:
-        return f(Finish<Activation::kSilu, kMode>{});
-      case Activation::kGelu:
-        return f(Finish<Activation::kGelu, kMode>{});
-      case Activation::kGeluTanh:
-        return f(Finish<Activation::kGeluTanh, kMode>{});
-      default:
-        return f(Finish<Activation::kNone, kMode>{});
-    }
+    with_activation(e.activation, [&](auto activation) { f(Finish<decltype(activation)::kValue, kMode>{}); });
   };
   switch (e.mode) {
     case ResidualMode::kPre:

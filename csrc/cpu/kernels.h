@@ -247,6 +247,59 @@ struct ShrinkArgs {
   float* scratch = nullptr;  // small_width * step
 };
 
+// Channels of a channels_last tensor that the depthwise convolution computes at once: a cache line of floats.
+inline constexpr int64_t kDepthwiseGroup = 16;
+// The longest side of its filter.
+inline constexpr int64_t kDepthwiseMostTaps = 7;
+
+// Depthwise convolution of one image as it is in memory. Weights are those of all `channels` of the result, with a gate
+// followed by those of the channels that multiply them: in NCHW [channel][taps], in channels_last in groups,
+// [group][taps][kDepthwiseGroup].
+struct DepthwiseConvArgs {
+  TensorView in, out;
+  int64_t channels = 0;  // of the result
+  int64_t height = 0, width = 0;
+  int64_t kernel_height = 0, kernel_width = 0, dilation = 1;
+  const float* weights = nullptr;
+  const float* bias = nullptr;
+  Activation activation = Activation::kNone;
+  float slope = 0.0f;
+  bool gated = false;        // act(first half) * second half
+  float* scratch = nullptr;  // depthwise_*_floats()
+};
+
+struct DepthwiseConvGradientArgs {
+  DepthwiseConvArgs conv;  // without `out`
+  TensorView grad;
+  TensorView to_x;                 // data null: not wanted
+  const float* turned = nullptr;   // `weights` with the taps in reverse
+  const float* no_bias = nullptr;  // kDepthwiseGroup zeros
+  bool wants_weight = false, wants_bias = false;
+  // Of a channel [taps + 1][lanes], sums to be added over the lanes; of a group [taps + 1][whole vectors of channels].
+  // The last is for the bias. With a gate a second such block follows.
+  float* sums = nullptr;
+};
+
+// Most pixels that the layer normalisation of planes takes at once.
+inline constexpr int64_t kNormPixels = 64;
+
+// Layer normalisation over the channels of one image as it is in memory.
+struct LayerNormArgs {
+  TensorView in, out;
+  int64_t channels = 0;
+  const float* weight = nullptr;  // both filled up to whole vectors
+  const float* bias = nullptr;
+  float eps = 0.0f;
+  float* scratch = nullptr;  // channels * kNormPixels
+};
+
+struct LayerNormGradientArgs {
+  LayerNormArgs norm;  // without `out` and `bias`; scratch of twice the size
+  TensorView grad;
+  TensorView to_x;        // data null: not wanted
+  float* sums = nullptr;  // added to
+};
+
 struct Kernels {
   const char* name;
   int64_t lanes;
@@ -277,6 +330,19 @@ struct Kernels {
   void (*max_pool_gradient)(const MaxPoolGradientArgs&);
   void (*esa_gate_gradient)(const EsaGateGradientArgs&, int64_t y0, int64_t y1);
   void (*shrink)(const ShrinkArgs&);
+  void (*depthwise_planes)(const DepthwiseConvArgs&, int64_t row0, int64_t row1);
+  int64_t (*depthwise_planes_floats)(const DepthwiseConvArgs&);
+  void (*depthwise_pixels)(const DepthwiseConvArgs&, int64_t y0, int64_t y1);
+  int64_t (*depthwise_pixels_floats)(const DepthwiseConvArgs&);
+  void (*depthwise_plane_gradient)(const DepthwiseConvGradientArgs&, int64_t channel);
+  int64_t (*depthwise_plane_gradient_floats)(const DepthwiseConvArgs&);
+  void (*depthwise_pixels_gradient)(const DepthwiseConvGradientArgs&, int64_t group);
+  int64_t (*depthwise_pixels_gradient_floats)(const DepthwiseConvArgs&);
+  // Pixels x .. x + n - 1 of row y; of planes at most kNormPixels.
+  void (*norm_planes)(const LayerNormArgs&, int64_t y, int64_t x, int64_t n);
+  void (*norm_pixels)(const LayerNormArgs&, int64_t y, int64_t x, int64_t n);
+  void (*norm_planes_gradient)(const LayerNormGradientArgs&, int64_t y, int64_t x, int64_t n);
+  void (*norm_pixels_gradient)(const LayerNormGradientArgs&, int64_t y, int64_t x, int64_t n);
 };
 
 // Null where the compiler's target has no such instructions; whether this CPU has them is not asked here.

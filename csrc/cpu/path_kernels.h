@@ -34,6 +34,9 @@ struct Constant {
 #include "weight_gradient.h"
 #include "bsconv_gradient.h"
 #include "esa_gradient.h"
+#include "depthwise_conv.h"
+#include "depthwise_conv_gradient.h"
+#include "layer_norm2d.h"
 // clang-format on
 
 constexpr Kernels make_kernels(const char* name) {
@@ -64,7 +67,19 @@ constexpr Kernels make_kernels(const char* name) {
                  add_to,
                  max_pool_gradient,
                  esa_gate_gradient,
-                 shrink};
+                 shrink,
+                 depthwise_planes,
+                 depthwise_planes_floats,
+                 depthwise_pixels,
+                 depthwise_pixels_floats,
+                 depthwise_plane_gradient,
+                 depthwise_plane_gradient_floats,
+                 depthwise_pixels_gradient,
+                 depthwise_pixels_gradient_floats,
+                 norm_planes,
+                 norm_pixels,
+                 norm_planes_gradient,
+                 norm_pixels_gradient};
 }
 
 }  // namespace ESR_PATH

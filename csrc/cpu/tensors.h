@@ -23,6 +23,13 @@ struct Batch {
   TensorView first;
   int64_t image_stride = 0;
 
+  // Whether its rows are rows of pixels of one channel, not of pixels with all their channels.
+  bool is_planar() const { return shape.channels == 1 || first.channel_stride != 1 || first.column_stride == 1; }
+  // Whether it can be read in this way; of what there is one only, the stride is anything.
+  bool can_be(bool planar) const {
+    return planar ? first.column_stride == 1 || shape.width == 1 : first.channel_stride == 1 || shape.channels == 1;
+  }
+
   TensorView image(int64_t n) const {
     TensorView v = first;
     const int64_t bytes = v.dtype == Dtype::kFloat32 ? 4 : 2;

@@ -22,6 +22,7 @@ ESR_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 ESR_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 ESR_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 ESR_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+ESR_INLINE Vec sqrt(Vec a) { return _mm512_sqrt_ps(a); }
 ESR_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 ESR_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a, b, c); }
 // When one operand is NaN these return b.
@@ -41,6 +42,8 @@ ESR_INLINE Vec load_partial(const float* p, int n) {
 ESR_INLINE void store_partial(float* p, Vec v, int n) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), v);
 }
+// The first n lanes, zeros in the others.
+ESR_INLINE Vec keep_lanes(Vec v, int n) { return _mm512_maskz_mov_ps(static_cast<__mmask16>((1u << n) - 1u), v); }
 ESR_INLINE Vec load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -99,6 +102,7 @@ ESR_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 ESR_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 ESR_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 ESR_INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+ESR_INLINE Vec sqrt(Vec a) { return _mm256_sqrt_ps(a); }
 ESR_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 ESR_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
 // When one operand is NaN these return b.
@@ -115,6 +119,8 @@ ESR_INLINE __m256i lane_mask(int n) {
 }
 ESR_INLINE Vec load_partial(const float* p, int n) { return _mm256_maskload_ps(p, lane_mask(n)); }
 ESR_INLINE void store_partial(float* p, Vec v, int n) { _mm256_maskstore_ps(p, lane_mask(n), v); }
+// The first n lanes, zeros in the others.
+ESR_INLINE Vec keep_lanes(Vec v, int n) { return _mm256_and_ps(v, _mm256_castsi256_ps(lane_mask(n))); }
 ESR_INLINE Vec load_half(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -175,6 +181,10 @@ ESR_INLINE Vec add(Vec a, Vec b) { return a + b; }
 ESR_INLINE Vec sub(Vec a, Vec b) { return a - b; }
 ESR_INLINE Vec mul(Vec a, Vec b) { return a * b; }
 ESR_INLINE Vec div(Vec a, Vec b) { return a / b; }
+ESR_INLINE Vec sqrt(Vec a) {
+  for (int i = 0; i < kLanes; ++i) a[i] = __builtin_sqrtf(a[i]);
+  return a;
+}
 ESR_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 ESR_INLINE Vec fnma(Vec a, Vec b, Vec c) { return c - a * b; }
 ESR_INLINE Vec select(IntVec mask, Vec a, Vec b) { return (Vec)((mask & (IntVec)a) | (~mask & (IntVec)b)); }
@@ -192,6 +202,11 @@ ESR_INLINE Vec load_partial(const float* p, int n) {
 }
 ESR_INLINE void store_partial(float* p, Vec v, int n) {
   __builtin_memcpy(p, &v, sizeof(float) * static_cast<size_t>(n));
+}
+// The first n lanes, zeros in the others.
+ESR_INLINE Vec keep_lanes(Vec v, int n) {
+  for (int i = n; i < kLanes; ++i) v[i] = 0.0f;
+  return v;
 }
 ESR_INLINE Vec load_half(const uint16_t* p) {
   Vec v;

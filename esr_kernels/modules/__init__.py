@@ -11,7 +11,7 @@ from .esa import ESA
 from .gdfn import GDFN
 from .mbrb import MBRB
 from .multiscale import Level, MultiscaleGate, local_variance
-from .norm import LayerNorm2d
+from .norm import LayerNorm2d, PixelNorm
 from .repconv1x1 import RepConv1x1
 from .repmbconv import RepMBConv, RepMBConvPoint, RepMBConvSE
 from .rlfb import RLFB
@@ -45,6 +45,7 @@ __all__ = [
     "LayerNorm2d",
     "Level",
     "MultiscaleGate",
+    "PixelNorm",
     "PixelShuffleUpsampler",
     "RepBlock",
     "RepConv1x1",

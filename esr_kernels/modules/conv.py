@@ -110,13 +110,15 @@ class Conv1x1(_Conv):
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Depthwise convolution of stride 1 that keeps height and width, with activation. Plain PyTorch so far.
+    """Depthwise convolution of stride 1 that keeps height and width, with activation: `functional.depthwise_conv`.
 
     Args:
-        channels: of input and output, at least 1.
+        channels: of the convolution, at least 1; even with a gate.
         kernel_size: odd, of both sides or (height, width).
-        dilation, bias, padding_mode: as in `nn.Conv2d`.
+        dilation, bias: as in `nn.Conv2d`.
+        padding_mode: "zeros", or "reflect", which is plain PyTorch, as are kernels of more than 7 pixels.
         activation, negative_slope: as in `functional.conv3x3`.
+        gated: multiply the activated first half of the channels with the second: C / 2 come out.
 
     State dict: weight [C, 1, KH, KW], bias [C].
     """
@@ -131,9 +133,12 @@ class DepthwiseConv(nn.Conv2d):
         padding_mode: PaddingMode = "zeros",
         activation: str = "none",
         negative_slope: float = 0.05,
+        gated: bool = False,
     ) -> None:
         positive(channels=channels, dilation=dilation)
         known_activation(activation)
+        if gated and channels % 2:
+            raise ValueError(f"channels: a gate needs an even number, got {channels}")
         height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
         if height % 2 == 0 or width % 2 == 0:
             raise ValueError(f"kernel_size: must be odd to keep the size, got {kernel_size}")
@@ -147,8 +152,23 @@ class DepthwiseConv(nn.Conv2d):
             bias=bias,
             padding_mode=padding_mode,
         )
-        self.activation, self.negative_slope = activation, float(negative_slope)
+        self.activation, self.negative_slope, self.gated = activation, float(negative_slope), gated
+        self._fused = padding_mode == "zeros" and max(height, width) <= max(functional.DEPTHWISE_SIDES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape."""
-        return activate(super().forward(x), self.activation, self.negative_slope)
+        """[N, C, H, W] -> the same shape, or [N, C / 2, H, W] with a gate."""
+        if self._fused:
+            return functional.depthwise_conv(
+                x,
+                self.weight,
+                self.bias,
+                dilation=self.dilation[0],
+                activation=self.activation,
+                negative_slope=self.negative_slope,
+                gated=self.gated,
+            )
+        h = super().forward(x)
+        if not self.gated:
+            return activate(h, self.activation, self.negative_slope)
+        a, b = h.chunk(2, 1)
+        return activate(a, self.activation, self.negative_slope) * b

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .arguments import positive
 from .conv import Conv1x1, DepthwiseConv
@@ -21,23 +20,30 @@ class GDFN(nn.Module):
         channels: of input and output.
         hidden: width between the halves' product and the last convolution.
         gelu: whether the first half passes GELU before the product.
-        conv1x1: makes the 1x1 convolutions, with the arguments of `Conv1x1`.
+        conv1x1, depthwise_conv: make the convolutions, with the arguments of `Conv1x1` and `DepthwiseConv`.
 
     State dict: `project_in`, `dwconv`, `project_out`, weights only.
     """
 
-    def __init__(self, channels: int, hidden: int, *, gelu: bool = True, conv1x1: Callable[..., Any] = Conv1x1) -> None:
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        *,
+        gelu: bool = True,
+        conv1x1: Callable[..., Any] = Conv1x1,
+        depthwise_conv: Callable[..., Any] = DepthwiseConv,
+    ) -> None:
         super().__init__()
         positive(channels=channels, hidden=hidden)
         self.project_in = conv1x1(channels, 2 * hidden, bias=False)
-        self.dwconv = DepthwiseConv(2 * hidden, bias=False)
+        self.dwconv = depthwise_conv(2 * hidden, bias=False, activation="gelu" if gelu else "none", gated=True)
         self.project_out = conv1x1(hidden, channels, bias=False)
-        self.gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> the same shape."""
-        return self.project_out(self.gate(*self.dwconv(self.project_in(x)).chunk(2, 1)))
+        return self.project_out(self.refine(self.dwconv(self.project_in(x))))
 
-    def gate(self, a: Tensor, b: Tensor) -> Tensor:
-        """The halves [N, hidden, H, W] in one."""
-        return (F.gelu(a) if self.gelu else a) * b
+    def refine(self, product: Tensor) -> Tensor:
+        """What happens to the halves' product [N, hidden, H, W] before the last convolution: nothing here."""
+        return product

@@ -20,19 +20,25 @@ class SAFM(nn.Module):
 
     Args:
         channels: of input and output, a multiple of 4.
-        conv1x1: makes the 1x1 convolution, with the arguments of `Conv1x1`.
+        conv1x1, depthwise_conv: make the convolutions, with the arguments of `Conv1x1` and `DepthwiseConv`.
 
     State dict: `mfr.0` ... `mfr.3`, `aggr`.
     """
 
     minimum_size = 16
 
-    def __init__(self, channels: int, *, conv1x1: Callable[..., Any] = Conv1x1) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        conv1x1: Callable[..., Any] = Conv1x1,
+        depthwise_conv: Callable[..., Any] = DepthwiseConv,
+    ) -> None:
         super().__init__()
         positive(channels=channels)
         if channels % 4:
             raise ValueError(f"channels: must be a multiple of 4, got {channels}")
-        self.mfr = nn.ModuleList(DepthwiseConv(channels // 4) for _ in range(4))
+        self.mfr = nn.ModuleList(depthwise_conv(channels // 4) for _ in range(4))
         self.aggr = conv1x1(channels, channels, activation="gelu")
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from .engine import ACTIVATION_CODES, PADDING_CODES, RESIDUAL_CODES
 Call = Callable[[str, Tensor, tuple[Any, ...], list[Tensor]], None]
 
 
-def _is_empty(x: Tensor, gradients: list[Tensor]) -> bool:
+def is_empty(x: Tensor, gradients: list[Tensor]) -> bool:
     """Whether there is nothing to sum up; the gradients are zeros then."""
     if x.shape[0] > 0:
         return False
@@ -43,7 +43,7 @@ def conv3x3_backward(
         bias_gradient(bias, weight, output_mask[2]),
         feature_map(x, weight.shape[0]) if output_mask[3] else x.new_empty(0),
     ]
-    if not _is_empty(x, gradients):
+    if not is_empty(x, gradients):
         epilogue = (ACTIVATION_CODES[activation], negative_slope, RESIDUAL_CODES[residual_mode])
         call("conv3x3_backward", x, (grad, x, weight, bias, residual, *epilogue), gradients)
     return tuple(gradients)
@@ -68,7 +68,7 @@ def spab_backward(
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         gradients.append(gradient(weight, output_mask[2 * i + 1]))
         gradients.append(bias_gradient(bias, weight, output_mask[2 * i + 2]))
-    if not _is_empty(x, gradients):
+    if not is_empty(x, gradients):
         given = [x.new_empty(0) if b is None else b for b in biases]
         call("spab_backward", x, (grad, grad_mid, x, weights, given), gradients)
     return tuple(gradients)
@@ -90,7 +90,7 @@ def conv3x3_pixel_shuffle_backward(
         bias_gradient(bias, weight, output_mask[2]),
         x.new_empty(grad.shape if output_mask[3] else 0),
     ]
-    if not _is_empty(x, gradients):
+    if not is_empty(x, gradients):
         call("conv3x3_pixel_shuffle_backward", x, (grad, x, weight, upscale_factor), gradients)
     return tuple(gradients)
 
@@ -108,7 +108,7 @@ def conv1x1_backward(
     """Gradients to each of xs, then to weight and bias; `output_mask` has an entry for each."""
     gradients = [gradient(x, wanted) for x, wanted in zip(xs, output_mask[:-2], strict=True)]
     gradients += [gradient(weight, output_mask[-2]), bias_gradient(bias, weight, output_mask[-1])]
-    if not _is_empty(xs[0], gradients):
+    if not is_empty(xs[0], gradients):
         epilogue = (ACTIVATION_CODES[activation], negative_slope)
         call("conv1x1_backward", xs[0], (grad, list(xs), weight, bias, *epilogue), gradients)
     return gradients
@@ -133,7 +133,7 @@ def bsconv_backward(
         gradient(depthwise, output_mask[2]),
         bias_gradient(bias, depthwise, output_mask[3]),
     ]
-    if not _is_empty(x, gradients):
+    if not is_empty(x, gradients):
         settings = (PADDING_CODES[padding_mode] == 1, ACTIVATION_CODES[activation], negative_slope)
         call("bsconv_backward", x, (grad, x, pointwise, depthwise, bias, *settings), gradients)
     return tuple(gradients)
@@ -143,7 +143,7 @@ def esa_backward(call: Call, grad: Tensor, x: Tensor, *args: Any) -> list[Tensor
     """Gradients to x and to the fourteen weights and biases in order, empty where there is no tensor."""
     *weights, output_mask = args
     gradients = esa_gradients([x, *weights], output_mask)
-    if not _is_empty(x, gradients):
+    if not is_empty(x, gradients):
         given = [x.new_empty(0) if w is None else w for w in weights]
         call("esa_backward", x, (grad, x, given), gradients)
     return gradients

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...library import run_plan_outputs
 from ...plan import Plan
-from . import backward
+from . import backward, direct
 from .engine import compiled_plan
 from .operators import FORWARD, Call
 
@@ -32,10 +32,13 @@ def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Ten
     return outputs
 
 
-def _gradients(name: str, x: Tensor, arguments: tuple[Any, ...], gradients: list[Tensor]) -> None:
-    getattr(torch.ops.esr_native, name)(*arguments, gradients)
+def _run(name: str, x: Tensor, arguments: tuple[Any, ...], results: list[Tensor]) -> None:
+    getattr(torch.ops.esr_native, name)(*arguments, results)
 
 
 OPERATORS: dict[str, Callable[..., Any]] = (
-    {f.__name__: _on_cpu(f) for f in FORWARD} | {"run_plan": run_plan} | backward.operators(_gradients)
+    {f.__name__: _on_cpu(f) for f in FORWARD}
+    | {"run_plan": run_plan}
+    | backward.operators(_run)
+    | direct.operators(_run)
 )

@@ -1,0 +1,33 @@
+// Operators that are limited by memory: no plan, no internal layout, each reads and writes the tensors where they are.
+// x, the gradients and the results of a call have one memory format, NCHW rows or channels_last.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace esr {
+
+// Depthwise convolution, documented in esr_kernels/functional.py; `activation` is an Activation.
+void depthwise_conv(const torch::stable::Tensor& x, const torch::stable::Tensor& weight,
+                    const std::optional<torch::stable::Tensor>& bias, int64_t dilation, int64_t activation,
+                    double slope, bool gated, const torch::stable::Tensor& out);
+
+// Gradients to x, weight and bias; an empty tensor where none is wanted.
+void depthwise_conv_backward(const torch::stable::Tensor& grad, const torch::stable::Tensor& x,
+                             const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& bias,
+                             int64_t dilation, int64_t activation, double slope, bool gated,
+                             const std::vector<torch::stable::Tensor>& gradients);
+
+// Layer normalisation over channels, documented in esr_kernels/functional.py.
+void layer_norm2d(const torch::stable::Tensor& x, const std::optional<torch::stable::Tensor>& weight,
+                  const std::optional<torch::stable::Tensor>& bias, double eps, const torch::stable::Tensor& out);
+
+// Gradients to x, weight and bias; an empty tensor where none is wanted.
+void layer_norm2d_backward(const torch::stable::Tensor& grad, const torch::stable::Tensor& x,
+                           const std::optional<torch::stable::Tensor>& weight, double eps,
+                           const std::vector<torch::stable::Tensor>& gradients);
+
+}  // namespace esr

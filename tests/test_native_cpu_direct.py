@@ -1,0 +1,151 @@
+"""Operators that the native CPU backend computes on tensors where they are: every instruction set, layout and dtype."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from gradients import check
+from helpers import HALF, LAYOUTS, expected_format, largest_error, lay_out, rand, to
+from test_native_cpu import _restore, capability, pytestmark  # noqa: F401
+
+import esr_kernels
+from esr_kernels.backends import reference
+from esr_kernels.library import ACTIVATIONS
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+GRADIENT_TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# Groups of channels in channels_last are 16 wide, and at most eight of them are on their way at once.
+CHANNELS = (1, 2, 7, 8, 9, 16, 17, 36, 130)
+
+
+@pytest.fixture(autouse=True)
+def native_cpu():
+    with esr_kernels.use_backend("native-cpu"):
+        yield
+
+
+def compare(operator, arguments, dtype):
+    out = getattr(torch.ops.esr, operator)(*arguments)
+    exact = reference.OPERATORS[operator](*to(arguments, torch.float64))
+    assert out.shape == exact.shape and out.is_contiguous(memory_format=expected_format(arguments[0]))
+    assert largest_error(out, exact) <= TOLERANCE[dtype] * float(exact.abs().max())
+
+
+def depthwise(channels, size, sides, dtype, layout, *, gated, batch=2):
+    x = lay_out(rand(batch, channels, *size, dtype=dtype), layout)
+    weight = rand(channels, 1, *sides, dtype=dtype, scale=(sides[0] * sides[1]) ** -0.5)
+    grad = lay_out(rand(batch, channels // 2 if gated else channels, *size, dtype=dtype), layout)
+    return grad, x, weight, rand(channels, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_channels(capability, channels, layout, dtype):  # noqa: F811
+    torch.manual_seed(channels)
+    for gated in (False, True) if channels % 2 == 0 else (False,):
+        grad, *tensors = depthwise(channels, (5, 19), (3, 3), dtype, layout, gated=gated)
+        settings = (1, "silu", 0.0, gated)
+        compare("depthwise_conv", (*tensors, *settings), dtype)
+        check("depthwise_conv", (grad, *tensors, *settings, [True] * 3), GRADIENT_TOLERANCE[dtype])
+    if channels == 1:
+        return  # of one channel nothing is left
+    x, grad = (lay_out(rand(2, channels, 5, 19, dtype=dtype), layout) for _ in range(2))
+    weight, bias = rand(channels, dtype=dtype), rand(channels, dtype=dtype)
+    compare("layer_norm2d", (x, weight, bias, 1e-5), dtype)
+    check("layer_norm2d", (grad, x, weight, bias, 1e-2, [True] * 3), GRADIENT_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_sizes_and_filters_at_random(capability, seed):  # noqa: F811
+    torch.manual_seed(seed)
+    r = random.Random(seed)
+    for layout in LAYOUTS[:2]:
+        gated = r.random() < 0.5
+        channels, size = 2 * r.randint(1, 20), (r.randint(1, 40), r.randint(1, 150))
+        sides = (r.choice((1, 3, 5, 7)), r.choice((1, 3, 5, 7)))
+        grad, *tensors = depthwise(channels, size, sides, torch.float32, layout, gated=gated)
+        settings = (r.randint(1, 4), r.choice(ACTIVATIONS), 0.1, gated)
+        compare("depthwise_conv", (*tensors, *settings), torch.float32)
+        mask = [r.random() < 0.7 for _ in range(3)]
+        got = check("depthwise_conv", (grad, *tensors, *settings, mask), 2e-5)
+        assert [g.numel() > 0 for g in got] == mask
+        x, grad = (lay_out(rand(2, channels, *size), layout) for _ in range(2))
+        compare("layer_norm2d", (x, None, rand(channels), 1e-2), torch.float32)
+        check("layer_norm2d", (grad, x, rand(channels), None, 1e-2, [True, r.random() < 0.5, True]), 2e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("operator", ["depthwise_conv", "layer_norm2d"])
+def test_threads_do_not_change_bits(operator, layout):
+    torch.manual_seed(0)
+    if operator == "depthwise_conv":
+        grad, *tensors = depthwise(34, (97, 65), (5, 3), torch.float32, layout, gated=True, batch=3)
+        arguments = (*tensors, 2, "gelu", 0.0, True)
+    else:
+        grad, x = (lay_out(rand(3, 34, 97, 65), layout) for _ in range(2))
+        arguments = (x, rand(34), rand(34), 1e-6)
+
+    def run():
+        out = getattr(torch.ops.esr, operator)(*arguments)
+        return [out, *getattr(torch.ops.esr, operator + "_backward")(grad, *arguments, [True] * 3)]
+
+    expected = run()
+    for threads in (2, 3, 4):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, run(), expected))
+
+
+def test_a_gradient_without_strides():
+    """`sum().backward()` hands out one number for all."""
+    for layout in LAYOUTS[:2]:
+        grad, *tensors = depthwise(6, (7, 9), (3, 3), torch.float32, layout, gated=False)
+        ones = torch.ones(()).expand_as(grad)
+        check("depthwise_conv", (ones, *tensors, 1, "relu", 0.0, False, [True] * 3), 2e-5)
+        check("layer_norm2d", (ones, tensors[0], rand(6), rand(6), 1e-2, [True] * 3), 2e-5)
+
+
+def test_a_part_of_a_tensor_is_read_where_it_is():
+    x = rand(2, 12, 9, 11)
+    for part in x.chunk(2, 1):
+        compare("depthwise_conv", (part, rand(6, 1, 3, 3), None, 1, "none", 0.0, False), torch.float32)
+        compare("layer_norm2d", (part, None, None, 1e-6), torch.float32)
+
+
+def test_a_nan_reaches_the_taps_that_see_it_only():
+    """In the last column the first tap of a row never sees it, though its products with the zeros outside would."""
+    for layout in LAYOUTS[:2]:
+        x = rand(1, 3, 6, 21)
+        x[0, 1, 2, 20] = float("nan")
+        grad = lay_out(rand(1, 3, 6, 21), layout)
+        arguments = (grad, lay_out(x, layout), rand(3, 1, 3, 3), None, 1, "none", 0.0, False, [False, True, True])
+        got = torch.ops.esr.depthwise_conv_backward(*arguments)
+        exact = reference.OPERATORS["depthwise_conv_backward"](*to(arguments, torch.float64))
+        assert torch.equal(got[1].isnan(), exact[1].isnan()) and exact[1].isnan().sum() == 6
+        assert not got[2].isnan().any()
+
+
+def test_wrong_arguments_are_refused():
+    x, weight = rand(1, 4, 5, 6), rand(4, 1, 3, 3)
+    native = torch.ops.esr_native
+    for change, message in (
+        ({"weight": rand(4, 1, 4, 3)}, "weight is 4x3, allowed are sides of 1, 3, 5 and 7"),
+        ({"weight": rand(3, 1, 3, 3)}, "weight is"),
+        ({"dilation": 0}, "dilation is 0, must be at least 1"),
+        ({"outputs": [rand(1, 4, 5, 7)]}, "the result is"),
+        ({"outputs": []}, "0 results given, must be 1"),
+        ({"activation": 9}, "activation is 9"),
+    ):
+        settings = {"bias": None, "dilation": 1, "activation": 0, "slope": 0.0, "gated": False}
+        arguments = {"x": x, "weight": weight, **settings, "outputs": [torch.empty_like(x)]} | change
+        with pytest.raises(RuntimeError, match=message):
+            native.depthwise_conv(**arguments)
+    last = torch.empty_like(x, memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="the result has another memory format than x"):
+        native.depthwise_conv(x, weight, None, 1, 0, 0.0, False, [last])
+    with pytest.raises(RuntimeError, match="one memory format"):
+        native.layer_norm2d(x, None, None, 1e-6, [last])
+    with pytest.raises(RuntimeError, match="weight is"):
+        native.layer_norm2d(x, rand(5), None, 1e-6, [torch.empty_like(x)])
