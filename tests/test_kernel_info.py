@@ -166,6 +166,8 @@ def test_readable_names(name: str, short: str) -> None:
         (("spab_large_bfloat16", 5), "bfloat16", "spab_large_kernel<BFloat16, 5>"),
         (("winograd_float16", 3), "float16", "winograd_kernel<Float16, 3>"),
         (("winograd_pack", 0), "float16", "winograd_pack_kernel"),
+        (("depthwise", 1), "bfloat16", "depthwise_kernel<bfloat16, true>"),
+        (("depthwise_gradient", 0), "tf32", "depthwise_gradient_kernel<float>"),
     ],
 )
 def test_the_kernel_of_a_launch(launch: tuple[str, int], precision: str, kernel: str) -> None:
@@ -181,6 +183,8 @@ def test_the_kernel_of_a_launch(launch: tuple[str, int], precision: str, kernel:
         "spab_large_kernel<Float16, 4>",
         "winograd_kernel<BFloat16, 3>",
         "esa_pack_kernel",
+        "depthwise_kernel<bfloat16, false>",
+        "depthwise_gradient_kernel<float16>",
     ]
     found = resources.Launch(*launch, threads=256, rows=1, blocks=1, shared_bytes=0)
     assert [k for k in [*others, kernel] if found.is_of(k, precision)] == [kernel]

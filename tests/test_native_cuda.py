@@ -13,7 +13,15 @@ from torch.nn import functional as F
 
 import esr_kernels
 from esr_kernels.backends.native import cuda
-from esr_kernels.functional import bsconv, conv1x1, conv3x3, conv3x3_pixel_shuffle, spab
+from esr_kernels.functional import (
+    bsconv,
+    conv1x1,
+    conv3x3,
+    conv3x3_pixel_shuffle,
+    depthwise_conv,
+    layer_norm2d,
+    spab,
+)
 from esr_kernels.plan import PlanBuilder
 
 emulated = esr_kernels.native.emulated()
@@ -139,11 +147,45 @@ def random_bsconv(r, dtype):
     return fused, plain, (x, *weights)
 
 
+def random_depthwise(r, dtype):
+    channels, gated = 2 * r.randint(1, 45), r.random() < 0.5
+    sides, dilation = (r.choice([1, 3, 5, 7]), r.choice([1, 3, 5, 7])), r.choice([1, 1, 2, 3, 50])
+    x = lay_out(rand(r.randint(1, 2), channels, r.randint(1, 20), r.randint(1, 50), dtype=dtype), r.choice(LAYOUTS))
+    weight = rand(channels, 1, *sides, dtype=dtype, scale=(sides[0] * sides[1]) ** -0.5)
+    bias = r.choice([None, rand(channels, dtype=dtype)])
+
+    def plain(x, weight, bias):
+        padding = [dilation * (side // 2) for side in sides]
+        h = F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=channels)
+        return F.gelu(h[:, : channels // 2]) * h[:, channels // 2 :] if gated else F.silu(h)
+
+    def fused(x, weight, bias):
+        return depthwise_conv(x, weight, bias, dilation=dilation, activation="gelu" if gated else "silu", gated=gated)
+
+    return fused, plain, (x, weight, bias)
+
+
+def random_layer_norm(r, dtype):
+    channels = r.choice([1, 2, 8, r.randint(3, 64), r.randint(65, 256), r.randint(257, 600)])
+    x = lay_out(rand(r.randint(1, 2), channels, r.randint(1, 12), r.randint(1, 40), dtype=dtype), r.choice(LAYOUTS))
+    weight, bias = (r.choice([None, rand(channels, dtype=dtype)]) for _ in range(2))
+
+    def plain(x, weight, bias):
+        return F.layer_norm(x.permute(0, 2, 3, 1), [channels], weight, bias, 1e-3).permute(0, 3, 1, 2)
+
+    def fused(x, weight, bias):
+        return layer_norm2d(x, weight, bias, eps=1e-3)
+
+    return fused, plain, (x, weight, bias)
+
+
 RANDOM = {
     "conv3x3": random_conv3x3,
     "conv3x3_pixel_shuffle": random_pixel_shuffle,
     "conv1x1": random_conv1x1,
     "bsconv": random_bsconv,
+    "depthwise_conv": random_depthwise,
+    "layer_norm2d": random_layer_norm,
 }
 
 

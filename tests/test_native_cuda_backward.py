@@ -9,13 +9,12 @@ import torch
 from gradients import EPILOGUES, backward, check, check_half_type
 from helpers import HALF, LAYOUTS, check_gradients, kernel, lay_out, rand
 from test_native_cuda import DEVICE, gpu, on_cuda, only_emulated, pytestmark  # noqa: F401
-from test_triton import CASE_NAMES, gradient_cases
+from test_triton import CASE_NAMES, MAIN_CASE, gradient_cases
 from torch.nn import functional as F
 
 from esr_kernels import functional
 from esr_kernels.backends.native import cuda
 
-CASES = [case for case in CASE_NAMES if f"{case.split()[0]}_backward" in cuda.OPERATORS]
 PRECISIONS = {"float32": (torch.float32, 1e-5), "tf32": (torch.float32, 5e-3), "float16": (torch.float16, 4e-3),
               "bfloat16": (torch.bfloat16, 3e-2)}  # fmt: skip
 
@@ -28,7 +27,7 @@ def on_device():
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASE_NAMES)
 def test_backward(case, layout, precision):
     torch.manual_seed(4)
     dtype, tolerance = PRECISIONS[precision]
@@ -95,10 +94,13 @@ def test_more_inputs_than_one_launch_reads():
     check("conv1x1", (rand(1, 10, 5, 6), xs, weight, rand(10), "silu", 0.0, [True] * 22), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "bsconv"])
+@pytest.mark.parametrize(
+    "name", ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "bsconv", "depthwise_conv", "layer_norm2d"]
+)
 def test_unwanted_gradients_are_empty(name):
     torch.manual_seed(8)
     cases = {"conv3x3": ["conv3x3 pre", "conv3x3 post", "conv3x3 attention"], "bsconv": ["bsconv reflect"]}
+    cases["depthwise_conv"] = ["depthwise_conv gelu", "depthwise_conv gated"]
     for case in cases.get(name, [name]):
         *arguments, mask = gradient_cases(torch.float32, "channels_last")[case]
         for i in range(len(mask)):
@@ -123,7 +125,18 @@ def test_weight_gradients_are_the_same_on_every_gpu(precision, gpu):  # noqa: F8
 
 
 @only_emulated
-@pytest.mark.parametrize("case", ["spab", "conv3x3_pixel_shuffle", "conv1x1", "esa rfdn", "bsconv reflect"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "spab",
+        "conv3x3_pixel_shuffle",
+        "conv1x1",
+        "esa rfdn",
+        "bsconv reflect",
+        "depthwise_conv gated",
+        "layer_norm2d",
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_gpus(case, dtype, gpu):  # noqa: F811
     torch.manual_seed(10)
@@ -132,7 +145,7 @@ def test_other_gpus(case, dtype, gpu):  # noqa: F811
 
 @only_emulated
 @pytest.mark.parametrize("order", ["reverse", "random:1"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASE_NAMES)
 def test_order_of_threads(case, order, monkeypatch):
     torch.manual_seed(11)
     arguments = gradient_cases(torch.float16, "nchw")[case]
@@ -144,14 +157,51 @@ def test_order_of_threads(case, order, monkeypatch):
 
 def test_repeats_are_bit_equal():
     torch.manual_seed(12)
-    for case in CASES:
+    for case in CASE_NAMES:
         arguments = gradient_cases(torch.float32, "channels_last")[case]
         for a, b in zip(backward(case, arguments), backward(case, arguments), strict=True):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("channels", "sides", "dilation", "gated"),
+    [(44, (7, 5), 2, True), (24, (3, 3), 1, True), (70, (1, 7), 3, False), (16, (5, 1), 40, False)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_depthwise_filters(channels, sides, dilation, gated, dtype):
+    """Halves that are whole units and halves that are not; slabs of channels; parts of several rows."""
+    torch.manual_seed(17)
+    x = lay_out(rand(3, channels, 41, 37, dtype=dtype), "channels_last")
+    grad = rand(3, channels // 2 if gated else channels, 41, 37, dtype=dtype)
+    weight = rand(channels, 1, *sides, dtype=dtype, scale=(sides[0] * sides[1]) ** -0.5)
+    arguments = (grad, x, weight, rand(channels, dtype=dtype), dilation, "gelu_tanh", 0.0, gated, [True] * 3)
+    check("depthwise_conv", arguments, 1e-5 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("channels", [1, 8, 70, 256, 300])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_normalised_channels(channels, layout):
+    """Down to one unit and up to several blocks for a pixel."""
+    torch.manual_seed(18)
+    grad, x = (lay_out(rand(2, channels, 9, 23), layout) for _ in range(2))
+    check("layer_norm2d", (grad, x, rand(channels), rand(channels), 1e-3, [True] * 3), 1e-5)
+    check("layer_norm2d", (grad, x, None, rand(channels), 1e-3, [channels > 70, False, True]), 1e-5)
+
+
 @pytest.mark.parametrize("strides", ["every other element", "expanded", "channels_last"])
-@pytest.mark.parametrize("case", ["conv3x3 pre", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv zeros"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "conv3x3 pre",
+        "spab",
+        "conv3x3_pixel_shuffle",
+        "conv1x1",
+        "esa",
+        "bsconv zeros",
+        "depthwise_conv gated",
+        "layer_norm2d",
+    ],
+)
 def test_parameters_of_any_strides(case, strides):
     torch.manual_seed(13)
 
@@ -177,9 +227,11 @@ def test_gradient_without_a_stride():
         check("conv3x3", (ones, x, weight, None, None, activation, 0.0, "post", [True, True, True, False]), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv"])
+@pytest.mark.parametrize(
+    "name", ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv", "depthwise_conv", "layer_norm2d"]
+)
 def test_empty_batch(name):
-    case = {"conv3x3": "conv3x3 pre", "bsconv": "bsconv zeros"}.get(name, name)
+    case = MAIN_CASE.get(name, name)
     arguments = gradient_cases(torch.float32, "nchw")[case]
 
     def empty(value):
@@ -217,3 +269,28 @@ def test_wrong_shapes_are_refused():
         call(g, x, weight, None, None, 0, 0.0, 1, 3, gradients[:3])
     with pytest.raises(RuntimeError, match="the gradient to weight is"):
         call(g, x, weight, None, None, 0, 0.0, 1, 3, [gradients[0], gradients[1][:, :3], *gradients[2:]])
+
+
+def test_wrong_arguments_of_direct_operators_are_refused():
+    x, weight, out = rand(1, 4, 5, 6), rand(4, 1, 3, 3), rand(1, 4, 5, 6)
+    call = cuda.library().depthwise_conv
+    for change, message in (
+        ({"weight": rand(5, 1, 3, 3)}, "weight is"),
+        ({"weight": rand(4, 1, 3, 9)}, "weight has a side of 9, must be odd and at most 7"),
+        ({"weight": rand(4, 1, 2, 3)}, "weight has a side of 2"),
+        ({"bias": rand(3)}, "bias is"),
+        ({"dilation": 0}, "dilation is 0"),
+        ({"activation": 9}, "activation is 9"),
+        ({"gated": True}, "the result is"),
+        ({"gated": True, "x": x[:, :3], "weight": weight[:3]}, "x has 3 channels, must be an even number for a gate"),
+        ({"outputs": []}, "0 results given"),
+    ):
+        given = {"x": x, "weight": weight, "bias": None, "dilation": 1, "activation": 0, "slope": 0.0, "gated": False}
+        given |= {"precision": 3, "outputs": [out]} | change
+        with pytest.raises(RuntimeError, match=message):
+            call(*given.values())
+    with pytest.raises(RuntimeError, match="weight is"):
+        cuda.library().layer_norm2d(x, rand(5), None, 1e-6, 3, [out])
+    gradients = [torch.empty_like(x), rand(4), rand(5)]
+    with pytest.raises(RuntimeError, match="the gradient to bias is"):
+        cuda.library().layer_norm2d_backward(out, x, rand(4), 1e-6, 3, gradients)

@@ -236,19 +236,6 @@ ESR_KERNEL(9 * 32, 1) factors_kernel(ESR_ARGUMENT(FactorsArgs) a) {
   }
 }
 
-// Calls `function` with a value of the type that maps of this precision are of.
-template <typename Function>
-void with_value(Precision precision, const Function& function) {
-  switch (precision) {
-    case Precision::kFloat16:
-      return function(device::float16{});
-    case Precision::kBFloat16:
-      return function(device::bfloat16{});
-    default:
-      return function(0.0f);
-  }
-}
-
 // Fills in what follows from the sizes of the map that is written.
 template <typename Args>
 void count_items(Args& args, int64_t batch) {

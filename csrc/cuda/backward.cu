@@ -87,13 +87,13 @@ void data_gradient(Sequence& s, const Convolve& forward, const Map& g, const Map
   s.convolve(c);
 }
 
-namespace {
-
 Activation activation_of(const char* name, int64_t code) {
   STD_TORCH_CHECK(code >= 0 && code < kActivationCount, name, ": activation is ", code, ", must be 0..",
                   kActivationCount - 1);
   return static_cast<Activation>(code);
 }
+
+namespace {
 
 void conv3x3_backward(Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
                       int64_t activation, double slope, int64_t residual_mode, int64_t precision,

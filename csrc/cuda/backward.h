@@ -16,6 +16,7 @@ class Tensors {
  public:
   Tensors(const char* name, int64_t precision);
 
+  const char* name() const { return name_; }
   Precision precision() const { return precision_; }
   int64_t batch() const { return batch_; }  // of the maps seen so far
   device::AllowedMemory& memory() { return memory_; }
@@ -41,6 +42,9 @@ class Tensors {
   device::AllowedMemory memory_;
   int64_t batch_ = -1;
 };
+
+// The activation with this code; errors name the operator.
+Activation activation_of(const char* name, int64_t code);
 
 // The gradient to a convolution's result before its activation and residual, from the one after them.
 Map before_epilogue(Sequence& s, Convolve forward, const Map& g, const View& to_residual);

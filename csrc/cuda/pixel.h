@@ -9,6 +9,19 @@ namespace esr::cuda {
 using device::U32x2;
 using device::U32x4;
 
+// Calls `function` with a value of the type that maps of this precision are of.
+template <typename Function>
+void with_value(Precision precision, const Function& function) {
+  switch (precision) {
+    case Precision::kFloat16:
+      return function(device::float16{});
+    case Precision::kBFloat16:
+      return function(device::bfloat16{});
+    default:
+      return function(0.0f);
+  }
+}
+
 // Where channel `c` of output pixel (y, x) of an image lies, in a map or, `shuffle` > 1, in the shuffled image.
 ESR_DEVICE int64_t position(const View& v, int shuffle, int y, int x, int c) {
   if (shuffle == 1) return y * v.row + x * v.pixel + c * v.channel;

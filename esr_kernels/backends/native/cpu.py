@@ -40,5 +40,5 @@ OPERATORS: dict[str, Callable[..., Any]] = (
     {f.__name__: _on_cpu(f) for f in FORWARD}
     | {"run_plan": run_plan}
     | backward.operators(_run)
-    | direct.operators(_run)
+    | direct.operators(_run, direct.dense_rows)
 )

@@ -17,7 +17,7 @@ from ... import native
 from ...dispatch import tf32_allowed
 from ...library import run_plan_outputs
 from ...plan import Plan
-from . import backward
+from . import backward, direct
 from .engine import encode
 from .operators import FORWARD, Call
 
@@ -114,10 +114,13 @@ def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Ten
     return outputs
 
 
-def _gradients(name: str, x: Tensor, arguments: tuple[Any, ...], gradients: list[Tensor]) -> None:
-    getattr(library(), name)(*arguments, precision(x.dtype), gradients)
+def _run(name: str, x: Tensor, arguments: tuple[Any, ...], results: list[Tensor]) -> None:
+    getattr(library(), name)(*arguments, precision(x.dtype), results)
 
 
 OPERATORS: dict[str, Callable[..., Any]] = (
-    {f.__name__: _on_cuda(f) for f in FORWARD} | {"run_plan": run_plan} | backward.operators(_gradients)
+    {f.__name__: _on_cuda(f) for f in FORWARD}
+    | {"run_plan": run_plan}
+    | backward.operators(_run)
+    | direct.operators(_run, direct.as_it_is)
 )

@@ -1,4 +1,7 @@
-"""The operators that an engine computes on the tensors where they are, without a plan (csrc/cpu/direct.h)."""
+"""The operators that an engine computes on the tensors where they are, without a plan.
+
+csrc/cpu/direct.h, csrc/cuda/direct.cu.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,16 @@ from ...library import bias_gradient, feature_map, gradient, memory_format, norm
 from .backward import Call, is_empty
 from .engine import ACTIVATION_CODES
 
+# Gives an operator's map (first) a layout that the engine reads, for a call whose x is the second.
+LayOut = Callable[[Tensor, Tensor], Tensor]
 
-def _laid_out(t: Tensor, like: Tensor) -> Tensor:
+
+def as_it_is(t: Tensor, like: Tensor) -> Tensor:
+    """`t`: the engine reads any strides."""
+    return t
+
+
+def dense_rows(t: Tensor, like: Tensor) -> Tensor:
     """`t` in the memory format that results of `like` have; rows of pixels with gaps between them will do."""
     wanted = memory_format(like)
     if t.is_contiguous(memory_format=wanted) or (wanted == torch.contiguous_format and t.stride(3) == 1):
@@ -24,6 +35,7 @@ def _laid_out(t: Tensor, like: Tensor) -> Tensor:
 
 def depthwise_conv(
     call: Call,
+    lay_out: LayOut,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -35,12 +47,13 @@ def depthwise_conv(
     out = feature_map(x, x.shape[1] // 2 if gated else x.shape[1])
     settings = (dilation, ACTIVATION_CODES[activation], negative_slope, gated)
     if x.shape[0] > 0:
-        call("depthwise_conv", x, (_laid_out(x, x), weight, bias, *settings), [out])
+        call("depthwise_conv", x, (lay_out(x, x), weight, bias, *settings), [out])
     return out
 
 
 def depthwise_conv_backward(
     call: Call,
+    lay_out: LayOut,
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -59,20 +72,23 @@ def depthwise_conv_backward(
     ]
     if not is_empty(x, gradients):
         settings = (dilation, ACTIVATION_CODES[activation], negative_slope, gated)
-        tensors = (_laid_out(grad, x), _laid_out(x, x), weight, bias)
+        tensors = (lay_out(grad, x), lay_out(x, x), weight, bias)
         call("depthwise_conv_backward", x, (*tensors, *settings), gradients)
     return tuple(gradients)
 
 
-def layer_norm2d(call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def layer_norm2d(
+    call: Call, lay_out: LayOut, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
     out = feature_map(x, x.shape[1])
     if x.shape[0] > 0:
-        call("layer_norm2d", x, (_laid_out(x, x), weight, bias, eps), [out])
+        call("layer_norm2d", x, (lay_out(x, x), weight, bias, eps), [out])
     return out
 
 
 def layer_norm2d_backward(
     call: Call,
+    lay_out: LayOut,
     grad: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -83,13 +99,13 @@ def layer_norm2d_backward(
     """Gradients to x, weight and bias; the statistics are recomputed, not stored."""
     gradients = norm_gradients(x, weight, bias, output_mask)
     if not is_empty(x, list(gradients)):
-        call("layer_norm2d_backward", x, (_laid_out(grad, x), _laid_out(x, x), weight, eps), list(gradients))
+        call("layer_norm2d_backward", x, (lay_out(grad, x), lay_out(x, x), weight, eps), list(gradients))
     return gradients
 
 
 _OPERATORS = (depthwise_conv, depthwise_conv_backward, layer_norm2d, layer_norm2d_backward)
 
 
-def operators(call: Call) -> dict[str, Callable[..., Any]]:
-    """Every such operator, computed by `call`."""
-    return {f.__name__: partial(f, call) for f in _OPERATORS}
+def operators(call: Call, lay_out: LayOut) -> dict[str, Callable[..., Any]]:
+    """Every such operator, computed by `call` on what `lay_out` returns."""
+    return {f.__name__: partial(f, call, lay_out) for f in _OPERATORS}

@@ -20,7 +20,7 @@ from torch import Tensor
 from ... import native
 from ...errors import BackendError
 from ...plan import PlanBuilder
-from . import backward, operators
+from . import backward, direct, operators
 from .engine import encode
 
 _REGISTERS = 65536  # of a multiprocessor
@@ -192,9 +192,11 @@ def _switched_on(variable: str) -> Iterator[None]:
             os.environ[variable] = before
 
 
-def _gradients(function: Callable[..., Any], precision: str, *args: Any) -> None:
-    def call(name: str, x: Tensor, arguments: tuple[Any, ...], gradients: list[Tensor]) -> None:
-        getattr(torch.ops.esr_native_cuda, name)(*arguments, list(_PRECISIONS).index(precision), gradients)
+def _call(function: Callable[..., Any], precision: str, *args: Any) -> None:
+    """An operator without a plan, or gradients."""
+
+    def call(name: str, x: Tensor, arguments: tuple[Any, ...], results: list[Tensor]) -> None:
+        getattr(torch.ops.esr_native_cuda, name)(*arguments, list(_PRECISIONS).index(precision), results)
 
     function(call, *args)
 
@@ -222,7 +224,7 @@ def _conv3x3_backward(channels: int, out: int, size: int = 256) -> Layer:
     def run(precision: str, tensor: Callable[..., Tensor]) -> None:
         x, weight, grad = tensor(1, channels, size, size), tensor(out, channels, 3, 3), tensor(1, out, size, size)
         arguments = (grad, x, weight, tensor(out), None, "silu", 0.0, "pre", [True, True, True, False])
-        _gradients(backward.conv3x3_backward, precision, *arguments)
+        _call(backward.conv3x3_backward, precision, *arguments)
 
     return Layer(f"gradients of conv3x3 {channels}→{out}", run)
 
@@ -304,11 +306,70 @@ def _esa(channels: int, hidden: int, size: int = 256) -> Layer:
 def _esa_backward(channels: int, hidden: int, size: int = 256) -> Layer:
     def run(precision: str, tensor: Callable[..., Tensor]) -> None:
         x, weights = tensor(1, channels, size, size), _esa_weights(channels, hidden, tensor)
-        _gradients(
+        _call(
             backward.esa_backward, precision, torch.empty_like(x), x, *weights, [w is not None for w in [x, *weights]]
         )
 
     return Layer(f"gradients of esa {channels}, {hidden}", run)
+
+
+def _depthwise(channels: int, side: int, gated: bool, size: int = 256) -> Layer:
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        arguments = (tensor(1, channels, size, size), tensor(channels, 1, side, side), tensor(channels))
+        _call(direct.depthwise_conv, precision, direct.as_it_is, *arguments, 1, "gelu", 0.0, gated)
+
+    return Layer(f"depthwise_conv {channels}, {side}x{side}{', gated' if gated else ''}", run)
+
+
+def _depthwise_backward(channels: int, side: int, size: int = 256) -> Layer:
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        x, weight = tensor(1, channels, size, size), tensor(channels, 1, side, side)
+        settings = (1, "none", 0.0, False, [True] * 3)
+        _call(
+            direct.depthwise_conv_backward,
+            precision,
+            direct.as_it_is,
+            torch.empty_like(x),
+            x,
+            weight,
+            tensor(channels),
+            *settings,
+        )
+
+    return Layer(f"gradients of depthwise_conv {channels}, {side}x{side}", run)
+
+
+def _layer_norm(channels: int, size: int = 256) -> Layer:
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        _call(
+            direct.layer_norm2d,
+            precision,
+            direct.as_it_is,
+            tensor(1, channels, size, size),
+            tensor(channels),
+            tensor(channels),
+            1e-6,
+        )
+
+    return Layer(f"layer_norm2d {channels}", run)
+
+
+def _layer_norm_backward(channels: int, size: int = 256) -> Layer:
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        x, weight, bias = tensor(1, channels, size, size), tensor(channels), tensor(channels)
+        _call(
+            direct.layer_norm2d_backward,
+            precision,
+            direct.as_it_is,
+            torch.empty_like(x),
+            x,
+            weight,
+            bias,
+            1e-6,
+            [True] * 3,
+        )
+
+    return Layer(f"gradients of layer_norm2d {channels}", run)
 
 
 # Those of the networks in python_models and of published ones like them.
@@ -321,6 +382,8 @@ TYPICAL = (
     _conv3x3(64, 64),
     _conv1x1([28] * 4, 28),
     _esa(46, 16),
+    _depthwise(144, 3, True),
+    _layer_norm(40),
 )
 # A layer for every instantiation.
 _EVERY = (
@@ -332,6 +395,9 @@ _EVERY = (
     *(_esa(48, hidden) for hidden in (16, 32, 48, 64)),
     *(_conv3x3_backward(8 * n, 8 * n) for n in range(1, 9)),
     _esa_backward(46, 16),
+    *(_depthwise(64, 7, gated) for gated in (False, True)),
+    _depthwise_backward(64, 7),
+    _layer_norm_backward(40),
 )
 
 

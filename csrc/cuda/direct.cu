@@ -1,0 +1,207 @@
+// Operators that are limited by memory, and their gradients, registered with PyTorch's dispatcher: no plan, each reads
+// and writes the tensors where they are.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "backward.h"
+#include "depthwise.h"
+#include "layer_norm.h"
+#include "library.h"
+
+namespace esr::cuda {
+namespace {
+
+using torch::stable::Tensor;
+
+// Half `index` of a map's channels, of `channels` each; blocked where both halves are whole units.
+View half_of(View v, int index, int64_t channels, Precision precision) {
+  v.blocked = v.blocked && channels * value_bytes(precision) % kUnitBytes == 0;
+  v.data += index * channels * v.channel;
+  v.channels = static_cast<int32_t>(channels);
+  return v;
+}
+
+// An operator's one result, given in a list as gradients are.
+const Tensor& only(const char* name, const std::vector<Tensor>& outputs) {
+  STD_TORCH_CHECK(outputs.size() == 1, name, ": ", outputs.size(), " results given, must be 1");
+  return outputs[0];
+}
+
+// What the convolution and its gradients have in common.
+struct Depthwise {
+  DepthwiseArgs args = {};
+  Shape input, result;
+
+  Depthwise(Tensors& t, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t dilation,
+            int64_t activation, double slope, bool gated) {
+    const Map in = t.map(x, "x");
+    input = result = in.shape;
+    STD_TORCH_CHECK(!gated || input.channels % 2 == 0, t.name(), ": x has ", input.channels,
+                    " channels, must be an even number for a gate");
+    STD_TORCH_CHECK(dilation >= 1, t.name(), ": dilation is ", dilation, ", must be at least 1");
+    args.halves = gated ? 2 : 1;
+    args.gated = gated;
+    result.channels = input.channels / args.halves;
+    args.weight = t.weight(weight, "weight", {input.channels, 1, -1, -1});
+    args.taps_down = args.weight.sizes[2];
+    args.taps_across = args.weight.sizes[3];
+    for (const int32_t side : {args.taps_down, args.taps_across}) {
+      STD_TORCH_CHECK(side % 2 == 1 && side <= kMostDepthwiseTaps, t.name(), ": weight has a side of ", side,
+                      ", must be odd and at most ", kMostDepthwiseTaps);
+    }
+    args.bias = t.bias(bias, "bias", input.channels);
+    // Beyond the image there are zeros, however far.
+    args.dilation = static_cast<int32_t>(std::min(dilation, std::max<int64_t>({input.height, input.width, 1})));
+    args.activation = activation_of(t.name(), activation);
+    args.slope = static_cast<float>(slope);
+    args.height = static_cast<int32_t>(input.height);
+    args.width = static_cast<int32_t>(input.width);
+    args.channels = static_cast<int32_t>(result.channels);
+    set_halves(args.input, in.view, t.precision());
+  }
+
+  // `whole` as one map, or as halves where the second gates the first.
+  void set_halves(View (&halves)[2], const View& whole, Precision precision) const {
+    for (int i = 0; i < args.halves; ++i) {
+      halves[i] = args.halves == 1 ? whole : half_of(whole, i, args.channels, precision);
+    }
+  }
+};
+
+void depthwise_conv(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t dilation, int64_t activation,
+                    double slope, bool gated, int64_t precision, std::vector<Tensor> outputs) {
+  Tensors t("depthwise_conv", precision);
+  Depthwise d(t, x, weight, bias, dilation, activation, slope, gated);
+  d.args.output[0] = t.map(only(t.name(), outputs), "the result", d.result, Access::kWrite).view;
+  if (t.batch() == 0) return;
+  const DeviceScope scope(x);
+  launch_depthwise(d.args, t.precision(), t.batch(), scope.stream(), false);
+}
+
+void depthwise_conv_backward(Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t dilation,
+                             int64_t activation, double slope, bool gated, int64_t precision,
+                             std::vector<Tensor> gradients) {
+  Tensors t("depthwise_conv_backward", precision);
+  t.check_count(gradients, 3);
+  const Depthwise d(t, x, weight, bias, dilation, activation, slope, gated);
+  const Map g = t.map(grad, "grad", d.result);
+  const Map to_x = t.to_map(gradients[0], "the gradient to x", d.input);
+  const WeightView to_weight = t.to_weight(gradients[1], "the gradient to weight", d.args.weight);
+  const WeightView to_bias = t.to_bias(gradients[2], "the gradient to bias", d.input.channels);
+  if (t.batch() == 0) return;
+  Sequence::run(x, t.precision(), t.batch(), t.memory(), [&](Sequence& s) {
+    const bool sums = to_weight.data != nullptr || to_bias.data != nullptr;
+    if (to_x.view.data == nullptr && !sums) return;
+    View to_h[2] = {g.view, {}};
+    if (gated || d.args.activation != Activation::kNone) {
+      // Halves are maps of their own, so that both are whole units.
+      for (int i = 0; i < d.args.halves; ++i) to_h[i] = s.map(d.result).view;
+      s.launch([&](device::Stream stream, bool overlap) {
+        DepthwiseArgs a = d.args;
+        a.given = g.view;
+        for (int i = 0; i < a.halves; ++i) a.output[i] = to_h[i];
+        launch_depthwise(a, s.precision(), s.batch(), stream, overlap);
+      });
+    }
+    if (to_x.view.data != nullptr) {
+      s.launch([&](device::Stream stream, bool overlap) {
+        DepthwiseArgs a = d.args;
+        for (int i = 0; i < a.halves; ++i) a.input[i] = to_h[i];
+        d.set_halves(a.output, to_x.view, s.precision());
+        a.bias = {};
+        a.activation = Activation::kNone;
+        a.gated = false;
+        a.flip = true;
+        launch_depthwise(a, s.precision(), s.batch(), stream, overlap);
+      });
+    }
+    if (!sums) return;
+    DepthwiseGradientArgs a = {};
+    for (int i = 0; i < d.args.halves; ++i) a.input[i] = d.args.input[i], a.given[i] = to_h[i];
+    a.weight = to_weight;
+    a.bias = to_bias;
+    a.halves = d.args.halves;
+    a.height = d.args.height;
+    a.width = d.args.width;
+    a.channels = d.args.channels;
+    a.taps_down = d.args.taps_down;
+    a.taps_across = d.args.taps_across;
+    a.dilation = d.args.dilation;
+    unsigned char* const workspace = s.take(depthwise_gradient_bytes(a, s.batch()));
+    s.launch([&](device::Stream stream, bool overlap) {
+      launch_depthwise_gradient(a, s.precision(), s.batch(), workspace, stream, overlap);
+    });
+  });
+}
+
+// The normalisation of `x`; what it is called with goes into `in`.
+LayerNormArgs normalization(Tensors& t, const Tensor& x, const std::optional<Tensor>& weight,
+                            const std::optional<Tensor>& bias, double eps, Map& in) {
+  in = t.map(x, "x");
+  LayerNormArgs a = {};
+  a.input = in.view;
+  a.weight = t.bias(weight, "weight", in.shape.channels);
+  a.bias = t.bias(bias, "bias", in.shape.channels);
+  a.eps = static_cast<float>(eps);
+  a.height = static_cast<int32_t>(in.shape.height);
+  a.width = static_cast<int32_t>(in.shape.width);
+  a.channels = static_cast<int32_t>(in.shape.channels);
+  return a;
+}
+
+void layer_norm2d(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps, int64_t precision,
+                  std::vector<Tensor> outputs) {
+  Tensors t("layer_norm2d", precision);
+  Map in;
+  LayerNormArgs a = normalization(t, x, weight, bias, eps, in);
+  a.output = t.map(only(t.name(), outputs), "the result", in.shape, Access::kWrite).view;
+  if (t.batch() == 0) return;
+  const DeviceScope scope(x);
+  launch_layer_norm(a, t.precision(), t.batch(), scope.stream(), false);
+}
+
+void layer_norm2d_backward(Tensor grad, Tensor x, std::optional<Tensor> weight, double eps, int64_t precision,
+                           std::vector<Tensor> gradients) {
+  Tensors t("layer_norm2d_backward", precision);
+  t.check_count(gradients, 3);
+  LayerNormGradientArgs a = {};
+  Map in;
+  a.forward = normalization(t, x, weight, std::nullopt, eps, in);
+  a.given = t.map(grad, "grad", in.shape).view;
+  a.forward.output = t.to_map(gradients[0], "the gradient to x", in.shape).view;
+  a.to_weight = t.to_bias(gradients[1], "the gradient to weight", in.shape.channels);
+  a.to_bias = t.to_bias(gradients[2], "the gradient to bias", in.shape.channels);
+  if (t.batch() == 0) return;
+  if (a.forward.output.data == nullptr && a.to_weight.data == nullptr && a.to_bias.data == nullptr) return;
+  Sequence::run(x, t.precision(), t.batch(), t.memory(), [&](Sequence& s) {
+    unsigned char* const workspace = s.take(layer_norm_gradient_bytes(a, s.batch()));
+    s.launch([&](device::Stream stream, bool overlap) {
+      launch_layer_norm_gradient(a, s.precision(), s.batch(), workspace, stream, overlap);
+    });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ESR_LIBRARY, m) {
+  m.def(
+      "depthwise_conv(Tensor x, Tensor weight, Tensor? bias, int dilation, int activation, float negative_slope, "
+      "bool gated, int precision, Tensor(a!)[] outputs) -> ()");
+  m.def(
+      "depthwise_conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, int dilation, int activation, "
+      "float negative_slope, bool gated, int precision, Tensor(a!)[] gradients) -> ()");
+  m.def("layer_norm2d(Tensor x, Tensor? weight, Tensor? bias, float eps, int precision, Tensor(a!)[] outputs) -> ()");
+  m.def(
+      "layer_norm2d_backward(Tensor grad, Tensor x, Tensor? weight, float eps, int precision, "
+      "Tensor(a!)[] gradients) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ESR_LIBRARY, CompositeExplicitAutograd, m) {
+  m.impl("depthwise_conv", TORCH_BOX(&depthwise_conv));
+  m.impl("depthwise_conv_backward", TORCH_BOX(&depthwise_conv_backward));
+  m.impl("layer_norm2d", TORCH_BOX(&layer_norm2d));
+  m.impl("layer_norm2d_backward", TORCH_BOX(&layer_norm2d_backward));
+}
+
+}  // namespace esr::cuda
