@@ -12,7 +12,6 @@ from helpers import HALF, LAYOUTS, check_gradients, kernel, largest_error, lay_o
 from test_native_cpu import _restore, capability, pytestmark  # noqa: F401
 from test_triton import CASE_NAMES, esa_weights, gradient_cases
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import esr_kernels
 import python_models
@@ -353,77 +352,3 @@ def test_autocast(small_span, dtype):
         plain = gradients_of(net, x, y, dtype, 1024.0)
     for g, p, e in zip(got, plain, exact, strict=True):
         assert torch.linalg.vector_norm(g - e) <= 1.5 * torch.linalg.vector_norm(p - e) + 1e-6 * e.norm()
-
-
-def test_grad_scaler(small_span):
-    """float16: an overflow skips the step and halves the scale, the next steps train."""
-    net, x, y = small_span
-    optimizer = torch.optim.SGD(net.parameters(), 1e-3)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
-    before = [p.detach().clone() for p in net.parameters()]
-    losses = []
-    for step in range(24):
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.float16):
-            loss = F.l1_loss(net(x).float(), y)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(float(loss.detach()))
-        if step == 0:
-            assert scaler.get_scale() == 2.0**29
-            assert all(map(torch.equal, before, net.parameters()))
-    assert all(torch.isfinite(p).all() for p in net.parameters())
-    assert losses[-1] < 0.9 * losses[0]
-
-
-def test_activation_checkpointing(small_span):
-    net, x, y = small_span
-    expected = gradients_of(*small_span)
-    net.zero_grad(set_to_none=True)
-    F.l1_loss(checkpoint(net, x, use_reentrant=False), y).backward()
-    assert all(torch.equal(p.grad, e) for p, e in zip(net.parameters(), expected, strict=True))
-
-
-def test_torch_func(small_span):
-    """Functional gradients of a network, and of one operator's input; a map over images is refused, not wrong."""
-    net, x, y = small_span
-    expected = gradients_of(*small_span)
-    parameters = {name: p.detach() for name, p in net.named_parameters()}
-
-    def loss(parameters):
-        return F.l1_loss(torch.func.functional_call(net, parameters, (x,)), y)
-
-    got = torch.func.grad(loss)(parameters)
-    check_all(got.values(), [e.double() for e in expected], 1e-6)
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.vmap(lambda image: net(image[None]))(x)
-
-
-def test_whole_step_compiled(small_span):
-    """Forward, loss, backward and optimiser under torch.compile: the parameters of eager steps."""
-    net, x, y = small_span
-    twin = copy.deepcopy(net)
-
-    def trainer(model):
-        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-
-        def step(x, y):
-            optimizer.zero_grad(set_to_none=True)
-            loss = F.l1_loss(model(x), y)
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
-
-        return step
-
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    eager, compiled = trainer(net), torch.compile(trainer(twin), backend="aot_eager")
-    before = torch.ops.esr_native.passes()
-    for _ in range(3):
-        torch.testing.assert_close(compiled(x, y), eager(x, y))
-    assert torch.ops.esr_native.passes() != before
-    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-5)
-    torch._dynamo.reset()

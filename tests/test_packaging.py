@@ -19,8 +19,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import esr_kernels
+import python_models
 from esr_kernels import native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -489,6 +491,23 @@ def test_without_a_compiler_one_line_warns(small_sources: Path) -> None:
     assert done.stderr.strip().startswith("error: ESR_KERNELS_NATIVE=1, but")
 
 
+@pytest.fixture
+def own_weights(project: Path) -> Path:
+    """Weights with their card, where those of the package lie: a network of two channels."""
+    folder = project / "python_models" / "weights"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    model = python_models.create("span", feature_channels=2, num_blocks=1)
+    save_file(model.state_dict(), folder / "span_x4.safetensors")
+    (folder / "span_x4.json").write_text("{}")
+    (folder / "span_x4.md").write_text("# span x4")
+    return folder
+
+
+WEIGHTS = {f"python_models/weights/span_x4.{suffix}" for suffix in ("safetensors", "json", "md")}
+
+
+@pytest.mark.usefixtures("own_weights")
 def test_pure_python_wheel(project: Path, tmp_path: Path) -> None:
     for name in ("_esr_native.so", "_esr_emulator.so"):
         (project / "esr_kernels" / name).write_bytes(b"left over from an earlier build")
@@ -501,16 +520,24 @@ def test_pure_python_wheel(project: Path, tmp_path: Path) -> None:
         names = archive.namelist()
         entry_points = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     packages = [project / "esr_kernels", project / "python_models"]
-    sources = {str(p.relative_to(project)) for q in packages for p in q.rglob("*") if p.suffix in (".py", ".json")}
+    kept = (".py", ".json", ".toml")
+    sources = {str(p.relative_to(project)) for q in packages for p in q.rglob("*") if p.suffix in kept}
     assert sources
-    assert sources <= set(names)
+    assert sources | WEIGHTS <= set(names)
     assert "esr_kernels/functional.py" in names
     assert not [n for n in names if n.endswith((".so", ".cpp", ".cu"))]
     assert not [n for n in names if n.split("/")[0] in ("tests", "bench", "csrc", "build")]
     assert "esr-kernels = esr_kernels.cli:main" in entry_points
+    # The installed package finds its weights, from anywhere.
+    installed = tmp_path / "installed"
+    shutil.unpack_archive(wheel, installed, "zip")
+    told = "import python_models as m; print(m.bundled('span')); print(m.create('span', weights='bundled').num_blocks)"
+    done = python(tmp_path, "-c", told, PYTHONPATH=str(installed))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(installed / "python_models/weights/span_x4.safetensors"), "1"]
 
 
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("compiler", "own_weights")
 def test_an_sdist_holds_what_a_build_needs(small_sources: Path) -> None:
     (small_sources / "tests").mkdir()
     (small_sources / "tests" / "test_nothing.py").touch()
@@ -525,7 +552,7 @@ def test_an_sdist_holds_what_a_build_needs(small_sources: Path) -> None:
     names = {str(p.relative_to(unpacked)) for p in unpacked.rglob("*") if p.is_file()}
     needed = "setup.py pyproject.toml LICENSE csrc/library.cpp csrc/python_module.cpp csrc/common/answer.h"
     needed += " csrc/nvcc_resources.py csrc/cuda/kernel.cu csrc/cuda/kernel.h csrc/emulator/device.h"
-    assert set(needed.split()) | {"esr_kernels/native.py", "tests/test_nothing.py"} <= names
+    assert set(needed.split()) | {"esr_kernels/native.py", "tests/test_nothing.py"} | WEIGHTS <= names
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -259,6 +259,24 @@ def test_autocast(folders, tmp_path, autocast):
     assert all(v.dtype == torch.float32 and bool(torch.isfinite(v).all()) for v in weights(tmp_path).values())
 
 
+def test_the_whole_gradient_is_clipped(folders, tmp_path):
+    found = []
+    for clip in (0.0, 1e-3):
+        trainer = start(settings(folders, tmp_path / str(clip), ("optimizer.clip", clip), ("stage.1.iterations", 1)))
+        trainer.run()
+        found.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+    whole, clipped = found
+    assert float(whole.norm()) > 1e-3
+    torch.testing.assert_close(clipped, whole * (1e-3 / whole.norm()), rtol=1e-3, atol=0)
+
+
+def test_progress_is_shown(folders, tmp_path, capsys):
+    start(settings(folders, tmp_path), progress=True).run()
+    text = capsys.readouterr()
+    assert "6/6" in text.err and "one loss" in text.err
+    assert "iteration 4, " in text.out and "iteration 6, " in text.out
+
+
 def test_stages(folders, tmp_path):
     """Repetition, a stage that starts from an earlier one, another optimizer state each, and the mean of two."""
     stage = {"patch": 16, "batch": 2, "iterations": 3, "rate": 1e-3}
