@@ -208,20 +208,6 @@ Weight adjoint(const Weight& w) {
   return a;
 }
 
-void import_strip(const Kernels& kernels, const TensorView& from, const MapLayout& layout, float* out, int64_t y0,
-                  int64_t y1) {
-  const Workspace scratch(std::max(kernels.lanes, layout.channels) * layout.width);
-  ImportArgs a;
-  a.tensor = from;
-  a.channels = layout.channels;
-  a.width = layout.width;
-  a.out = out - y0 * layout.pitch;
-  a.pitch = layout.pitch;
-  a.step = layout.step;
-  a.scratch = scratch.data();
-  kernels.import_rows(a, y0, y1);
-}
-
 void differentiate_rows(const Kernels& kernels, DerivativeArgs epilogue, const float* h, const Map& grad, int64_t y0,
                         int64_t y1) {
   epilogue.floats = grad.layout.width * grad.layout.step;

@@ -102,10 +102,6 @@ class WeightSums {
 // The filter of the data gradient: input and output channels exchanged, the taps turned around.
 Weight adjoint(const Weight& w);
 
-// Brings rows [y0, y1) of a tensor to `out`, pixel 0 of row y0.
-void import_strip(const Kernels& kernels, const TensorView& from, const MapLayout& layout, float* out, int64_t y0,
-                  int64_t y1);
-
 inline MapLayout layout_for(const Kernels& kernels, const Shape& s) {
   return MapLayout::make(s.channels, s.height, s.width, kernels.lanes);
 }

@@ -27,18 +27,53 @@ class Conv1x1 final : public Operator {
     return {cout_, in[0].height, in[0].width};
   }
 
+  bool reads_tensor(size_t) const override { return true; }
+  bool exports_directly() const override { return true; }
+
   void run(const Run& run) const override {
     const MapLayout& m = run.output.layout;
+    const int64_t rows = std::max<int64_t>(1, kStripPixels / m.width);
+    int64_t floats = run.output.ring == nullptr ? rows * m.pitch : 0;
+    bool flat = run.output.ring == nullptr;
+    for (const Map& in : run.inputs) {
+      floats += in.ring == nullptr ? rows * in.layout.pitch : 0;
+      flat = flat && in.ring == nullptr && one_row(in.tensor, m.width);
+    }
+    for (const TensorView& out : run.exports) flat = flat && one_row(out, m.width);
+    parallel_ranges(m.height, m.width * m.step * cin_, [&](int64_t y0, int64_t y1) {
+      const Workspace strip(floats);
+      for (int64_t y = y0; y < y1; y += rows) run_rows(run, flat, strip.data(), y, std::min(y + rows, y1));
+    });
+  }
+
+ private:
+  // What has no map lies in a strip of it, which stays in the second-level cache.
+  static constexpr int64_t kStripPixels = 384;
+
+  // `flat`: nothing has a map, and the rows are one.
+  void run_rows(const Run& run, bool flat, float* strip, int64_t y0, int64_t y1) const {
+    const int64_t height = flat ? 1 : y1 - y0;
+    const auto strip_of = [&](const MapLayout& whole) {
+      return MapLayout::make(whole.channels, height, flat ? (y1 - y0) * whole.width : whole.width, kernels_.lanes);
+    };
+    const MapLayout m = strip_of(run.output.layout);
     Conv1x1Args a;
     a.inputs = static_cast<int64_t>(run.inputs.size());
     for (size_t i = 0; i < run.inputs.size(); ++i) {
       const Map& in = run.inputs[i];
-      a.in[i] = in.pixels();
-      a.in_pitch[i] = in.layout.pitch;
-      a.in_step[i] = in.layout.step;
-      a.cin[i] = in.layout.channels;
+      const MapLayout layout = strip_of(in.layout);
+      if (in.ring == nullptr) {
+        import_strip(kernels_, rows_from(in.tensor, y0), layout, strip, 0, height);
+        a.in[i] = strip;
+        strip += height * layout.pitch;
+      } else {
+        a.in[i] = in.pixels() + y0 * layout.pitch;
+      }
+      a.in_pitch[i] = layout.pitch;
+      a.in_step[i] = layout.step;
+      a.cin[i] = layout.channels;
     }
-    a.out = run.output.pixels();
+    a.out = run.output.ring == nullptr ? strip : run.output.pixels() + y0 * m.pitch;
     a.out_pitch = m.pitch;
     a.out_step = m.step;
     a.width = m.width;
@@ -47,13 +82,13 @@ class Conv1x1 final : public Operator {
     a.bias = bias_.data();
     a.epilogue.activation = layer_.activation;
     a.epilogue.slope = layer_.slope;
-    parallel_ranges(m.height, m.width * m.step * cin_, [&](int64_t y0, int64_t y1) {
-      kernels_.conv1x1(a, y0, y1);
-      complete_rows(kernels_, run, y0, y1);
-    });
+    kernels_.conv1x1(a, 0, height);
+    if (run.output.ring != nullptr) zero_ring(run.output, y0, y1);
+    std::vector<TensorView> exports;
+    for (const TensorView& out : run.exports) exports.push_back(rows_from(out, y0));
+    export_rows(kernels_, exports, m, a.out, 0, 0, height);
   }
 
- private:
   int64_t cout_, cin_;
   PackedFloats weights_, bias_;
 };

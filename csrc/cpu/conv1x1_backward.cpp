@@ -8,11 +8,6 @@ namespace {
 
 constexpr int64_t kStripPixels = 384, kMostStrips = 16;
 
-TensorView rows_from(TensorView view, int64_t y) {
-  view.data = static_cast<char*>(view.data) + y * view.row_stride * (view.dtype == Dtype::kFloat32 ? 4 : 2);
-  return view;
-}
-
 }  // namespace
 
 using torch::stable::Tensor;
@@ -52,6 +47,10 @@ void conv1x1_backward(const Tensor& grad, const std::vector<Tensor>& xs, const T
   // Strips that stay in the second-level cache: cut by the size of the images alone, as the sums depend on them.
   const int64_t rows = std::max({ceil_div(height, kMostStrips), std::min(height, kStripPixels / width), int64_t{1}});
   const int64_t strips = ceil_div(height, rows);
+  bool flat = one_row(g.image(0), width);
+  for (size_t i = 0; i < inputs; ++i) {
+    flat = flat && one_row(in[i].image(0), width) && (!t.wants(i) || one_row(to_x[i].image(0), width));
+  }
 
   const Dense1x1 forward = again ? Dense1x1(w, data_or_null(b), kernels) : Dense1x1();
   const Weight transposed = adjoint(w);
@@ -67,10 +66,11 @@ void conv1x1_backward(const Tensor& grad, const std::vector<Tensor>& xs, const T
   }
 
   const auto strip = [&](int64_t k) {
-    const int64_t n = k / strips, y = k % strips * rows, count = std::min(rows, height - y);
+    const int64_t n = k / strips, y = k % strips * rows, lines = std::min(rows, height - y);
+    const int64_t count = flat ? 1 : lines, length = flat ? lines * width : width;
     std::vector<MapLayout> layouts;
-    for (const Batch& b : in) layouts.push_back(layout_for(kernels, {b.shape.channels, count, width}));
-    layouts.push_back(layout_for(kernels, {cout, count, width}));
+    for (const Batch& b : in) layouts.push_back(layout_for(kernels, {b.shape.channels, count, length}));
+    layouts.push_back(layout_for(kernels, {cout, count, length}));
     const Maps maps(layouts);
     std::vector<Map> images;
     for (size_t i = 0; i < inputs; ++i) {
@@ -82,7 +82,7 @@ void conv1x1_backward(const Tensor& grad, const std::vector<Tensor>& xs, const T
     const Map& to_h = maps[inputs];
     import_strip(kernels, rows_from(g.image(n), y), to_h.layout, to_h.pixels(), 0, count);
     if (again) {
-      const int64_t pitch = width * to_h.layout.step;
+      const int64_t pitch = length * to_h.layout.step;
       const Workspace h(count * pitch);
       forward.convolve(images, {}, h.data(), pitch, 0, count);
       differentiate_rows(kernels, epilogue, h.data(), to_h, 0, count);

@@ -68,6 +68,20 @@ void complete_rows(const Kernels& kernels, const Run& run, int64_t y0, int64_t y
   export_rows(kernels, run.exports, run.output.layout, run.output.pixels(), 0, y0, y1);
 }
 
+void import_strip(const Kernels& kernels, const TensorView& from, const MapLayout& layout, float* out, int64_t y0,
+                  int64_t y1) {
+  const Workspace scratch(std::max(kernels.lanes, layout.channels) * layout.width);
+  ImportArgs a;
+  a.tensor = from;
+  a.channels = layout.channels;
+  a.width = layout.width;
+  a.out = out - y0 * layout.pitch;
+  a.pitch = layout.pitch;
+  a.step = layout.step;
+  a.scratch = scratch.data();
+  kernels.import_rows(a, y0, y1);
+}
+
 void import_map(const Kernels& kernels, const TensorView& from, const float* shift, const float* scale, const Map& map,
                 const std::vector<TensorView>& exports) {
   const MapLayout& m = map.layout;

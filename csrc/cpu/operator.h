@@ -165,6 +165,19 @@ void export_rows(const Kernels& kernels, const std::vector<TensorView>& tensors,
 // What follows the computation of rows [y0, y1) of the output map.
 void complete_rows(const Kernels& kernels, const Run& run, int64_t y0, int64_t y1);
 
+// The tensor from row y on.
+inline TensorView rows_from(TensorView view, int64_t y) {
+  view.data = static_cast<char*>(view.data) + y * view.row_stride * (view.dtype == Dtype::kFloat32 ? 4 : 2);
+  return view;
+}
+
+// Whether rows of `width` pixels lie one after another, so that several are one long row.
+inline bool one_row(const TensorView& view, int64_t width) { return view.row_stride == width * view.column_stride; }
+
+// Brings rows [y0, y1) of a tensor to `out`, pixel 0 of row y0.
+void import_strip(const Kernels& kernels, const TensorView& from, const MapLayout& layout, float* out, int64_t y0,
+                  int64_t y1);
+
 // Brings a value into its map, normalised where shift and scale are given, and exports it.
 void import_map(const Kernels& kernels, const TensorView& from, const float* shift, const float* scale, const Map& map,
                 const std::vector<TensorView>& exports);
