@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity
+from torch.profiler import ProfilerActivity, profile
 
 _NAMED = 0.01  # of the time: what takes less is not named
 
@@ -43,18 +43,14 @@ def shares(call: Callable[[], object], *, device: str = "cpu", rounds: int = 3) 
         rounds: calls that the figures are the mean of.
     """
     on_gpu = device == "cuda"
-    profiler: Any
-    if on_gpu:
-        profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
-    else:
-        # Kineto, which a GPU needs, writes lines of its own to the terminal.
-        profiler = torch.autograd.profiler.profile(use_kineto=False)
-    with torch.inference_mode(), profiler:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it writes to the terminal
+    with torch.inference_mode(), profile(activities=activities) as profiler:
         for _ in range(rounds):
             call()
     calls: Counter[str] = Counter()
     inside, rest = 0.0, Counter[str]()
-    for event in profiler.events() if on_gpu else profiler.function_events:
+    for event in profiler.events():
         fused = event.name.startswith("esr::")
         time = event.device_time_total if on_gpu else event.cpu_time_total
         if fused:
