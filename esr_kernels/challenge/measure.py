@@ -59,9 +59,10 @@ def complexity(name: str, *, flops: bool = True) -> Complexity:
     card = python_models.card(name)
     activations = convolutions = 0
 
-    def count(_module: nn.Module, _inputs: tuple[Tensor, ...], result: Tensor) -> None:
+    def count(module: nn.Module, _inputs: tuple[Tensor, ...], result: Tensor) -> None:
         nonlocal activations, convolutions
-        activations += result.numel()
+        # A gate returns the product of the convolution's halves.
+        activations += result.numel() * (2 if getattr(module, "gated", False) else 1)
         convolutions += 1
 
     # On the meta device nothing is computed.
