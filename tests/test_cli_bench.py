@@ -256,7 +256,10 @@ def test_bench_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         assert record["gflop"] == pytest.approx(2 * multiplications / 1e9)
 
     lines = capsys.readouterr().out.splitlines()
-    rows = [line.split() for line in lines if line.startswith("span ")]
+    backend = written["results"][0]["backend"]
+    assert f"span on {backend}: run_plan 1x, 100% of the time" in lines
+    assert written["results"][0]["operators"]["calls"] == {"run_plan": 1}
+    rows = [line.split() for line in lines if line.startswith("span ") and " on " not in line]
     assert [row[3] for row in rows] == ["1", "2"]
     for row, record in zip(rows, written["results"], strict=True):
         assert [cell for cell in row if cell.endswith("x")] == [
