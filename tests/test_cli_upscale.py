@@ -72,7 +72,7 @@ def test_version_and_help(capsys):
     [
         (
             ["upscal"],
-            "unknown command 'upscal', expected one of demo, upscale, train, verify, bench, optimize, info; "
+            "unknown command 'upscal', expected one of demo, upscale, train, verify, bench, challenge, optimize, info; "
             "did you mean 'upscale'?",
         ),
         (["upscale"], "the following arguments are required"),
