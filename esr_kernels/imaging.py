@@ -529,6 +529,12 @@ class PngWriter:
         self._chunk(b"IEND", b"")
 
 
+def middle(length: int, limit: int) -> slice:
+    """The middle `limit` of so many rows or columns, or all of them where they are no more."""
+    begin = max(length - limit, 0) // 2
+    return slice(begin, begin + min(length, limit))
+
+
 def to_tensor(picture: Picture, data_range: float, rows: slice = _ALL, columns: slice = _ALL) -> Tensor:
     """The colours, or a part of them, as a float32 [1, 3, H, W] in [0, data_range]; grey in all three channels."""
     part = picture.pixels[rows, columns]

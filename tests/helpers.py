@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import esr_kernels
+from esr_kernels.cases import OperatorCase
 
+_ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = ("nchw", "channels_last", "permuted", "sliced")
 HALF = (torch.float16, torch.bfloat16)
 
@@ -122,3 +128,73 @@ def check_compiled(function: Callable[..., Any], inputs: Sequence[tuple[Tensor, 
             torch.testing.assert_close(x.grad, y.grad)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
+
+
+def conv(channels: int, out: int, size: int = 3) -> dict[str, tuple[int, ...]]:
+    """Shapes of a convolution's weight and bias."""
+    return {"weight": (out, channels, size, size), "bias": (out,)}
+
+
+# Every operator, small, for checks that cost the same at any size.
+OPERATOR_CASES = [
+    OperatorCase("conv3x3", "", {"x": 5, "residual": 4}, conv(5, 4), {"activation": "silu", "residual_mode": "pre"}),
+    OperatorCase("conv3x3", "attention", {"x": 5, "residual": 5}, conv(5, 5), {"residual_mode": "attention"}),
+    OperatorCase("spab", "", {"x": 5}, {k: v for n in "123" for k, v in ((f"w{n}", (5, 5, 3, 3)), (f"b{n}", (5,)))}),
+    OperatorCase("conv3x3_pixel_shuffle", "", {"x": 5, "residual": 2}, conv(5, 8), {"upscale_factor": 2}),
+    OperatorCase("conv1x1", "", {"xs": (5, 3)}, conv(8, 4, 1), {"activation": "gelu"}),
+    OperatorCase(
+        "esa",
+        "",
+        {"x": 5},
+        {"w1": (3, 5, 1, 1), "b1": (3,), "w2": (3, 3, 3, 3), "b2": (3,), "w3": (3, 3, 3, 3), "b3": (3,)}
+        | {"w4": (5, 3, 1, 1), "b4": (5,), "wf": (3, 3, 1, 1), "bf": (3,)},
+    ),
+    OperatorCase(
+        "bsconv",
+        "",
+        {"x": 5},
+        {"pointwise": (4, 5, 1, 1), "depthwise": (4, 1, 3, 3), "bias": (4,)},
+        {"padding_mode": "reflect", "activation": "leaky_relu", "negative_slope": 0.1},
+    ),
+    OperatorCase(
+        "bsconv",
+        "relu",
+        {"x": 5},
+        {"pointwise": (4, 5, 1, 1), "depthwise": (4, 1, 3, 3), "bias": (4,)},
+        {"padding_mode": "reflect", "activation": "relu"},
+    ),
+    OperatorCase(
+        "depthwise_conv",
+        "gated",
+        {"x": 6},
+        {"weight": (6, 1, 3, 3), "bias": (6,)},
+        {"activation": "gelu", "gated": True},
+    ),
+    OperatorCase(
+        "depthwise_conv",
+        "dilated",
+        {"x": 4},
+        {"weight": (4, 1, 3, 5), "bias": (4,)},
+        {"dilation": 2, "activation": "silu", "gated": True},
+    ),
+    OperatorCase("layer_norm2d", "", {"x": 5}, {"weight": (5,), "bias": (5,)}, {"eps": 1e-6}),
+]
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    """Of a process that is alone, uses this checkout and so many threads."""
+    found = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    return {**found, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(_ROOT)}
+
+
+def torchrun(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    """Start two processes of one run; their output is one."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*command, *map(str, arguments)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )

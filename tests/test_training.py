@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import environment, torchrun
 from safetensors.torch import load_file
 
 import esr_kernels
@@ -544,26 +545,6 @@ with joined("cpu") as process:
     trainer.run()
     torch.save(losses, f"{output}/losses{process.rank}.pt")
 """
-
-
-def environment(threads=1):
-    found = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    return {**found, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-
-
-def torchrun(*arguments, **options):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        *map(str, arguments),
-    ]
-    return subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
-    )
 
 
 def test_two_processes_have_the_gradient_of_one_with_the_whole_batch(folders, tmp_path):

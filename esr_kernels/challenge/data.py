@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..imaging import ImageError, image_kind, read_image
+from ..imaging import ImageError, image_kind, middle, read_image
 from ..training.data import Pixels
 from ..training.photographs import HELD_OUT, files
 from ..training.resize import crop_to_multiple, downscale
@@ -66,9 +66,8 @@ def _rgb(path: Path) -> Pixels:
 
 
 def _middle(pixels: Pixels) -> Pixels:
-    sides = [min(length, _PHOTOGRAPH_SIDE) // SCALE * SCALE for length in pixels.shape[:2]]
-    top, left = ((length - side) // 2 for length, side in zip(pixels.shape[:2], sides, strict=True))
-    return np.ascontiguousarray(pixels[top : top + sides[0], left : left + sides[1]])
+    rows, columns = (middle(n, min(n, _PHOTOGRAPH_SIDE) // SCALE * SCALE) for n in pixels.shape[:2])
+    return np.ascontiguousarray(pixels[rows, columns])
 
 
 def find_sets(folder: Path, limit: int | None = None) -> dict[str, list[Pair]]:

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 import python_models
+from python_models.registry import BUNDLED
 
 from .. import cases
 from ..challenge import report
@@ -23,7 +24,7 @@ from ..challenge.data import PHOTOGRAPHS, Pair, find_sets, largest, photographs
 from ..challenge.journal import Journal, Record
 from ..challenge.measure import ENGINES, FUSED, PLAIN, Contestant, complexity, summary
 from ..cli import check_interruption
-from ..errors import OptimizeError
+from ..errors import TrainingError
 from ..files import atomically
 from ..imaging import ImageError
 from ..timing import machine, machine_line, thread_count, write_json
@@ -32,7 +33,7 @@ from ._arguments import expand, model_name, positive
 from ._weights import nearby, published
 
 RESULTS, TABLE, PLOT = "results.json", "results.md", "results.svg"
-RANDOM, BUNDLED = "random", "bundled"
+RANDOM = "random"
 # A fused network may differ from plain PyTorch by this much of the largest value.
 TOLERANCE = cases.NETWORK_TOLERANCE * 10
 
@@ -106,10 +107,13 @@ def _measure(
     args: argparse.Namespace,
     process: Process,
     journal: Journal,
+    own: Sequence[Record],
     shown: Callable[[Sequence[Any]], Iterator[Any]] = iter,
 ) -> None:
-    """Append to the journal what it lacks of one network: this process' share of the pictures."""
-    own = [r for r in journal.records() if r["name"] == name]
+    """Append to the journal what it lacks of one network: this process' share of the pictures.
+
+    `own` are the network's records so far.
+    """
     done = {(r["engine"], r["set"], r["picture"]) for r in own if r["kind"] == "picture"}
     bad = {(r["set"], r["picture"]) for r in own if r["kind"] == "bad"}
     pairs = [(s, pair) for s, of_set in sets.items() for pair in of_set][process.rank :: process.world]
@@ -131,14 +135,16 @@ def _measure(
             records = contestant.run(pair, backwards=order.random() < 0.5, warmup=args.warmup if first else 0)
         except (ImageError, OSError) as error:
             journal.append({"kind": "bad", **where, "reason": str(error)})
+            bad.add((set_name, pair.name))
             continue
         for record in records:
             journal.append({"kind": "picture", **where, "first": first, **record})
         first = False
-    pair = largest([pair for of_set in sets.values() for pair in of_set])
-    if memory_due and pair is not None and not first:
-        for engine, value in contestant.peaks(pair.load()[0]).items():
-            journal.append({"kind": "memory", "name": name, "engine": engine, "peak_bytes": value})
+    if memory_due:
+        usable = [p for s, of_set in sets.items() for p in of_set if (s, p.name) not in bad]
+        if (widest := largest(usable)) is not None:
+            for engine, value in contestant.peaks(widest.load()[0]).items():
+                journal.append({"kind": "memory", "name": name, "engine": engine, "peak_bytes": value})
 
 
 def _measure_alone(
@@ -147,7 +153,8 @@ def _measure_alone(
     """`_measure` in a process of its own."""
     with thread_count(args.threads):
         journal = Journal(args.output, settings, resume=True)
-        _measure(name, [engine], sets, args, Process(0, 1, torch.device(device)), journal)
+        own = [r for r in journal.records() if r["name"] == name]
+        _measure(name, [engine], sets, args, Process(0, 1, torch.device(device)), journal, own)
 
 
 def _in_own_process(name: str, engine: str, *rest: Any) -> None:
@@ -158,7 +165,7 @@ def _in_own_process(name: str, engine: str, *rest: Any) -> None:
     finally:
         process.terminate()
     if process.exitcode:
-        raise OptimizeError(f"{name}: the process that measured it ({engine}) ended with status {process.exitcode}")
+        raise TrainingError(f"{name}: the process that measured it ({engine}) ended with status {process.exitcode}")
 
 
 def _row(name: str, counted: Record, records: Sequence[Record], sets: Sequence[str], weights: str) -> Record:
@@ -229,6 +236,9 @@ def run(args: argparse.Namespace) -> int:
             print(machine_line(machine()))
             total = sum(map(len, sets.values()))
             print(f"{len(names)} networks, {total} pictures ({', '.join(sets)}), {process.device}, in {args.output}")
+        known: dict[str, list[Record]] = {name: [] for name in names}
+        for record in journal.records():
+            known.setdefault(record["name"], []).append(record)
         visible = process.first and (args.progress or sys.stderr.isatty())
         for number, name in enumerate(names, 1):
             title = f"{name} ({number} of {len(names)})"
@@ -242,7 +252,7 @@ def run(args: argparse.Namespace) -> int:
             def shown(pending: Sequence[Any], title: str = title) -> Iterator[Any]:
                 return iter(tqdm(pending, title, leave=False, disable=not visible))
 
-            _measure(name, engines, sets, args, process, journal, shown)
+            _measure(name, engines, sets, args, process, journal, known[name], shown)
         process.wait()
         return _conclude(args, names, sets, settings, journal) if process.first else 0
 

@@ -77,11 +77,6 @@ def _photograph(name: str, scale: int) -> tuple[Picture, Picture]:
     return Picture(pixels), Picture(np.asarray(small))
 
 
-def _middle(length: int, limit: int) -> slice:
-    begin = max(length - limit, 0) // 2
-    return slice(begin, begin + min(length, limit))
-
-
 def run(args: argparse.Namespace) -> int:
     """Do it all; 1 when the fused network differs from plain PyTorch."""
     import python_models
@@ -117,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"picture   {name}, {picture.width} x {picture.height}, {how}")
         print(f"backend   {device_backend}, {torch.get_num_threads()} threads")
 
-        rows, columns = _middle(picture.height, args.size_limit), _middle(picture.width, args.size_limit)
+        rows, columns = (imaging.middle(length, args.size_limit) for length in (picture.height, picture.width))
         x = imaging.to_tensor(picture, data_range, rows, columns)
         if x.shape[2:] != (picture.height, picture.width):
             print(f"part      {x.shape[3]} x {x.shape[2]} from its middle for verification and timing (--size-limit)")
