@@ -42,13 +42,13 @@ _BACKEND_ORDER = ("native-cpu", "native-cuda", "triton", "reference")
 # --- plain PyTorch, as the published networks write it; signatures as in esr_kernels.functional --------------------
 
 
-def _activate(h: Tensor, activation: str, negative_slope: float) -> Tensor:
+def _activate(h: Tensor, activation: str, negative_slope: float, *, inplace: bool = True) -> Tensor:
     if activation == "relu":
-        return F.relu(h, inplace=True)
+        return F.relu(h, inplace=inplace)
     if activation == "leaky_relu":
-        return F.leaky_relu(h, negative_slope, inplace=True)
+        return F.leaky_relu(h, negative_slope, inplace=inplace)
     if activation == "silu":
-        return F.silu(h, inplace=True)
+        return F.silu(h, inplace=inplace)
     if activation in ("gelu", "gelu_tanh"):
         return F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
     return h
@@ -175,8 +175,8 @@ def _plain_depthwise_conv(
     h = F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=weight.shape[0])
     if not gated:
         return _activate(h, activation, negative_slope)
-    a, b = h.chunk(2, 1)
-    return _activate(a, activation, negative_slope) * b
+    a, b = h.chunk(2, 1)  # views, which autograd forbids to write to
+    return _activate(a, activation, negative_slope, inplace=False) * b
 
 
 def _plain_layer_norm2d(

@@ -15,6 +15,18 @@ EPILOGUES = [
     if m != "attention" or a == "none"
 ]
 
+# A case of every backward operator, by the names that tests give them.
+ONE_OF_EACH = [
+    "conv3x3 pre",
+    "spab",
+    "conv3x3_pixel_shuffle",
+    "conv1x1",
+    "esa",
+    "bsconv zeros",
+    "depthwise_conv gated",
+    "layer_norm2d",
+]
+
 
 def backward(case, arguments):
     return getattr(torch.ops.esr, case.split()[0] + "_backward")(*arguments)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import LAYOUTS, check_close, expected_format, kernel, largest_error, lay_out
+from helpers import LAYOUTS, OPERATOR_CASES, check_close, conv, expected_format, kernel, largest_error, lay_out
 from test_conv3x3 import CHANNELS
 from torch import Tensor, nn
 
@@ -42,10 +42,6 @@ FUSED = [name for name in BACKENDS if name != "reference"]
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HALVES = ("float16", "bfloat16")
-
-
-def conv(channels: int, out: int, size: int = 3) -> dict[str, tuple[int, ...]]:
-    return {"weight": (out, channels, size, size), "bias": (out,)}
 
 
 def named(name: str) -> OperatorCase:
@@ -565,35 +561,13 @@ def test_gradient_scaler_step(precision: str, backend: str, device: str) -> None
     assert losses[-1] < losses[0]
 
 
-DEFAULTS = {"activation": "none", "negative_slope": 0.05, "residual_mode": "post", "padding_mode": "zeros"}
-CHECKED = [
-    OperatorCase("conv3x3", "", {"x": 5, "residual": 4}, conv(5, 4), {"activation": "silu", "residual_mode": "pre"}),
-    OperatorCase("spab", "", {"x": 5}, {k: v for n in "123" for k, v in ((f"w{n}", (5, 5, 3, 3)), (f"b{n}", (5,)))}),
-    OperatorCase("conv3x3_pixel_shuffle", "", {"x": 5, "residual": 2}, conv(5, 8), {"upscale_factor": 2}),
-    OperatorCase("conv1x1", "", {"xs": (5, 3)}, conv(8, 4, 1), {"activation": "gelu"}),
-    OperatorCase(
-        "esa",
-        "",
-        {"x": 5},
-        {"w1": (3, 5, 1, 1), "b1": (3,), "w2": (3, 3, 3, 3), "b2": (3,), "w3": (3, 3, 3, 3), "b3": (3,)}
-        | {"w4": (5, 3, 1, 1), "b4": (5,), "wf": (3, 3, 1, 1), "bf": (3,)},
-    ),
-    OperatorCase(
-        "bsconv",
-        "",
-        {"x": 5},
-        {"pointwise": (4, 5, 1, 1), "depthwise": (4, 1, 3, 3), "bias": (4,)},
-        {"padding_mode": "reflect", "activation": "relu"},
-    ),
-    OperatorCase(
-        "depthwise_conv",
-        "",
-        {"x": 4},
-        {"weight": (4, 1, 3, 5), "bias": (4,)},
-        {"dilation": 2, "activation": "silu", "gated": True},
-    ),
-    OperatorCase("layer_norm2d", "", {"x": 5}, {"weight": (5,), "bias": (5,)}, {"eps": 1e-6}),
-]
+DEFAULTS = {
+    "activation": "none",
+    "negative_slope": 0.05,
+    "residual_mode": "post",
+    "padding_mode": "zeros",
+    "dilation": 1,
+}
 
 
 def positional(operator: Any, given: dict[str, Any]) -> list[Any]:
@@ -601,7 +575,7 @@ def positional(operator: Any, given: dict[str, Any]) -> list[Any]:
     return [given.get(argument.name) for argument in operator._schema.arguments]
 
 
-@pytest.mark.parametrize("case", CHECKED, ids=lambda case: case.operator)
+@pytest.mark.parametrize("case", OPERATOR_CASES, ids=lambda case: case.name.strip())
 def test_opcheck(case: OperatorCase, backend: str, device: str) -> None:
     """The operator with gradients, then its backward operator by itself."""
     shape = (2, 16, 17) if case.operator == "esa" else (2, 6, 7)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from gradients import EPILOGUES, backward, check, check_half_type
+from gradients import EPILOGUES, ONE_OF_EACH, backward, check, check_half_type
 from helpers import HALF, LAYOUTS, check_gradients, kernel, lay_out, rand
 from test_native_cuda import DEVICE, gpu, on_cuda, only_emulated, pytestmark  # noqa: F401
 from test_triton import CASE_NAMES, MAIN_CASE, gradient_cases
@@ -189,19 +189,7 @@ def test_normalised_channels(channels, layout):
 
 
 @pytest.mark.parametrize("strides", ["every other element", "expanded", "channels_last"])
-@pytest.mark.parametrize(
-    "case",
-    [
-        "conv3x3 pre",
-        "spab",
-        "conv3x3_pixel_shuffle",
-        "conv1x1",
-        "esa",
-        "bsconv zeros",
-        "depthwise_conv gated",
-        "layer_norm2d",
-    ],
-)
+@pytest.mark.parametrize("case", ONE_OF_EACH)
 def test_parameters_of_any_strides(case, strides):
     torch.manual_seed(13)
 

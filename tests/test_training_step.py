@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import expected_format
+from helpers import OPERATOR_CASES, expected_format
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,43 +20,9 @@ from esr_kernels import SPAB, PixelShuffleUpsampler, cases
 from esr_kernels.cases import OperatorCase
 from esr_kernels.modules import Conv3x3
 
-
-def conv(channels: int, out: int, size: int = 3) -> dict[str, tuple[int, ...]]:
-    return {"weight": (out, channels, size, size), "bias": (out,)}
-
-
-CASES = [
-    OperatorCase("conv3x3", "", {"x": 5, "residual": 4}, conv(5, 4), {"activation": "silu", "residual_mode": "pre"}),
-    OperatorCase("conv3x3", "attention", {"x": 5, "residual": 5}, conv(5, 5), {"residual_mode": "attention"}),
-    OperatorCase("spab", "", {"x": 5}, {k: v for n in "123" for k, v in ((f"w{n}", (5, 5, 3, 3)), (f"b{n}", (5,)))}),
-    OperatorCase("conv3x3_pixel_shuffle", "", {"x": 5, "residual": 2}, conv(5, 8), {"upscale_factor": 2}),
-    OperatorCase("conv1x1", "", {"xs": (5, 3)}, conv(8, 4, 1), {"activation": "gelu"}),
-    OperatorCase(
-        "esa",
-        "",
-        {"x": 5},
-        {"w1": (3, 5, 1, 1), "b1": (3,), "w2": (3, 3, 3, 3), "b2": (3,), "w3": (3, 3, 3, 3), "b3": (3,)}
-        | {"w4": (5, 3, 1, 1), "b4": (5,), "wf": (3, 3, 1, 1), "bf": (3,)},
-    ),
-    OperatorCase(
-        "bsconv",
-        "",
-        {"x": 5},
-        {"pointwise": (4, 5, 1, 1), "depthwise": (4, 1, 3, 3), "bias": (4,)},
-        {"padding_mode": "reflect", "activation": "leaky_relu", "negative_slope": 0.1},
-    ),
-    OperatorCase(
-        "depthwise_conv",
-        "gated",
-        {"x": 6},
-        {"weight": (6, 1, 3, 3), "bias": (6,)},
-        {"activation": "gelu", "gated": True},
-    ),
-    OperatorCase("layer_norm2d", "", {"x": 5}, {"weight": (5,), "bias": (5,)}),
-]
 RUNS = [
     pytest.param(case, status.name, id=f"{case.name.strip().replace(' ', '-')}-{status.name}")
-    for case in CASES
+    for case in OPERATOR_CASES
     for status in esr_kernels.list_backends()
     if status.available and f"{case.operator}_backward" in status.operators
 ]

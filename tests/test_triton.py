@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from gradients import ONE_OF_EACH
 from helpers import (
     HALF,
     LAYOUTS,
@@ -412,19 +413,7 @@ def test_other_layouts_are_copied():
 
 
 @pytest.mark.parametrize("strides", ["every other element", "expanded", "channels_last"])
-@pytest.mark.parametrize(
-    "case",
-    [
-        "conv3x3 pre",
-        "spab",
-        "conv3x3_pixel_shuffle",
-        "conv1x1",
-        "esa",
-        "bsconv zeros",
-        "depthwise_conv gated",
-        "layer_norm2d",
-    ],
-)
+@pytest.mark.parametrize("case", ONE_OF_EACH)
 def test_parameters_of_any_strides(case, strides):
     """Weights and biases are views as often as maps are."""
 
