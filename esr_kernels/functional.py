@@ -434,12 +434,7 @@ def layer_norm2d(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = 
     x, weight, bias = _autocast(x, weight, bias)
     _check_input("x", x)
     for name, values in (("weight", weight), ("bias", bias)):
-        if values is None:
-            continue
-        _check_tensor(name, values)
-        if values.dim() != 1 or values.shape[0] != x.shape[1]:
-            raise ValueError(f"{name}: expected shape [{x.shape[1]}] or None, got {list(values.shape)}")
-        _check_same(name, values, x)
+        _check_vector(name, values, x.shape[1], x)
     eps = float(eps)
     if not eps >= 0:
         raise ValueError(f"eps: must be at least 0, got {eps}")
@@ -567,12 +562,16 @@ def _check_depthwise(name: str, weight: Any, x: Tensor) -> None:
 
 
 def _check_bias(name: str, bias: Any, weight: Tensor, x: Tensor) -> None:
-    if bias is None:
+    _check_vector(name, bias, weight.shape[0], x)
+
+
+def _check_vector(name: str, values: Any, channels: int, x: Tensor) -> None:
+    if values is None:
         return
-    _check_tensor(name, bias)
-    if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
-        raise ValueError(f"{name}: expected shape [{weight.shape[0]}] or None, got {list(bias.shape)}")
-    _check_same(name, bias, x)
+    _check_tensor(name, values)
+    if values.dim() != 1 or values.shape[0] != channels:
+        raise ValueError(f"{name}: expected shape [{channels}] or None, got {list(values.shape)}")
+    _check_same(name, values, x)
 
 
 def _check_like(name: str, t: Any, x: Tensor, shape: tuple[int, ...]) -> None:

@@ -8,8 +8,7 @@ namespace {
 bool is_planar(const Batch& b) {
   const TensorView& v = b.first;
   const Shape& s = b.shape;
-  return v.dtype == Dtype::kFloat32 && (v.column_stride == 1 || s.width == 1) &&
-         (v.row_stride == s.width || s.height == 1);
+  return v.dtype == Dtype::kFloat32 && b.can_be(true) && (v.row_stride == s.width || s.height == 1);
 }
 
 }  // namespace

@@ -15,13 +15,13 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from ..backends.reference._common import activate, attention
+from ..functional import DEPTHWISE_SIDES
 from .simplify import Conv, conv_of, within
 from .workspace import _CASTS, Workspace, aten, dims, getitem, is_map, is_pointwise
 
 ops = torch.ops.esr
 
 _ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
-_WIDEST = 7  # side of a depthwise kernel
 _SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 _LONGEST = 12  # operations between a convolution and the end of its epilogue
 _EXACT = 1e-9  # of float64 evaluations that should be equal; the approximations of GELU differ by 1e-4
@@ -193,7 +193,7 @@ def _depthwise(ws: Workspace) -> None:
         if conv is None or conv.stride != (1, 1) or conv.groups == 1 or conv.dilation[0] != conv.dilation[1]:
             continue
         channels = conv.weight.shape[0]
-        if conv.groups != channels or conv.weight.shape[1] != 1 or any(k % 2 == 0 or k > _WIDEST for k in conv.kernel):
+        if conv.groups != channels or conv.weight.shape[1] != 1 or any(k not in DEPTHWISE_SIDES for k in conv.kernel):
             continue
         if conv.padding != tuple(conv.dilation[0] * (k // 2) for k in conv.kernel):
             continue
