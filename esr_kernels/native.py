@@ -1,6 +1,7 @@
 """The compiled parts: where the operator library is, whether it loads, and what it was built with.
 
-Nothing here raises because of a missing, stale or broken library: the reason comes back as text.
+Nothing here raises because of a missing, stale or broken library: the reason comes back as text. A stale or broken one
+is warned of as well, once per process.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import importlib
 import json
 import mmap
 import os
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -72,10 +74,21 @@ def load() -> str | None:
 
     Returns:
         None when `torch.ops.esr_native` can be used, else the reason it cannot.
+
+    Warns:
+        RuntimeWarning: there is a library that cannot be used.
     """
     path = library_path()
     if path is None:
         return f"the native library is not compiled: {_REBUILD} where a C++ compiler is"
+    reason = _load(path)
+    if reason is not None:
+        warnings.warn(f"esr_kernels runs without its compiled kernels: {reason}", RuntimeWarning, stacklevel=2)
+    return reason
+
+
+def _load(path: Path) -> str | None:
+    """Loads the library `path` into PyTorch; the reason when it cannot be used."""
     from . import __version__
 
     try:
