@@ -11,10 +11,22 @@ import torch
 
 from . import native
 
+_M_MMAP_THRESHOLD = -3  # malloc.h; setting it also stops glibc from raising it
+
 
 def _status(field: str) -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+
+def return_freed_blocks() -> None:
+    """Have the C library give every freed tensor back to the system, for the rest of this process.
+
+    Otherwise its heap keeps what was freed in the middle of it, and how much that is differs from call to call: a step of
+    training measured 115 to 148 MB where it needs 97.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 17)
 
 
 def peak(call: Callable[[], object], device: str = "cpu") -> int | None:

@@ -148,6 +148,7 @@ class Training:
 
 def _peak_here(training: Training, engine: str, threads: int, queue: Any) -> None:
     """In a process of its own: the bytes a step needs beyond what there was before it."""
+    memory.return_freed_blocks()
     with thread_count(threads):
         step, _ = training.make(engine)
         for _ in range(2):
