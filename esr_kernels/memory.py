@@ -22,8 +22,8 @@ def _status(field: str) -> int:
 def return_freed_blocks() -> None:
     """Have the C library give every freed tensor back to the system, for the rest of this process.
 
-    Otherwise its heap keeps what was freed in the middle of it, and how much that is differs from call to call: a step of
-    training measured 115 to 148 MB where it needs 97.
+    Otherwise its heap keeps what was freed in the middle of it, and how much that is differs from call to call: a step
+    of training measured 115 to 148 MB where it needs 97.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 17)
