@@ -2,6 +2,7 @@
 
 #include "backward.h"
 #include "capability.h"
+#include "planar.h"
 
 namespace esr {
 namespace {
@@ -43,6 +44,16 @@ void conv1x1_backward(const Tensor& grad, const std::vector<Tensor>& xs, const T
   const std::vector<float> b = t.bias(bias, "bias", cout);
   const Batch g = t.read(grad, "grad", {cout, height, width});
   if (!any) return;
+
+  bool planar = in_planes(g);
+  for (size_t i = 0; i < inputs; ++i) planar = planar && in_planes(in[i]) && (!t.wants(i) || in_planes(to_x[i]));
+  if (planar) {
+    const PlanarGradients found =
+        planar_gradients(kernels, w, b, epilogue, in, g, to_x, t.wants(to_weight), t.wants(to_bias));
+    if (t.wants(to_weight)) t.write(to_weight, "the gradient to weight", found.weight);
+    if (t.wants(to_bias)) t.write(to_bias, "the gradient to bias", found.bias);
+    return;
+  }
 
   // Strips that stay in the second-level cache: cut by the size of the images alone, as the sums depend on them.
   const int64_t rows = std::max({ceil_div(height, kMostStrips), std::min(height, kStripPixels / width), int64_t{1}});

@@ -93,6 +93,18 @@ struct Planar1x1Args {
   float slope = 0.0f;
 };
 
+// Products of a gradient and an input in planes, summed over pixels.
+struct PlanarProductsArgs {
+  const float* x = nullptr;  // [cin], `stride` floats apart
+  int64_t cin = 0;
+  const float* g = nullptr;  // [cout]
+  int64_t cout = 0;
+  int64_t stride = 0;
+  int64_t pixels = 0;       // a multiple of the lanes
+  float* sums = nullptr;    // [cout][cin][lanes], added to
+  float* totals = nullptr;  // [cout][lanes]: of g alone, added to; null where nobody wants them
+};
+
 struct MaxPoolArgs {  // window 7, stride 3, no padding
   const float* in = nullptr;
   int64_t in_pitch = 0;
@@ -309,6 +321,8 @@ struct Kernels {
   int64_t (*winograd_scratch_floats)(int64_t in_step, int64_t width);
   void (*conv1x1)(const Conv1x1Args&, int64_t y0, int64_t y1);
   void (*planar1x1)(const Planar1x1Args&, int64_t tile0, int64_t tile1);
+  void (*planar1x1_tile)(const Planar1x1Args&, const float* tile, int64_t stride, int64_t pixel, int64_t pixels);
+  void (*planar1x1_products)(const PlanarProductsArgs&);
   void (*max_pool)(const MaxPoolArgs&, int64_t y0, int64_t y1);
   void (*esa_gate)(const EsaGateArgs&, int64_t y0, int64_t y1);
   void (*depthwise)(const DepthwiseArgs&, int64_t y);

@@ -48,6 +48,8 @@ constexpr Kernels make_kernels(const char* name) {
                  winograd_scratch_floats,
                  conv1x1,
                  planar1x1,
+                 planar1x1_tile,
+                 planar1x1_products,
                  max_pool,
                  esa_gate,
                  depthwise,

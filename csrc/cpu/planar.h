@@ -1,4 +1,5 @@
-// Plans of a single 1x1 convolution, and perhaps a residual, for images in planes.
+// 1x1 convolutions of images in planes (NCHW), and their gradients, without the internal layout: bringing maps into it
+// would take longer than the convolution.
 #pragma once
 
 #include <memory>
@@ -9,7 +10,10 @@
 
 namespace esr {
 
-// Runs such a plan without bringing maps into the internal layout, which would take longer than the convolution.
+// Whether images are float32 in planes whose rows follow each other.
+bool in_planes(const Batch& b);
+
+// A plan of a single 1x1 convolution and perhaps a residual.
 class PlanarPlan {
  public:
   // Null where the program is another.
@@ -29,5 +33,18 @@ class PlanarPlan {
   int64_t cout_ = 0, cin_ = 0;
   PackedFloats weights_, bias_;
 };
+
+// Gradients to the parameters of a 1x1 convolution; empty where they are not wanted.
+struct PlanarGradients {
+  std::vector<float> weight;  // [cout, cin]
+  std::vector<float> bias;    // [cout]
+};
+
+// Gradients of act(conv1x1(cat(xs), w) + bias) for a gradient to the result; those to the inputs are written to `to_x`,
+// where a null pointer stands for one that is not wanted. `bias` has no values without one. Sums over pixels are cut
+// into parts by the images' size alone, and the parts are added in order.
+PlanarGradients planar_gradients(const Kernels& kernels, const Weight& w, const std::vector<float>& bias,
+                                 const DerivativeArgs& epilogue, const std::vector<Batch>& xs, const Batch& grad,
+                                 const std::vector<Batch>& to_x, bool to_weight, bool to_bias);
 
 }  // namespace esr

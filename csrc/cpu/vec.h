@@ -12,6 +12,8 @@ constexpr int kLanes = 16;
 constexpr int kPixels1 = 12, kPixels2 = 12, kPixels3 = 8;
 // Channels of two vectors of pixels each: 24 sums.
 constexpr int kPlanarRows = 12;
+// Channels of a gradient and of an input, of one vector of pixels each: 24 sums.
+constexpr int kProductRows = 6, kProductColumns = 4;
 using Vec = __m512;
 
 ESR_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -92,6 +94,7 @@ constexpr int kLanes = 8;
 // 16 registers: 12 accumulators, the weights, one broadcast pixel.
 constexpr int kPixels1 = 8, kPixels2 = 6, kPixels3 = 4;
 constexpr int kPlanarRows = 6;
+constexpr int kProductRows = 4, kProductColumns = 3;
 using Vec = __m256;
 
 ESR_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
@@ -166,6 +169,7 @@ constexpr int kLanes = 16;
 // 16 floats are four 128-bit registers: 2 x 2 fills the 32 registers of AArch64.
 constexpr int kPixels1 = 4, kPixels2 = 2, kPixels3 = 1;
 constexpr int kPlanarRows = 2;
+constexpr int kProductRows = 2, kProductColumns = 2;
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t IntVec __attribute__((vector_size(64)));
 
