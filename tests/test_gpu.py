@@ -591,8 +591,9 @@ def test_opcheck(case: OperatorCase, backend: str, device: str) -> None:
     detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in given.items()}
     if "xs" in detached:
         detached["xs"] = [t.detach() for t in detached["xs"]]
-    # The pixel shuffle's residual has a gradient but is no argument of the backward operator.
-    count = {"conv3x3_pixel_shuffle": 4}.get(case.operator, len(tensors(arguments)))
+    # The pixel shuffle's residual has a gradient but is no argument of the backward operator; ESA's mask has an entry
+    # for each parameter that it may have.
+    count = {"conv3x3_pixel_shuffle": 4, "esa": 15}.get(case.operator, len(tensors(arguments)))
     mask = [True] * count
     torch.library.opcheck(backward, positional(backward, {**detached, "grad": grad, "output_mask": mask}))
 
