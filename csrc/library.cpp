@@ -54,9 +54,9 @@ void spab_gradients(Tensor grad, Optional grad_mid, Tensor x, Tensors weights, T
   spab_backward(grad, grad_mid, x, weights, biases, gradients);
 }
 
-void conv1x1_gradients(Tensor grad, Tensors xs, Tensor weight, Optional bias, int64_t activation, double slope,
-                       Tensors gradients) {
-  conv1x1_backward(grad, xs, weight, bias, activation, slope, gradients);
+void conv1x1_gradients(Tensor grad, Tensors xs, Tensor weight, Optional bias, Optional residual, int64_t activation,
+                       double slope, Tensors gradients) {
+  conv1x1_backward(grad, xs, weight, bias, residual, activation, slope, gradients);
 }
 
 void esa_gradients(Tensor grad, Tensor x, Tensors weights, Tensors gradients) {
@@ -117,8 +117,8 @@ STABLE_TORCH_LIBRARY(esr_native, m) {
       "conv3x3_pixel_shuffle_backward(Tensor grad, Tensor x, Tensor weight, int upscale_factor, "
       "Tensor(a!)[] gradients) -> ()");
   m.def(
-      "conv1x1_backward(Tensor grad, Tensor[] xs, Tensor weight, Tensor? bias, int activation, float slope, "
-      "Tensor(a!)[] gradients) -> ()");
+      "conv1x1_backward(Tensor grad, Tensor[] xs, Tensor weight, Tensor? bias, Tensor? residual, int activation, "
+      "float slope, Tensor(a!)[] gradients) -> ()");
   m.def("esa_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor(a!)[] gradients) -> ()");
   m.def(
       "bsconv_backward(Tensor grad, Tensor x, Tensor pointwise, Tensor depthwise, Tensor? bias, bool reflect, "

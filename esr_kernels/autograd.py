@@ -38,6 +38,11 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(_no_second_derivative(ctx.operator))
 
 
+def _inner_residual(activation: str, residual: Tensor | None, mode: str) -> Tensor | None:
+    """The residual where the activation's derivative depends on it; another one's gradient is the result's own."""
+    return residual if mode == "pre" and activation != "none" else None
+
+
 def _remember_backend(ctx: Any, x: Tensor) -> None:
     """A CUDA gradient runs on a thread of its own, which does not see the forward's `use_backend`."""
     ctx.backend = dispatch.chosen_backend() if x.is_cuda and not torch.compiler.is_compiling() else None
@@ -155,27 +160,40 @@ class Conv1x1(torch.autograd.Function):
     """`esr_kernels.functional.conv1x1`; the tensors to concatenate come last, as autograd wants them one by one."""
 
     @staticmethod
-    def forward(weight: Tensor, bias: Tensor | None, activation: str, negative_slope: float, *xs: Tensor) -> Tensor:
-        return ops.conv1x1(list(xs), weight, bias, activation, negative_slope)
+    def forward(
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        negative_slope: float,
+        residual: Tensor | None,
+        residual_mode: str,
+        *xs: Tensor,
+    ) -> Tensor:
+        return ops.conv1x1(list(xs), weight, bias, activation, negative_slope, residual, residual_mode)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        weight, bias, *ctx.settings = inputs[:4]
+        weight, bias, activation, slope, residual, mode, *xs = inputs
         _remember_backend(ctx, weight)
-        ctx.save_for_backward(weight, bias, *inputs[4:])
+        ctx.settings = (activation, slope)
+        ctx.save_for_backward(weight, bias, _inner_residual(activation, residual, mode), *xs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        weight, bias, *xs = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        mask = [*needs[4:], needs[0], needs[1]]
+        weight, bias, residual, *xs = ctx.saved_tensors
+        to_weight, to_bias, _, _, to_residual, _, *to_xs = ctx.needs_input_grad
+        mask = [*to_xs, to_weight, to_bias] + ([] if residual is None else [to_residual])
         settings = ctx.settings
 
-        def call(grad: Tensor, weight: Tensor, bias: Tensor | None, *xs: Tensor) -> list[Tensor]:
-            return ops.conv1x1_backward(grad, list(xs), weight, bias, *settings, mask)
+        def call(grad: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *xs: Tensor) -> Any:
+            return ops.conv1x1_backward(grad, list(xs), weight, bias, *settings, mask, residual)
 
-        *gxs, gw, gb = map(_keep, _once(ctx, "conv1x1", call, grad, weight, bias, *xs), mask)
-        return (gw, gb, None, None, *gxs)
+        gradients: list[Tensor | None] = [None] * len(mask)
+        if any(mask):
+            gradients = list(map(_keep, _once(ctx, "conv1x1", call, grad, weight, bias, residual, *xs), mask))
+        *gxs, gw, gb = gradients[: len(xs) + 2]
+        gr = gradients[-1] if residual is not None else _keep(grad, to_residual)
+        return (gw, gb, None, None, gr, None, *gxs)
 
 
 class ESA(torch.autograd.Function):
@@ -277,16 +295,20 @@ class LayerNorm2d(torch.autograd.Function):
 
 
 def _conv1x1_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    xs, weight, bias, *ctx.settings = inputs
-    ctx.count = len(xs)
-    ctx.save_for_backward(weight, bias, *xs)
+    xs, weight, bias, activation, slope, residual, mode = inputs
+    ctx.settings = (activation, slope)
+    ctx.save_for_backward(weight, bias, _inner_residual(activation, residual, mode), *xs)
 
 
 def _conv1x1_backward(ctx: Any, grad: Tensor) -> Any:
-    weight, bias, *xs = ctx.saved_tensors
-    mask = [x.requires_grad for x in xs] + [weight.requires_grad, bias is not None and bias.requires_grad]
-    *gxs, gw, gb = map(_keep, ops.conv1x1_backward(grad, xs, weight, bias, *ctx.settings, mask), mask)
-    return gxs, gw, gb, None, None
+    weight, bias, residual, *xs = ctx.saved_tensors
+    needs = ctx.needs_input_grad  # without the arguments that were left to their defaults
+    to_residual = len(needs) > 5 and needs[5]
+    mask = [*needs[0], *needs[1:3]] + ([] if residual is None else [to_residual])
+    gradients = list(map(_keep, ops.conv1x1_backward(grad, xs, weight, bias, *ctx.settings, mask, residual), mask))
+    *gxs, gw, gb = gradients[: len(xs) + 2]
+    gr = gradients[-1] if residual is not None else _keep(grad, to_residual)
+    return (gxs, gw, gb, None, None, gr, None)[: len(needs)]
 
 
 def _not_differentiable_twice(operator: str) -> Callable[..., Any]:

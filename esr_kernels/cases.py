@@ -54,6 +54,13 @@ def _activate(h: Tensor, activation: str, negative_slope: float, *, inplace: boo
     return h
 
 
+def _finish(h: Tensor, activation: str, negative_slope: float, residual: Tensor | None, residual_mode: str) -> Tensor:
+    if residual is not None and residual_mode == "pre":
+        h = h + residual
+    h = _activate(h, activation, negative_slope)
+    return h + residual if residual is not None and residual_mode == "post" else h
+
+
 def _plain_conv3x3(
     x: Tensor,
     weight: Tensor,
@@ -67,10 +74,7 @@ def _plain_conv3x3(
     h = F.conv2d(x, weight, bias, padding=1)
     if residual is not None and residual_mode == "attention":
         return (h + residual) * (torch.sigmoid(h) - 0.5)
-    if residual is not None and residual_mode == "pre":
-        h = h + residual
-    h = _activate(h, activation, negative_slope)
-    return h + residual if residual is not None and residual_mode == "post" else h
+    return _finish(h, activation, negative_slope, residual, residual_mode)
 
 
 def _plain_spab(
@@ -106,9 +110,11 @@ def _plain_conv1x1(
     *,
     activation: str = "none",
     negative_slope: float = 0.05,
+    residual: Tensor | None = None,
+    residual_mode: str = "post",
 ) -> Tensor:
     x = xs if isinstance(xs, Tensor) else torch.cat(list(xs), 1)
-    return _activate(F.conv2d(x, weight, bias), activation, negative_slope)
+    return _finish(F.conv2d(x, weight, bias), activation, negative_slope, residual, residual_mode)
 
 
 def _plain_esa(
@@ -330,6 +336,14 @@ CASES: tuple[OperatorCase, ...] = (
     OperatorCase("conv1x1", "span 4x28>28", {"xs": (28,) * 4}, _conv(112, 28, 1)),
     OperatorCase("conv1x1", "rlfn 46>46", {"xs": 46}, _conv(46, 46, 1)),
     OperatorCase("conv1x1", "ifadnet 6x36>36 gelu", {"xs": (36,) * 6}, _conv(216, 36, 1), {"activation": "gelu"}),
+    OperatorCase("conv1x1", "egfmn 72>36 post", {"xs": 72, "residual": 36}, {"weight": (36, 72, 1, 1)}),
+    OperatorCase(
+        "conv1x1",
+        "emaxgman 64>64 leaky_relu pre",
+        {"xs": 64, "residual": 64},
+        _conv(64, 64, 1),
+        {"activation": "leaky_relu", "residual_mode": "pre"},
+    ),
     OperatorCase("esa", "rlfn 46 16", {"x": 46}, _esa(46, 16)),
     OperatorCase("esa", "slim_rlfn 30 16 without conv_f", {"x": 30}, _esa(30, 16, conv_f=False)),
     OperatorCase("esa", "rfdn 50 12 with conv_max", {"x": 50}, _esa(50, 12, conv_max=True)),

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 from . import autograd, dispatch
 from .backends import reference
-from .library import ACTIVATIONS, PADDING_MODES, RESIDUAL_MODES
+from .library import ACTIVATIONS, PADDING_MODES, RESIDUAL_MODES, SUM_MODES
 
 __all__ = [
     "bsconv",
@@ -209,16 +209,21 @@ def conv1x1(
     *,
     activation: str = "none",
     negative_slope: float = 0.05,
+    residual: Tensor | None = None,
+    residual_mode: str = "post",
 ) -> Tensor:
     """1x1 convolution of the channel concatenation of several tensors, which is never materialised.
 
-    Equivalent to ``act(conv2d(cat(xs, 1), weight, bias))``.
+    With h = conv2d(cat(xs, 1), weight, bias), equivalent to ``act(h)`` without a residual, ``act(h + residual)`` for
+    residual_mode "pre" and ``act(h) + residual`` for "post".
 
     Args:
         xs: one [N, C, H, W] or a sequence of [N, C_i, H, W].
         weight: [O, sum of C_i, 1, 1].
         bias: [O] or None.
         activation, negative_slope: as in `conv3x3`.
+        residual: [N, O, H, W] or None.
+        residual_mode: "pre" or "post".
 
     Returns:
         [N, O, H, W] in the memory format of the first tensor.
@@ -230,7 +235,7 @@ def conv1x1(
     tensors = [xs] if isinstance(xs, Tensor) else list(xs)
     if not tensors:
         raise ValueError("xs: expected at least one tensor, got none")
-    weight, bias, *tensors = _autocast(weight, bias, *tensors, device=tensors[0])
+    weight, bias, residual, *tensors = _autocast(weight, bias, residual, *tensors, device=tensors[0])
     first = tensors[0]
     for i, x in enumerate(tensors):
         name = "xs" if len(tensors) == 1 else f"xs[{i}]"
@@ -240,10 +245,13 @@ def conv1x1(
     _check_weight("weight", weight, first, sum(x.shape[1] for x in tensors), 1)
     _check_bias("bias", bias, weight, first)
     _check_name("activation", activation, ACTIVATIONS)
-    slope = float(negative_slope)
-    if not decomposes() and _needs_gradient((weight, bias, *tensors)):
-        return autograd.Conv1x1.apply(*_distinct([weight, bias, activation, slope, *tensors]))
-    return _call("conv1x1", None, (tensors, weight, bias, activation, slope))
+    _check_name("residual_mode", residual_mode, SUM_MODES)
+    if residual is not None:
+        _check_like("residual", residual, first, (first.shape[0], weight.shape[0], first.shape[2], first.shape[3]))
+    epilogue = (activation, float(negative_slope), residual, residual_mode)
+    if not decomposes() and _needs_gradient((weight, bias, residual, *tensors)):
+        return autograd.Conv1x1.apply(*_distinct([weight, bias, *epilogue, *tensors]))
+    return _call("conv1x1", None, (tensors, weight, bias, *epilogue))
 
 
 def esa(

@@ -2,7 +2,9 @@
 
 An operator's kernel for every device is `dispatch.run`, which picks the backend. Each schema has its tensors
 first, and each backward operator takes the gradient first, then the forward's arguments, then which gradients
-are wanted; an unwanted one comes back as an empty tensor.
+are wanted; an unwanted one comes back as an empty tensor. What an operator has learnt since its first release follows
+with a default. A residual that only is added, or is added where no activation follows, has the result's gradient or
+the sum's: backward operators with such a default take those alone that the activation's derivative depends on.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from . import dispatch
 from .plan import Plan, layer_flops
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh")
-RESIDUAL_MODES = ("pre", "post", "attention")
+SUM_MODES = ("pre", "post")
+RESIDUAL_MODES = (*SUM_MODES, "attention")
 PADDING_MODES = ("zeros", "reflect")
 
 _CONV3X3 = (
@@ -29,6 +32,7 @@ _CONV3X3 = (
 _SPAB = "Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor w3, Tensor? b3"
 _TAIL = "Tensor x, Tensor weight, Tensor? bias"
 _CONV1X1 = "Tensor[] xs, Tensor weight, Tensor? bias, str activation, float negative_slope"
+_RESIDUAL = 'Tensor? residual=None, str residual_mode="post"'
 _ESA = (
     "Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor w3, Tensor? b3, Tensor w4, Tensor? b4, "
     "Tensor? wf, Tensor? bf, Tensor? w_max, Tensor? b_max, Tensor? w3_, Tensor? b3_"
@@ -48,8 +52,8 @@ SCHEMAS = {
     "conv3x3_pixel_shuffle": f"({_TAIL}, Tensor? residual, int upscale_factor) -> Tensor",
     "conv3x3_pixel_shuffle_backward": f"(Tensor grad, {_TAIL}, int upscale_factor, bool[] output_mask) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
-    "conv1x1": f"({_CONV1X1}) -> Tensor",
-    "conv1x1_backward": f"(Tensor grad, {_CONV1X1}, bool[] output_mask) -> Tensor[]",
+    "conv1x1": f"({_CONV1X1}, {_RESIDUAL}) -> Tensor",
+    "conv1x1_backward": f"(Tensor grad, {_CONV1X1}, bool[] output_mask, Tensor? residual=None) -> Tensor[]",
     "esa": f"({_ESA}) -> Tensor",
     "esa_backward": f"(Tensor grad, {_ESA}, bool[] output_mask) -> Tensor[]",
     "bsconv": f"({_BSCONV}) -> Tensor",
@@ -149,14 +153,26 @@ def _(grad, x, weight, bias, upscale_factor, output_mask):  # type: ignore[no-un
 
 
 @torch.library.register_fake("esr::conv1x1", lib=_library)
-def _(xs, weight, bias, activation, negative_slope):  # type: ignore[no-untyped-def]
+def _(xs, weight, bias, activation, negative_slope, residual=None, residual_mode="post"):  # type: ignore[no-untyped-def]
     return feature_map(xs[0], weight.shape[0])
 
 
 @torch.library.register_fake("esr::conv1x1_backward", lib=_library)
-def _(grad, xs, weight, bias, activation, negative_slope, output_mask):  # type: ignore[no-untyped-def]
-    gradients = [gradient(x, wanted) for x, wanted in zip(xs, output_mask[:-2], strict=True)]
-    return [*gradients, gradient(weight, output_mask[-2]), bias_gradient(bias, weight, output_mask[-1])]
+def _(grad, xs, weight, bias, activation, negative_slope, output_mask, residual=None):  # type: ignore[no-untyped-def]
+    return conv1x1_gradients(xs, weight, bias, output_mask, residual)
+
+
+def conv1x1_gradients(
+    xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, output_mask: Sequence[bool], residual: Tensor | None
+) -> list[Tensor]:
+    """Uninitialised gradients to each of xs, to weight and bias, and to the residual where there is one."""
+    to_weight, to_bias, *to_residual = output_mask[len(xs) :]
+    gradients = [gradient(x, wanted) for x, wanted in zip(xs, output_mask[: len(xs)], strict=True)]
+    gradients += [gradient(weight, to_weight), bias_gradient(bias, weight, to_bias)]
+    if residual is None:
+        return gradients
+    (wanted,) = to_residual
+    return [*gradients, feature_map(xs[0], weight.shape[0]) if wanted else residual.new_empty(0)]
 
 
 @torch.library.register_fake("esr::esa", lib=_library)
@@ -319,7 +335,8 @@ def _(grad: Shape, x: Shape, weight: Shape, *args: Any, out_shape: Any = None, *
 def _(grad: Shape, xs: Sequence[Shape], weight: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     activation, mask = args[1], args[3]
     forward = _count("conv1x1", xs[0], [weight[1]], weight[0])
-    return (activation != "none") * forward + _convolution_gradients(forward, [any(mask[:-2]), mask[-2]])
+    to_xs, to_weight = any(mask[: len(xs)]), mask[len(xs)]
+    return (activation != "none") * forward + _convolution_gradients(forward, [to_xs, to_weight])
 
 
 @register_flop_formula(torch.ops.esr.bsconv_backward)

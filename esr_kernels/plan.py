@@ -41,9 +41,10 @@ class Layer:
 
     Attributes:
         op: name of the operator, a key of `WEIGHTS`.
-        inputs: the values it reads; for a convolution with a residual the residual is the second.
+        inputs: the values it reads; a residual comes last.
         weights: weight name -> index into the plan's weights; a missing bias has no entry.
-        attributes: the operator's other arguments (activation, residual_mode, upscale_factor, ...).
+        attributes: the operator's other arguments (activation, residual_mode, upscale_factor, ...); a conv1x1 has
+            `residual_mode` where it has a residual.
         channels: channels of its result.
     """
 
@@ -56,6 +57,17 @@ class Layer:
     @property
     def halo(self) -> int | None:
         return _HALO[self.op]
+
+    @property
+    def residual(self) -> int | None:
+        """The value that is added, or None."""
+        added = "residual_mode" in self.attributes if self.op == "conv1x1" else len(self.inputs) > 1
+        return self.inputs[-1] if added and self.op != "add" else None
+
+    @property
+    def operands(self) -> tuple[int, ...]:
+        """The inputs without the residual."""
+        return self.inputs if self.residual is None else self.inputs[:-1]
 
     @property
     def scale(self) -> int:
@@ -125,8 +137,7 @@ class Plan:
                 radius.append(None)
             else:
                 # A residual is read at the pixel itself, without the halo.
-                main = before if layer.op == "conv1x1" else before[:1]
-                rest = before[len(main) :]
+                main, rest = before[: len(layer.operands)], before[len(layer.operands) :]
                 radius.append(max([r + layer.halo for r in main if r is not None] + [r for r in rest if r is not None]))
         reach = [radius[i] for i in self.outputs]
         return None if any(r is None for r in reach) else max(r for r in reach if r is not None)
@@ -159,7 +170,7 @@ class Plan:
         total = 0
         for layer in self.layers:
             scale = self.scales[layer.inputs[0]]
-            cin = [self.channels[i] for i in layer.inputs]
+            cin = [self.channels[i] for i in layer.operands]
             h, w = height * scale, width * scale
             total += batch * layer_flops(layer.op, cin, layer.channels, layer.attributes, h, w)
         return total
@@ -233,7 +244,7 @@ def _describe(layer: Layer) -> str:
         words += [f"{name} {' '.join(f'{v:g}' for v in a[name])}" for name in ("shift", "scale")]
     if a.get("activation", "none") != "none":
         words.append(a["activation"] + (f"({a['negative_slope']:g})" if a["activation"] == "leaky_relu" else ""))
-    if layer.op == "conv3x3" and len(layer.inputs) > 1:
+    if layer.op in ("conv3x3", "conv1x1") and layer.residual is not None:
         words.append(f"residual {a['residual_mode']}")
     if layer.op == "bsconv":
         words.append(f"padding {a['padding_mode']}")

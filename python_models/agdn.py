@@ -95,17 +95,17 @@ class _ChannelAttention(nn.Module):
         cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
         return (F.relu(cosines * self.temperature) @ v).reshape(n, c // 3, height, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         qkv = self.qkv_dwconv(self.qkv(x))
         height, width = int(x.shape[2]), int(x.shape[3])
         if height <= _WINDOW and width <= _WINDOW:
-            return self.project_out(self.attend(qkv))
+            return self.project_out(self.attend(qkv), residual)
         total, count = torch.zeros_like(x), x.new_zeros(1, 1, height, width)
         for top, left in product(_starts(height), _starts(width)):
             window = (..., slice(top, top + _WINDOW), slice(left, left + _WINDOW))
             total[window] += self.attend(qkv[window])
             count[window] += 1
-        return self.project_out(total / count)
+        return self.project_out(total / count, residual)
 
 
 class _SGSA(nn.Module):
@@ -119,8 +119,8 @@ class _SGSA(nn.Module):
         self.restormer_ffn = GDFN(c, 2 * c, conv1x1=layers.conv1x1, depthwise_conv=layers.depthwise_conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.restormer_attn(self.norm3["body"](x)) + x
-        return self.restormer_ffn(self.norm4["body"](x)) + x
+        x = self.restormer_attn(self.norm3["body"](x), x)
+        return self.restormer_ffn(self.norm4["body"](x), x)
 
 
 class _AGDB(Distillation):

@@ -55,7 +55,7 @@ class ASRPrune(Network):
         self.check_input(x)
         shallow = self.conv_1(x)
         y = self.block_4(self.block_3(self.block_2(self.block_1(shallow))))
-        return self.upsampler(self.conv_2(y) + shallow)
+        return self.upsampler(self.conv_2(y, shallow))
 
 
 class PlainASRPrune(ASRPrune):

@@ -140,7 +140,7 @@ class _HFERB(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, 1)
-        return self.last_fc([self.conv(a), self.fc(F.max_pool2d(b, 3, 1, 1))]) + x
+        return self.last_fc([self.conv(a), self.fc(F.max_pool2d(b, 3, 1, 1))], x)
 
 
 class _ChannelAttention(nn.Module):
@@ -155,12 +155,12 @@ class _ChannelAttention(nn.Module):
         self.kv_dwconv = layers.depthwise_conv(2 * c, bias=False)
         self.project_out = layers.conv1x1(c, c, bias=False)
 
-    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+    def forward(self, low: Tensor, high: Tensor, residual: Tensor) -> Tensor:
         n, c, h, w = low.shape
         maps = (self.q_dwconv(self.q(high)), *self.kv_dwconv(self.kv(low)).chunk(2, 1))
         q, k, v = (t.reshape(n, c // _HEAD, _HEAD, h * w) for t in maps)
         cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
-        return self.project_out(((cosines * self.temperature).softmax(-1) @ v).reshape(n, c, h, w))
+        return self.project_out(((cosines * self.temperature).softmax(-1) @ v).reshape(n, c, h, w), residual)
 
 
 class _HFB(nn.Module):
@@ -174,8 +174,8 @@ class _HFB(nn.Module):
         self.ffn = GDFN(c, int(c * 2.66), conv1x1=layers.conv1x1, depthwise_conv=layers.depthwise_conv)
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        low = low + self.attn(self.norm1["body"](low), high)
-        return low + self.ffn(self.norm2["body"](low))
+        low = self.attn(self.norm1["body"](low), high, low)
+        return self.ffn(self.norm2["body"](low), low)
 
 
 class _Group(nn.Module):

@@ -104,7 +104,7 @@ class _DIRB(nn.Module):
         y = x
         for i in (1, 2, 3):
             y = self.get_submodule(f"c{i}_r")(y)
-        return self.c5(self.cca(y)) + x
+        return self.c5(self.cca(y), x)
 
 
 class DIRN(Network):

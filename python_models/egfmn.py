@@ -35,7 +35,7 @@ class FMM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.safm(self.norm1(x)) + x
-        return self.ffd(self.norm2(x)) + x
+        return self.ffd(self.norm2(x), x)
 
 
 class EGFMN(Network):

@@ -49,12 +49,11 @@ class _ESR(nn.Module):
         super().__init__()
         self.conv1 = _GroupedConv(c, groups)
         self.conv2 = _GroupedConv(c, groups)
-        self.pw = layers.conv1x1(c, c)
+        self.pw = layers.conv1x1(c, c, activation="leaky_relu", negative_slope=_SLOPE)
         self.esa = layers.esa(c, 16)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.pw(self.conv2(self.conv1(x))) + x
-        return self.esa(F.leaky_relu(y, _SLOPE, inplace=True))
+        return self.esa(self.pw(self.conv2(self.conv1(x)), x, "pre"))
 
 
 class _MultiHead(nn.Module):
@@ -65,7 +64,7 @@ class _MultiHead(nn.Module):
         self.ln = nn.LayerNorm(c)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.head_mix([x, *(head(x) for head in self.esr_list)]) + x
+        y = self.head_mix([x, *(head(x) for head in self.esr_list)], x)
         return self.ln(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 

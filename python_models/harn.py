@@ -80,8 +80,8 @@ class _Reconstruction(_Hierarchy):
         self.conv1 = layers.conv1x1(c, c)
         self.conv1x1_2 = layers.conv1x1(c, c)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv1x1_2(F.gelu(torch.cat(self.hierarchy(self.conv1(x)), 1)))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.conv1x1_2(F.gelu(torch.cat(self.hierarchy(self.conv1(x)), 1)), residual)
 
 
 class _MixedFeatures(_Hierarchy):
@@ -96,9 +96,9 @@ class _MLP(nn.Module):
         self.dwc1 = _MixedFeatures(layers, hidden, "gelu")
         self.fc2 = layers.conv1x1(hidden, c)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         x = self.fc1(x)
-        return self.fc2(F.gelu(self.dwc1(x) + x))
+        return self.fc2(F.gelu(self.dwc1(x) + x), residual)
 
 
 class _WindowAttention(nn.Module):
@@ -165,8 +165,8 @@ class _HierarchicalAttention(nn.Module):
         for i, part in enumerate(self.proj1(self.norm1(x)).chunk(4, 1), 1):
             merged = self.gate_layer(part, outputs[-1]) if outputs else part
             outputs.append(self.get_submodule(f"attn{i}")(merged))
-        x = self.proj(outputs) + x
-        return x + self.mlp(self.norm2(x))
+        x = self.proj(outputs, x)
+        return self.mlp(self.norm2(x), x)
 
 
 class _Swin(nn.Module):
@@ -243,7 +243,8 @@ class HARN(Network):
         outputs: list[Tensor] = []
         for block in self.bsc_layer:
             outputs.append(block(outputs[-1] if outputs else shallow))
-        return self.upsample(self.conv_before_upsample(self.c(outputs)) + shallow) + self.mean
+        (reconstruction,) = self.conv_before_upsample
+        return self.upsample(reconstruction(self.c(outputs), shallow)) + self.mean
 
 
 class PlainHARN(HARN):

@@ -63,8 +63,10 @@ class PlainConv1x1(PlainConv):
     ) -> None:
         super().__init__(cin, cout, 1, activation, negative_slope, bias=bias)
 
-    def forward(self, xs: Tensor | Sequence[Tensor]) -> Tensor:  # type: ignore[override]
-        return super().forward(xs if isinstance(xs, Tensor) else torch.cat(list(xs), 1))
+    def forward(  # type: ignore[override]
+        self, xs: Tensor | Sequence[Tensor], residual: Tensor | None = None, residual_mode: str = "post"
+    ) -> Tensor:
+        return super().forward(xs if isinstance(xs, Tensor) else torch.cat(list(xs), 1), residual, residual_mode)
 
 
 class PlainBSConv(nn.Module):

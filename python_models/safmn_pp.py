@@ -59,8 +59,8 @@ class _CCM(nn.Module):
         self.conv1 = b.conv3x3(channels, hidden, bias=False, activation="gelu")
         self.conv2 = b.conv1x1(hidden, channels, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.conv1(x))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x), residual)
 
 
 class _AttBlock(nn.Module):
@@ -72,7 +72,7 @@ class _AttBlock(nn.Module):
         self.conv2 = _CCM(b, channels, ffn_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.conv1(x)) + x
+        return self.conv2(self.conv1(x), x)
 
 
 class SAFMNPP(Network):

@@ -42,8 +42,8 @@ class _LocalDetail(nn.Module):
         )
         self.conv_1 = layers.conv1x1(2 * c, c)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv_1(self.conv_0(x))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.conv_1(self.conv_0(x), residual)
 
 
 class _SMFA(nn.Module):
@@ -57,13 +57,13 @@ class _SMFA(nn.Module):
         self.lde = _LocalDetail(layers, c)
         self.dw_conv = layers.depthwise_conv(c)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         height, width = x.shape[2:]
         y, v = self.linear_0(x).chunk(2, 1)
         structure = self.dw_conv(F.adaptive_max_pool2d(v, (height // _POOL, width // _POOL)))
         modulation = self.linear_1(structure + v.var((2, 3), keepdim=True))
         non_local = v * F.interpolate(modulation, size=(height, width), mode="nearest")
-        return self.linear_2(non_local + self.lde(y))
+        return self.linear_2(self.lde(y, non_local), residual)
 
 
 class _PCFN(nn.Module):
@@ -77,9 +77,9 @@ class _PCFN(nn.Module):
         self.conv_1 = layers.conv3x3(self.p, self.p, activation="gelu")
         self.conv_2 = layers.conv1x1(hidden, c)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         t = self.conv_0(x)
-        return self.conv_2([self.conv_1(t[:, : self.p]), t[:, self.p :]])
+        return self.conv_2([self.conv_1(t[:, : self.p]), t[:, self.p :]], residual)
 
 
 class _FMB(nn.Module):
@@ -91,8 +91,8 @@ class _FMB(nn.Module):
         self.pcfn = _PCFN(layers, c, ffn_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.smfa(F.normalize(x)) + x
-        return self.pcfn(F.normalize(x)) + x
+        x = self.smfa(F.normalize(x), x)
+        return self.pcfn(F.normalize(x), x)
 
 
 class SMFAN(Network):

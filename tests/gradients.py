@@ -21,6 +21,7 @@ ONE_OF_EACH = [
     "spab",
     "conv3x3_pixel_shuffle",
     "conv1x1",
+    "conv1x1 residual",
     "esa",
     "bsconv zeros",
     "depthwise_conv gated",
@@ -68,4 +69,8 @@ def check_half_type(dtype):
         twice_pytorch(
             lambda x, w, b: F.gelu(F.conv2d(x, w, b)),
             (x, weight, tensors[2]), grad, (grad, [x], weight, tensors[2], "gelu", 0.0, [True] * 3), "conv1x1_backward",
+        )  # fmt: skip
+        twice_pytorch(
+            lambda x, w, b, r: F.silu(F.conv2d(x, w, b) + r), (x, weight, *tensors[2:]), grad,
+            (grad, [x], weight, tensors[2], "silu", 0.0, [True] * 4, tensors[3]), "conv1x1_backward",
         )  # fmt: skip

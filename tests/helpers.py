@@ -143,6 +143,13 @@ OPERATOR_CASES = [
     OperatorCase("conv3x3_pixel_shuffle", "", {"x": 5, "residual": 2}, conv(5, 8), {"upscale_factor": 2}),
     OperatorCase("conv1x1", "", {"xs": (5, 3)}, conv(8, 4, 1), {"activation": "gelu"}),
     OperatorCase(
+        "conv1x1",
+        "residual",
+        {"xs": (5, 3), "residual": 4},
+        conv(8, 4, 1),
+        {"activation": "silu", "residual_mode": "pre"},
+    ),
+    OperatorCase(
         "esa",
         "",
         {"x": 5},

@@ -214,6 +214,10 @@ def test_residuals_activations_and_lists(backend: str) -> None:
         point = Conv1x1(12, 3, activation="gelu")
         expected = F.gelu(F.conv2d(torch.cat([x, r], 1), point.weight, point.bias))
         assert error(point([x, r]), expected) < 1e-4
+        s = torch.randn(2, 3, 8, 9)
+        assert error(point([x, r], s), expected + s) < 1e-4
+        h = F.conv2d(torch.cat([x, r], 1), point.weight, point.bias)
+        assert error(point([x, r], s, "pre"), F.gelu(h + s)) < 1e-4
         tail = PixelShuffleUpsampler(5, 3, 2)
         image = torch.randn(2, 3, 16, 18)
         assert error(tail(x, residual=image), plain_upsampler(tail, x) + image) < 1e-4

@@ -57,8 +57,12 @@ class Program:
         indices = self.weight(w), self.weight(b)
         return self.layer(1, x, *indices, ACTIVATIONS.index(activation), 0, residual, MODES.index(mode))
 
-    def conv1x1(self, xs: Sequence[int], w: Tensor, b: Tensor | None = None, activation: str = "none") -> int:
-        return self.layer(2, len(xs), *xs, self.weight(w), self.weight(b), ACTIVATIONS.index(activation), 0)
+    def conv1x1(
+        self, xs: Sequence[int], w: Tensor, b: Tensor | None = None, activation: str = "none", residual: int = -1,
+        mode: str = "post",
+    ) -> int:  # fmt: skip
+        epilogue = ACTIVATIONS.index(activation), 0, residual, MODES.index(mode)
+        return self.layer(2, len(xs), *xs, self.weight(w), self.weight(b), *epilogue)
 
     def shuffle(self, x: int, w: Tensor, b: Tensor | None, factor: int, residual: int = -1) -> int:
         return self.layer(3, x, self.weight(w), self.weight(b), factor, residual)
@@ -66,16 +70,19 @@ class Program:
     def esa(self, x: int, weights: Sequence[Tensor | None]) -> int:
         return self.layer(4, x, *(self.weight(w) for w in weights))
 
-    def bsconv(self, x: int, w: Tensor, d: Tensor, b: Tensor | None, reflect: bool, activation: str) -> int:
+    def bsconv(
+        self, x: int, w: Tensor, d: Tensor, b: Tensor | None, reflect: bool, activation: str, residual: int = -1,
+        mode: str = "post",
+    ) -> int:  # fmt: skip
         indices = self.weight(w), self.weight(d), self.weight(b)
-        return self.layer(5, x, *indices, int(reflect), ACTIVATIONS.index(activation), 0)
+        return self.layer(5, x, *indices, int(reflect), ACTIVATIONS.index(activation), 0, residual, MODES.index(mode))
 
     def add(self, a: int, b: int) -> int:
         return self.layer(6, a, b)
 
     def code(self, *outputs: int) -> list[int]:
         layers = [integer for record in self.records for integer in record]
-        return [1, self.inputs, len(self.records), len(outputs), *layers, *outputs]
+        return [2, self.inputs, len(self.records), len(outputs), *layers, *outputs]
 
     def compile(self, *outputs: int) -> int:
         return torch.ops.esr_native.compile_plan(self.code(*outputs), self.constants, self.weights)
@@ -391,10 +398,10 @@ def test_conv1x1(capability: str, split: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("size", "cout", "activation"), [((1, 1), 3, "none"), ((8, 8), 28, "gelu"), ((7, 23), 37, "relu")]
 )
-@pytest.mark.parametrize("added", ["", "before", "after"])
+@pytest.mark.parametrize("mode", ["", "pre", "post"])
 @pytest.mark.parametrize("split", [(1,), (28,), (9, 16, 3), (256,), (255, 2)])
 def test_conv1x1_of_planes_has_the_bits_of_the_internal_layout(
-    capability: str, split: tuple[int, ...], added: str, size: tuple[int, int], cout: int, activation: str
+    capability: str, split: tuple[int, ...], mode: str, size: tuple[int, int], cout: int, activation: str
 ) -> None:
     """Images in planes are computed where they are; up to 256 channels, and anything else in the internal layout."""
     xs = [torch.randn(2, c + 2, *size)[:, 1:-1] for c in split]  # planes, but not images, lie together
@@ -403,9 +410,8 @@ def test_conv1x1_of_planes_has_the_bits_of_the_internal_layout(
 
     def result(layout: Callable[[Tensor], Tensor], **options: Any) -> Tensor:
         p = Program(len(xs) + 1)
-        out = p.conv1x1(list(range(len(xs))), w, b, activation)
-        if added:
-            out = p.add(len(xs), out) if added == "before" else p.add(out, len(xs))
+        epilogue = (len(xs), mode) if mode else ()
+        out = p.conv1x1(list(range(len(xs))), w, b, activation, *epilogue)
         return p.run([layout(t) for t in (*xs, residual)], {out: (2, cout, *size)}, **options)[0]
 
     planes = result(lambda t: t)
@@ -413,8 +419,9 @@ def test_conv1x1_of_planes_has_the_bits_of_the_internal_layout(
     assert torch.equal(planes, inner)
     # Rows that do not follow one another are no planes.
     assert torch.equal(planes, result(lambda t: F.pad(t, (1, 2))[..., 1:-2]))
-    want = activate(F.conv2d(torch.cat(xs, 1).double(), w.double(), b.double()), activation)
-    assert error(planes, want + residual if added else want) < DIRECT
+    want = F.conv2d(torch.cat(xs, 1).double(), w.double(), b.double())
+    want = activate(want + residual if mode == "pre" else want, activation)
+    assert error(planes, want + residual if mode == "post" else want) < DIRECT
 
 
 def test_conv1x1_of_planes_in_any_number_of_threads(capability: str) -> None:
@@ -760,9 +767,13 @@ def test_program_errors() -> None:
     w, b = conv_weight(4, 4, 3), torch.randn(4)
 
     def refuse(
-        match: str, record: list[int], weights: Sequence[Tensor] = (w, b), outputs: Sequence[int] = (1,)
+        match: str,
+        record: list[int],
+        weights: Sequence[Tensor] = (w, b),
+        outputs: Sequence[int] = (1,),
+        layout: int = 2,
     ) -> None:
-        code = [1, 1, 1, len(outputs), record[0], len(record) - 1, *record[1:], *outputs]
+        code = [layout, 1, 1, len(outputs), record[0], len(record) - 1, *record[1:], *outputs]
         with pytest.raises(RuntimeError, match=match):
             torch.ops.esr_native.compile_plan(code, [0.1], list(weights))
 
@@ -779,13 +790,16 @@ def test_program_errors() -> None:
     refuse("integers too many", [1, 0, 0, 1, 0, 0, -1, 1, 0])
     refuse("the program ends", [1, 0, 0, 1, 0, 0, -1])
     refuse("output value is 2", [1, 0, 0, 1, 0, 0, -1, 1], outputs=(2,))
-    refuse("weight has shape", [2, 1, 0, 0, 1, 0, 0])
+    refuse("weight has shape", [2, 1, 0, 0, 1, 0, 0, -1, 1])
+    refuse("residual of layer 0", [2, 1, 0, 0, 1, 0, 0, 1, 1])
+    refuse("residual_mode is 2", [2, 1, 0, 0, 1, 0, 0, 0, 2])
     refuse("bias has shape", [1, 0, 0, 1, 0, 0, -1, 1], (w, torch.randn(5)))
     refuse("weight has shape", [1, 0, 0, 1, 0, 0, -1, 1], (torch.randn(0, 4, 3, 3), b))
     refuse("does not divide", [3, 0, 0, -1, 3, -1])
     refuse("upscale_factor", [3, 0, 0, -1, 0, -1])
     refuse("shifts and as many scales", [0, 0, 3, 0])
-    refuse("padding_mode is 2", [5, 0, 0, 1, -1, 2, 0, 0])
+    refuse("padding_mode is 2", [5, 0, 0, 1, -1, 2, 0, 0, -1, 1])
+    refuse("format 1 is not supported", [6, 0, 0], layout=1)
     refuse("unsupported dtype", [1, 0, 0, 1, 0, 0, -1, 1], (w.double(), b))
     refuse("not a CPU tensor", [1, 0, 0, 1, 0, 0, -1, 1], (w.to("meta"), b))
 

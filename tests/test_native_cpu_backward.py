@@ -87,6 +87,8 @@ def test_sizes_and_channels_at_random(capability, seed, monkeypatch):  # noqa: F
     mask = [r.random() < 0.6 for _ in inputs] + [True, True]
     arguments = (feature(cout), [feature(c) for c in inputs], kernel(cout, sum(inputs), 1), None, "gelu", 0.0, mask)
     check("conv1x1", arguments, tolerance)
+    mask = [*mask, r.random() < 0.6]
+    check("conv1x1", (*arguments[:4], "silu", 0.0, mask, feature(cout)), tolerance)
     padding = "reflect" if h > 1 and w > 1 and r.random() < 0.7 else "zeros"
     weights = (kernel(cout, cin, 1), kernel(cout, 1), rand(cout))
     arguments = (
@@ -170,6 +172,7 @@ COUNTS = {
     "conv3x3 attention": lambda x, w, b, r: conv_counts(x, w, b, r, again=1, by_residual=1),
     "conv3x3_pixel_shuffle": lambda x, w, b, r: conv_counts(x, w, b, r, again=0),
     "conv1x1": lambda x1, x2, w, b: [int(x1 or x2 or w or b), x1 + x2, 2 * w],
+    "conv1x1 residual": lambda x, w, b, r: [int(x or w or b or r), x, w],
     # The inner map again, and the convolution of it for its activation; through both to x.
     "bsconv zeros": lambda x, p, d, b: [2 * (x or p or d or b), (x or p) + x, p + d],
     "bsconv reflect": lambda x, p, d, b: [int(d), (x or p) + x, p + d],
@@ -186,14 +189,19 @@ COUNTS = {
 
 @pytest.mark.parametrize("case", COUNTS)
 def test_only_what_is_wanted_is_computed(case):
-    *arguments, mask = gradient_cases(torch.float32, "channels_last")[case]
-    count = len(mask)
+    arguments = gradient_cases(torch.float32, "channels_last")[case]
+    (place,) = (i for i, a in enumerate(arguments) if isinstance(a, list) and isinstance(a[0], bool))
+    mask, count = arguments[place], len(arguments[place])
+
+    def wanting(wanted):
+        return (*arguments[:place], wanted, *arguments[place + 1 :])
+
     # What there is no tensor for cannot be wanted.
     masks = [[k == i for k in range(count)] for i in range(count) if mask[i]]
     masks += [[m and k != i for k, m in enumerate(mask)] for i in range(count)] + [mask, [False] * count]
-    everything = check(case, (*arguments, mask), 2e-5)
+    everything = check(case, arguments, 2e-5)
     for wanted in masks:
-        got, counts = computed(case, (*arguments, wanted))
+        got, counts = computed(case, wanting(wanted))
         assert [g.numel() > 0 for g in got] == wanted
         assert counts == [int(c) for c in COUNTS[case](*wanted)], wanted
         for g, e in zip(got, everything, strict=True):
@@ -228,7 +236,7 @@ def test_threads_do_not_change_bits(case, winograd, monkeypatch):
             "conv3x3": (g, x, weights[0], weights[1], g, "silu", 0.0, "pre", [True] * 4),
             "spab": (g, g, x, *weights, [True] * 7),
             "conv3x3_pixel_shuffle": (rand(n, 5, 140, 134), x, weights[0], None, 2, [True] * 4),
-            "conv1x1": (g, [x, g], kernel(20, 40, 1), weights[1], "silu", 0.0, [True] * 4),
+            "conv1x1": (g, [x, g], kernel(20, 40, 1), weights[1], "silu", 0.0, [True] * 5, x),
             "esa": (g, x, *esa_weights(20, 16), [True] * 11 + [False] * 4),
             "bsconv": (g, x, kernel(20, 20, 1), kernel(20, 1), None, "reflect", "silu", 0.0, [True] * 4),
         }[case]

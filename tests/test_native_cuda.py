@@ -122,14 +122,19 @@ def random_conv1x1(r, dtype):
     ]
     cout = r.randint(1, 90)
     weight, bias = kernel(cout, sum(x.shape[1] for x in xs), 1, dtype), r.choice([None, rand(cout, dtype=dtype)])
+    residual = r.choice([None, lay_out(rand(n, cout, h, w, dtype=dtype), r.choice(LAYOUTS))])
+    mode = r.choice(["pre", "post"])
 
-    def plain(weight, bias, *xs):
-        return F.silu(F.conv2d(torch.cat(xs, 1), weight, bias))
+    def plain(weight, bias, residual, *xs):
+        y = F.conv2d(torch.cat(xs, 1), weight, bias)
+        if residual is None:
+            return F.silu(y)
+        return F.silu(y + residual) if mode == "pre" else F.silu(y) + residual
 
-    def fused(weight, bias, *xs):
-        return conv1x1(list(xs), weight, bias, activation="silu")
+    def fused(weight, bias, residual, *xs):
+        return conv1x1(list(xs), weight, bias, activation="silu", residual=residual, residual_mode=mode)
 
-    return fused, plain, (weight, bias, *xs)
+    return fused, plain, (weight, bias, residual, *xs)
 
 
 def random_bsconv(r, dtype):
@@ -629,6 +634,6 @@ def test_errors_name_what_is_wrong():
         library.pack_plan(compiled.handle, [weight, weight])
     with pytest.raises(RuntimeError, match="the packed weights are not this plan's"):
         library.execute_plan(compiled.handle, weight, [x], [x.clone()])
-    program, constants = [2, 1, 1, 1], []
-    with pytest.raises(RuntimeError, match="format 2 is not supported"):
+    program, constants = [1, 1, 1, 1], []
+    with pytest.raises(RuntimeError, match="format 1 is not supported"):
         library.compile_plan(program, constants, [weight], [4], 0)

@@ -91,7 +91,10 @@ def test_more_inputs_than_one_launch_reads():
     torch.manual_seed(7)
     xs = [lay_out(rand(1, c, 5, 6), "channels_last") for c in (3, 8, 17, 4) * 5]
     weight = kernel(10, sum(x.shape[1] for x in xs), 1)
-    check("conv1x1", (rand(1, 10, 5, 6), xs, weight, rand(10), "silu", 0.0, [True] * 22), 1e-5)
+    arguments = (rand(1, 10, 5, 6), xs, weight, rand(10), "silu", 0.0)
+    check("conv1x1", (*arguments, [True] * 22), 1e-5)
+    check("conv1x1", (*arguments, [True] * 23, rand(1, 10, 5, 6)), 1e-5)
+    check("conv1x1", (*arguments[:4], "none", 0.0, [True] * 23, rand(1, 10, 5, 6)), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -100,12 +103,15 @@ def test_more_inputs_than_one_launch_reads():
 def test_unwanted_gradients_are_empty(name):
     torch.manual_seed(8)
     cases = {"conv3x3": ["conv3x3 pre", "conv3x3 post", "conv3x3 attention"], "bsconv": ["bsconv reflect"]}
+    cases["conv1x1"] = ["conv1x1", "conv1x1 residual"]
     cases["depthwise_conv"] = ["depthwise_conv gelu", "depthwise_conv gated"]
     for case in cases.get(name, [name]):
-        *arguments, mask = gradient_cases(torch.float32, "channels_last")[case]
-        for i in range(len(mask)):
-            single = [k == i for k in range(len(mask))]
-            got = check(case, (*arguments, single), 1e-5)
+        arguments = gradient_cases(torch.float32, "channels_last")[case]
+        (place,) = (i for i, a in enumerate(arguments) if isinstance(a, list) and isinstance(a[0], bool))
+        count = len(arguments[place])
+        for i in range(count):
+            single = [k == i for k in range(count)]
+            got = check(case, (*arguments[:place], single, *arguments[place + 1 :]), 1e-5)
             assert [g.numel() > 0 for g in got] == single
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import esr_kernels
+from esr_kernels import functional
 from esr_kernels.optimize import OptimizedModel, optimize
 
 BACKENDS = [b.name for b in esr_kernels.list_backends() if b.available and b.name in ("reference", "native-cpu")]
@@ -53,7 +54,7 @@ def ops_of(fast: OptimizedModel) -> list[str]:
             words = [layer.op]
             if a.get("activation", "none") != "none":
                 words.append(a["activation"])
-            if layer.op in ("conv3x3", "conv3x3_pixel_shuffle") and len(layer.inputs) > 1:
+            if layer.residual is not None:
                 words.append(a.get("residual_mode", "post"))
             found.append(" ".join(words))
     return found
@@ -182,6 +183,28 @@ def doubled(h, x):
 def test_residuals(name):
     function, expected = RESIDUALS[name]
     fast = check(Net(lambda m, x: function(m, m.head(x)), head=conv(3, 12), c=conv(12, 12), d=conv(12, 12)))
+    if expected is not None:
+        assert ops_of(fast) == ["conv3x3", *expected]
+
+
+POINT_RESIDUALS = {
+    "post": (lambda m, x: m.p(x) + x, ["conv1x1 post"]),
+    "after an activation": (lambda m, x: x + F.gelu(m.p(x)), ["conv1x1 gelu post"]),
+    "pre": (lambda m, x: F.leaky_relu(m.p(x) + x, 0.05), ["conv1x1 leaky_relu pre"]),
+    "of a list": (lambda m, x: m.w(torch.cat([x, m.c(x)], 1)) + x, ["conv3x3", "conv1x1 post"]),
+    "one that the network wrote": (
+        lambda m, x: functional.conv1x1(x, m.p.weight, activation="silu", residual=x, residual_mode="pre"),
+        ["conv1x1 silu pre"],
+    ),
+    "no attention": (lambda m, x: attention(m.p(x), x), None),
+}
+
+
+@pytest.mark.parametrize("name", POINT_RESIDUALS)
+def test_residuals_of_1x1_convolutions(name):
+    function, expected = POINT_RESIDUALS[name]
+    layers = {"head": conv(3, 12), "c": conv(12, 12), "p": conv(12, 12, 1), "w": conv(24, 12, 1)}
+    fast = check(Net(lambda m, x: function(m, m.head(x)), **layers))
     if expected is not None:
         assert ops_of(fast) == ["conv3x3", *expected]
 

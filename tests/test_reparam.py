@@ -426,15 +426,11 @@ def test_batch_norm_trains_on_the_batch_and_folds_afterwards(kernel_size: int) -
         assert p.grad is not None
         assert r.grad is not None
         assert close(p.grad, r.grad, 1e-12)
-    if kernel_size == 1:
-        with pytest.raises(ValueError, match="residual: a 1x1 convolution takes none"):
-            module(x, residual)
-    else:
-        before = reference[1](reference[0](x))
-        assert close(copy.deepcopy(module)(x, residual), F.silu(before) + residual, 1e-13)
-        assert close(copy.deepcopy(module)(x, residual, "pre"), F.silu(before + residual), 1e-13)
-        with pytest.raises(ValueError, match='residual_mode "attention" allows only "none"'):
-            module(x, residual, "attention")
+    before = reference[1](reference[0](x))
+    assert close(copy.deepcopy(module)(x, residual), F.silu(before) + residual, 1e-13)
+    assert close(copy.deepcopy(module)(x, residual, "pre"), F.silu(before + residual), 1e-13)
+    with pytest.raises(ValueError, match='residual_mode "attention" allows only "none"'):
+        module(x, residual, "attention")
     with pytest.raises(RuntimeError, match=r"in training mode batch normalisation cannot be folded: call eval\(\)"):
         module.folded()
     reference[1].load_state_dict(module.bn.state_dict())
@@ -693,10 +689,6 @@ def test_activation_and_residual(name: str, deployed: bool) -> None:
     h = same(module, x)
     assert close(module(x), F.gelu(h), 1e-13)
     if isinstance(module, RBSB):
-        return
-    if module.kernel_size == 1:
-        with pytest.raises(ValueError, match="residual: a 1x1 convolution takes none"):
-            module(x, residual)
         return
     assert close(module(x, residual), F.gelu(h) + residual, 1e-13)
     assert close(module(x, residual, "pre"), F.gelu(h + residual), 1e-13)

@@ -275,6 +275,8 @@ def gradient_cases(dtype, layout):
         "spab": (feature(2, 28, 9, 13), feature(2, 28, 9, 13), x, *three, [True] * 7),
         "conv3x3_pixel_shuffle": (feature(2, 3, 36, 52), x, weight(48, 28), bias(48), 4, yes),
         "conv1x1": (feature(2, 20, 9, 13), [x, feature(2, 5, 9, 13)], weight(20, 33, 1), bias(20), "silu", 0.0, yes),
+        "conv1x1 residual": (feature(2, 20, 9, 13), [x], weight(20, 28, 1), bias(20), "gelu", 0.0, yes,
+                             feature(2, 20, 9, 13)),
         "esa": (feature(1, 20, 17, 23), feature(1, 20, 17, 23), *esa_weights(20, 8, dtype=dtype), esa_mask),
         "esa rfdn": (feature(1, 20, 22, 16), feature(1, 20, 22, 16), *esa_weights(20, 8, True, dtype), [True] * 15),
         "bsconv zeros": (feature(2, 20, 9, 13), x, weight(20, 28, 1), weight(20, 1), bias(20),
@@ -288,7 +290,7 @@ def gradient_cases(dtype, layout):
 
 
 CASE_NAMES = ["conv3x3 silu", "conv3x3 pre", "conv3x3 post", "conv3x3 attention", "spab", "conv3x3_pixel_shuffle",
-              "conv1x1", "esa", "esa rfdn", "bsconv zeros", "bsconv reflect", "depthwise_conv gelu",
+              "conv1x1", "conv1x1 residual", "esa", "esa rfdn", "bsconv zeros", "bsconv reflect", "depthwise_conv gelu",
               "depthwise_conv gated", "layer_norm2d"]  # fmt: skip
 
 

@@ -8,7 +8,8 @@ namespace esr {
 enum class Activation : int32_t { kNone = 0, kRelu = 1, kLeakyRelu = 2, kSilu = 3, kGelu = 4, kGeluTanh = 5 };
 inline constexpr int64_t kActivationCount = 6;
 
-// h is the convolution's result. The first three are public; a gate ends ESA.
+// h is the convolution's result. The first three are public, the first two of every operator with a residual; a gate
+// ends ESA.
 enum class ResidualMode : int32_t {
   kPre = 0,        // act(h + residual)
   kPost = 1,       // act(h) + residual
@@ -17,5 +18,6 @@ enum class ResidualMode : int32_t {
   kNone = 4,       // act(h)
 };
 inline constexpr int64_t kPublicResidualModeCount = 3;
+inline constexpr int64_t kSumModeCount = 2;
 
 }  // namespace esr

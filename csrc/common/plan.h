@@ -41,6 +41,8 @@ struct Layer {
   bool reflect = false;
   std::vector<float> shift, scale;  // of a normalize, one for each channel
 
+  // How many of the inputs are no residual.
+  size_t operands() const { return inputs.size() - (has_residual ? 1 : 0); }
   std::string name() const { return "layer " + std::to_string(index) + " (" + op_name(op) + ")"; }
 };
 
@@ -59,7 +61,8 @@ class ProgramReader {
 
   Program read() {
     const int64_t format = next("format");
-    STD_TORCH_CHECK(format == 1, "plan: format ", format, " is not supported, this library reads format 1");
+    STD_TORCH_CHECK(format == kFormat, "plan: format ", format, " is not supported, this library reads format ",
+                    kFormat);
     Program p;
     p.inputs = next("inputs");
     const int64_t layers = next("layers");
@@ -85,6 +88,7 @@ class ProgramReader {
   }
 
  private:
+  static constexpr int64_t kFormat = 2;
   static constexpr int64_t kMaxInputs = 1024;
 
   int64_t next(const char* what) {
@@ -134,6 +138,12 @@ class ProgramReader {
     }
   }
 
+  ResidualMode residual_mode(Layer& layer, int64_t count) {
+    const auto mode = static_cast<ResidualMode>(choice("residual_mode", count));
+    if (layer.has_residual) layer.residual_mode = mode;
+    return mode;
+  }
+
   Layer read_layer(int64_t index, int64_t defined) {
     end_ = program_.size();
     Layer layer;
@@ -153,8 +163,7 @@ class ProgramReader {
         weight(layer, "bias", false);
         activation(layer);
         residual(layer, defined);
-        const auto mode = static_cast<ResidualMode>(choice("residual_mode", kPublicResidualModeCount));
-        if (layer.has_residual) layer.residual_mode = mode;
+        const ResidualMode mode = residual_mode(layer, kPublicResidualModeCount);
         STD_TORCH_CHECK(mode != ResidualMode::kAttention || layer.has_residual, "plan: ", layer.name(),
                         " has residual_mode attention and no residual");
         STD_TORCH_CHECK(mode != ResidualMode::kAttention || layer.activation == Activation::kNone,
@@ -169,6 +178,8 @@ class ProgramReader {
         weight(layer, "weight", true);
         weight(layer, "bias", false);
         activation(layer);
+        residual(layer, defined);
+        residual_mode(layer, kSumModeCount);
         break;
       }
       case Op::kConv3x3PixelShuffle:
@@ -196,6 +207,8 @@ class ProgramReader {
         weight(layer, "bias", false);
         layer.reflect = choice("padding_mode", 2) == 1;
         activation(layer);
+        residual(layer, defined);
+        residual_mode(layer, kSumModeCount);
         break;
       case Op::kAdd:
         layer.inputs.push_back(value("a", defined));

@@ -211,8 +211,10 @@ Weight adjoint(const Weight& w) {
 void differentiate_rows(const Kernels& kernels, DerivativeArgs epilogue, const float* h, const Map& grad, int64_t y0,
                         int64_t y1) {
   epilogue.floats = grad.layout.width * grad.layout.step;
+  const float* const residual = epilogue.residual;
   for (int64_t y = y0; y < y1; ++y) {
     epilogue.h = h + (y - y0) * epilogue.floats;
+    if (residual != nullptr) epilogue.residual = residual + (y - y0) * epilogue.floats;
     epilogue.out = grad.pixels() + y * grad.layout.pitch;
     epilogue.grad = epilogue.out;
     kernels.derivative(epilogue);

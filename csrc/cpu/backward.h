@@ -106,7 +106,8 @@ inline MapLayout layout_for(const Kernels& kernels, const Shape& s) {
   return MapLayout::make(s.channels, s.height, s.width, kernels.lanes);
 }
 
-// The gradients in rows [y0, y1) of a map, brought through an activation in place; `h` are dense rows from y0 on.
+// The gradients in rows [y0, y1) of a map, brought through an activation in place; `h`, and the epilogue's residual if
+// it has one, are dense rows from y0 on.
 void differentiate_rows(const Kernels& kernels, DerivativeArgs epilogue, const float* h, const Map& grad, int64_t y0,
                         int64_t y1);
 

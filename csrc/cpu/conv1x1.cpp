@@ -3,7 +3,7 @@
 namespace esr {
 namespace {
 
-// 1x1 convolution of the concatenation of its inputs, which is never built.
+// 1x1 convolution of the concatenation of its inputs, which is never built, and perhaps a residual.
 class Conv1x1 final : public Operator {
  public:
   Conv1x1(const Layer& layer, const Kernels& kernels, const Weights& weights) : Operator(layer, kernels) {
@@ -17,13 +17,17 @@ class Conv1x1 final : public Operator {
   Shape result(const std::vector<Shape>& in) const override {
     int64_t known = 0;
     bool all_known = true;
-    for (const Shape& s : in) {
-      check_same_size(in[0], s, "x");
-      all_known = all_known && s.channels >= 0;
-      known += std::max<int64_t>(s.channels, 0);
+    for (size_t i = 0; i < layer_.operands(); ++i) {
+      check_same_size(in[0], in[i], "x");
+      all_known = all_known && in[i].channels >= 0;
+      known += std::max<int64_t>(in[i].channels, 0);
     }
     STD_TORCH_CHECK(all_known ? known == cin_ : known < cin_, layer_.name(), ": the inputs have ", known,
                     " channels together, the weight takes ", cin_);
+    if (layer_.has_residual) {
+      check_channels(in.back(), cout_, "residual");
+      check_same_size(in[0], in.back(), "residual");
+    }
     return {cout_, in[0].height, in[0].width};
   }
 
@@ -57,21 +61,26 @@ class Conv1x1 final : public Operator {
       return MapLayout::make(whole.channels, height, flat ? (y1 - y0) * whole.width : whole.width, kernels_.lanes);
     };
     const MapLayout m = strip_of(run.output.layout);
+    const auto pixels_of = [&](const Map& in, const MapLayout& layout) -> const float* {
+      if (in.ring != nullptr) return in.pixels() + y0 * layout.pitch;
+      float* const pixels = strip;
+      import_strip(kernels_, rows_from(in.tensor, y0), layout, pixels, 0, height);
+      strip += height * layout.pitch;
+      return pixels;
+    };
     Conv1x1Args a;
-    a.inputs = static_cast<int64_t>(run.inputs.size());
-    for (size_t i = 0; i < run.inputs.size(); ++i) {
-      const Map& in = run.inputs[i];
-      const MapLayout layout = strip_of(in.layout);
-      if (in.ring == nullptr) {
-        import_strip(kernels_, rows_from(in.tensor, y0), layout, strip, 0, height);
-        a.in[i] = strip;
-        strip += height * layout.pitch;
-      } else {
-        a.in[i] = in.pixels() + y0 * layout.pitch;
-      }
+    a.inputs = static_cast<int64_t>(layer_.operands());
+    for (size_t i = 0; i < layer_.operands(); ++i) {
+      const MapLayout layout = strip_of(run.inputs[i].layout);
+      a.in[i] = pixels_of(run.inputs[i], layout);
       a.in_pitch[i] = layout.pitch;
       a.in_step[i] = layout.step;
       a.cin[i] = layout.channels;
+    }
+    if (layer_.has_residual) {
+      a.epilogue.mode = layer_.residual_mode;
+      a.epilogue.residual = pixels_of(run.inputs.back(), m);
+      a.epilogue.residual_pitch = m.pitch;
     }
     a.out = run.output.ring == nullptr ? strip : run.output.pixels() + y0 * m.pitch;
     a.out_pitch = m.pitch;

@@ -14,21 +14,23 @@ constexpr int64_t kStripPixels = 384, kMostStrips = 16;
 using torch::stable::Tensor;
 
 void conv1x1_backward(const Tensor& grad, const std::vector<Tensor>& xs, const Tensor& weight,
-                      const std::optional<Tensor>& bias, int64_t activation, double slope,
-                      const std::vector<Tensor>& gradients) {
+                      const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, int64_t activation,
+                      double slope, const std::vector<Tensor>& gradients) {
   constexpr const char* kName = "conv1x1_backward";
   const Kernels& kernels = active_kernels();
   const size_t inputs = xs.size();
   STD_TORCH_CHECK(inputs >= 1 && inputs <= static_cast<size_t>(Conv1x1Args::kMaxInputs), kName, ": ", inputs,
                   " inputs given, allowed are 1..", Conv1x1Args::kMaxInputs);
-  Gradients t(kName, gradients, inputs + 2);
-  const DerivativeArgs epilogue = t.epilogue(activation, slope);
+  const size_t to_weight = inputs, to_bias = inputs + 1, to_residual = inputs + 2;
+  Gradients t(kName, gradients, inputs + (residual.has_value() ? 3 : 2));
+  DerivativeArgs epilogue = t.epilogue(activation, slope);
+  if (residual.has_value()) epilogue.mode = ResidualMode::kPre;
   const bool again = epilogue.activation != Activation::kNone;
-  const size_t to_weight = inputs, to_bias = inputs + 1;
+  const bool returns_residual = residual.has_value() && t.wants(to_residual);
 
   std::vector<Batch> in, to_x;
   int64_t channels = 0;
-  bool any = t.wants(to_weight) || t.wants(to_bias);
+  bool any = t.wants(to_weight) || t.wants(to_bias) || returns_residual;
   for (size_t i = 0; i < inputs; ++i) {
     in.push_back(t.read(xs[i], "an input"));
     const Shape &first = in[0].shape, &shape = in[i].shape;
@@ -42,14 +44,17 @@ void conv1x1_backward(const Tensor& grad, const std::vector<Tensor>& xs, const T
   const Weight w = t.weight(weight, "weight", {-1, channels, 1, 1});
   const int64_t cout = w.shape[0];
   const std::vector<float> b = t.bias(bias, "bias", cout);
-  const Batch g = t.read(grad, "grad", {cout, height, width});
+  const Shape out{cout, height, width};
+  const Batch g = t.read(grad, "grad", out);
+  const Batch r = residual.has_value() ? t.read(*residual, "residual", out) : Batch{};
+  const Batch to_r = returns_residual ? t.target(to_residual, "the gradient to residual", out) : Batch{};
   if (!any) return;
 
-  bool planar = in_planes(g);
+  bool planar = in_planes(g) && (!residual.has_value() || in_planes(r)) && (!returns_residual || in_planes(to_r));
   for (size_t i = 0; i < inputs; ++i) planar = planar && in_planes(in[i]) && (!t.wants(i) || in_planes(to_x[i]));
   if (planar) {
     const PlanarGradients found =
-        planar_gradients(kernels, w, b, epilogue, in, g, to_x, t.wants(to_weight), t.wants(to_bias));
+        planar_gradients(kernels, w, b, epilogue, in, r, g, to_x, to_r, t.wants(to_weight), t.wants(to_bias));
     if (t.wants(to_weight)) t.write(to_weight, "the gradient to weight", found.weight);
     if (t.wants(to_bias)) t.write(to_bias, "the gradient to bias", found.bias);
     return;
@@ -58,7 +63,8 @@ void conv1x1_backward(const Tensor& grad, const std::vector<Tensor>& xs, const T
   // Strips that stay in the second-level cache: cut by the size of the images alone, as the sums depend on them.
   const int64_t rows = std::max({ceil_div(height, kMostStrips), std::min(height, kStripPixels / width), int64_t{1}});
   const int64_t strips = ceil_div(height, rows);
-  bool flat = one_row(g.image(0), width);
+  bool flat = one_row(g.image(0), width) && (!residual.has_value() || one_row(r.image(0), width)) &&
+              (!returns_residual || one_row(to_r.image(0), width));
   for (size_t i = 0; i < inputs; ++i) {
     flat = flat && one_row(in[i].image(0), width) && (!t.wants(i) || one_row(to_x[i].image(0), width));
   }
@@ -93,11 +99,22 @@ void conv1x1_backward(const Tensor& grad, const std::vector<Tensor>& xs, const T
     const Map& to_h = maps[inputs];
     import_strip(kernels, rows_from(g.image(n), y), to_h.layout, to_h.pixels(), 0, count);
     if (again) {
-      const int64_t pitch = length * to_h.layout.step;
-      const Workspace h(count * pitch);
-      forward.convolve(images, {}, h.data(), pitch, 0, count);
-      differentiate_rows(kernels, epilogue, h.data(), to_h, 0, count);
+      MapLayout dense = to_h.layout;
+      dense.pitch = length * dense.step;
+      const int64_t floats = count * dense.pitch;
+      const Workspace memory((residual.has_value() ? 2 : 1) * floats);
+      float* const h = memory.data();
+      DerivativeArgs strip_epilogue = epilogue;
+      forward.convolve(images, {}, h, dense.pitch, 0, count);
+      if (residual.has_value()) {
+        import_strip(kernels, rows_from(r.image(n), y), dense, h + floats, 0, count);
+        strip_epilogue.residual = h + floats;
+      }
+      differentiate_rows(kernels, strip_epilogue, h, to_h, 0, count);
       count_pass(Pass::kAgain);
+    }
+    if (returns_residual) {
+      export_rows(kernels, {rows_from(to_r.image(n), y)}, to_h.layout, to_h.pixels(), 0, 0, count);
     }
     for (size_t i = 0; i < inputs; ++i) {
       sums[i].add(k, images[i], images[i].pixels(), to_h);

@@ -84,11 +84,12 @@ struct Planar1x1Args {
   int64_t cin = 0;
   float* out = nullptr;
   int64_t cout = 0;
-  int64_t pixels = 0;               // of a plane
-  int64_t plane = 0;                // floats from a plane of `out` and of `residual` to the next
-  const float* residual = nullptr;  // added after the activation
-  const float* weights = nullptr;   // [block][cin][planar_rows]
-  const float* bias = nullptr;      // [cout]
+  int64_t pixels = 0;  // of a plane
+  int64_t plane = 0;   // floats from a plane of `out` and of `residual` to the next
+  ResidualMode mode = ResidualMode::kNone;
+  const float* residual = nullptr;
+  const float* weights = nullptr;  // [block][cin][planar_rows]
+  const float* bias = nullptr;     // [cout]
   Activation activation = Activation::kNone;
   float slope = 0.0f;
 };

@@ -11,8 +11,8 @@ namespace {
 // Of gradients: pixels of a tile, and the least tiles and the most parts of an image that are summed up on their own.
 constexpr int64_t kTile = 128, kLeastTiles = 8, kMostParts = 16;
 
-const float* plane(const TensorView& image, int64_t channel) {
-  return static_cast<const float*>(image.data) + channel * image.channel_stride;
+float* plane(const TensorView& image, int64_t channel) {
+  return static_cast<float*>(image.data) + channel * image.channel_stride;
 }
 
 // Channels of an image as rows of kTile floats, zeros behind the last pixel.
@@ -42,25 +42,14 @@ bool in_planes(const Batch& b) {
 
 std::unique_ptr<PlanarPlan> PlanarPlan::make(const Program& program, const Weights& weights, const Kernels& kernels) {
   const auto& layers = program.layers;
-  const bool alone = layers.size() == 1, added = layers.size() == 2 && layers[1].op == Op::kAdd;
-  if (!(alone || added) || layers[0].op != Op::kConv1x1) return nullptr;
-  if (program.outputs != std::vector<int64_t>{program.values() - 1}) return nullptr;
-  if (layers[0].has_residual || weights[static_cast<size_t>(layers[0].weights[0])].shape.size() != 4) return nullptr;
-  if (weights[static_cast<size_t>(layers[0].weights[0])].shape[1] > Planar1x1Args::kMostChannels) return nullptr;
-  if (added) {
-    const auto& summands = layers[1].inputs;
-    const int64_t result = program.inputs;
-    if ((summands[0] == result) == (summands[1] == result)) return nullptr;
-  }
+  if (layers.size() != 1 || layers[0].op != Op::kConv1x1 || program.outputs.size() != 1) return nullptr;
+  const Weight& w = weight_of(layers[0], 0, weights, "weight", {-1, -1, 1, 1});
+  if (w.shape[1] > Planar1x1Args::kMostChannels) return nullptr;
   return std::unique_ptr<PlanarPlan>(new PlanarPlan(program, weights, kernels));
 }
 
 PlanarPlan::PlanarPlan(const Program& program, const Weights& weights, const Kernels& kernels)
     : kernels_(kernels), layer_(program.layers[0]) {
-  if (program.layers.size() == 2) {
-    const auto& summands = program.layers[1].inputs;
-    residual_ = summands[0] == program.inputs ? summands[1] : summands[0];
-  }
   const Weight& w = weight_of(layer_, 0, weights, "weight", {-1, -1, 1, 1});
   cout_ = w.shape[0];
   cin_ = w.shape[1];
@@ -73,22 +62,25 @@ bool PlanarPlan::takes(const std::vector<Batch>& in, const std::vector<Batch>& o
   const auto dense = [&](const Batch& b) {
     return in_planes(b) && (b.first.channel_stride == plane || b.shape.channels == 1);
   };
-  return dense(out[0]) && (residual_ < 0 || dense(in[static_cast<size_t>(residual_)])) &&
+  return dense(out[0]) && (!layer_.has_residual || dense(in[static_cast<size_t>(layer_.inputs.back())])) &&
          std::all_of(layer_.inputs.begin(), layer_.inputs.end(),
                      [&](int64_t v) { return in_planes(in[static_cast<size_t>(v)]); });
 }
 
 void PlanarPlan::run(const std::vector<Batch>& in, const std::vector<Batch>& out, int64_t n) const {
   Planar1x1Args a;
-  for (const int64_t v : layer_.inputs) {
-    const Batch& b = in[static_cast<size_t>(v)];
+  for (size_t i = 0; i < layer_.operands(); ++i) {
+    const Batch& b = in[static_cast<size_t>(layer_.inputs[i])];
     const TensorView image = b.image(n);
     for (int64_t c = 0; c < b.shape.channels; ++c) a.in[a.cin++] = plane(image, c);
   }
   a.out = static_cast<float*>(out[0].image(n).data);
   a.cout = cout_;
   a.pixels = a.plane = out[0].shape.height * out[0].shape.width;
-  if (residual_ >= 0) a.residual = static_cast<const float*>(in[static_cast<size_t>(residual_)].image(n).data);
+  a.mode = layer_.residual_mode;
+  if (layer_.has_residual) {
+    a.residual = static_cast<const float*>(in[static_cast<size_t>(layer_.inputs.back())].image(n).data);
+  }
   a.weights = weights_.data();
   a.bias = bias_.data();
   a.activation = layer_.activation;
@@ -98,8 +90,9 @@ void PlanarPlan::run(const std::vector<Batch>& in, const std::vector<Batch>& out
 }
 
 PlanarGradients planar_gradients(const Kernels& kernels, const Weight& w, const std::vector<float>& bias,
-                                 const DerivativeArgs& epilogue, const std::vector<Batch>& xs, const Batch& grad,
-                                 const std::vector<Batch>& to_x, bool to_weight, bool to_bias) {
+                                 const DerivativeArgs& epilogue, const std::vector<Batch>& xs, const Batch& residual,
+                                 const Batch& grad, const std::vector<Batch>& to_x, const Batch& to_residual,
+                                 bool to_weight, bool to_bias) {
   const int64_t cout = w.shape[0], cin = w.shape[1], lanes = kernels.lanes;
   const bool again = epilogue.activation != Activation::kNone;
   const int64_t plane_pixels = grad.shape.height * grad.shape.width, tiles = ceil_div(plane_pixels, kTile);
@@ -139,7 +132,7 @@ PlanarGradients planar_gradients(const Kernels& kernels, const Weight& w, const 
   PackedFloats sums(grad.images * parts * floats);
   const auto part = [&](int64_t k, float* tile, float* vectors) {
     const int64_t n = k / parts, first = k % parts * tiles_each, last = std::min(first + tiles_each, tiles);
-    float *const g = tile + cin * kTile, *const h = g + cout * kTile;
+    float *const g = tile + cin * kTile, *const h = g + cout * kTile, *const skip = h + cout * kTile;
     std::fill(vectors, vectors + floats * lanes, 0.0f);
     PlanarProductsArgs products;
     products.x = tile;
@@ -167,9 +160,18 @@ PlanarGradients planar_gradients(const Kernels& kernels, const Weight& w, const 
         d.h = h;
         d.grad = d.out = g;
         d.floats = cout * kTile;
+        if (residual.first.data != nullptr) {
+          copy_tile(residual.image(n), cout, pixel, pixels, skip);
+          d.residual = skip;
+        }
         kernels.derivative(d);
         // A derivative that is not finite would make the zeros behind the image NaN.
         for (int64_t c = 0; c < cout; ++c) std::fill(g + c * kTile + pixels, g + (c + 1) * kTile, 0.0f);
+      }
+      if (to_residual.first.data != nullptr) {
+        for (int64_t c = 0; c < cout; ++c) {
+          std::copy_n(g + c * kTile, pixels, plane(to_residual.image(n), c) + pixel);
+        }
       }
       for (size_t i = 0; i < xs.size(); ++i) {
         if (adjoints[i].weights == nullptr) continue;
@@ -188,7 +190,7 @@ PlanarGradients planar_gradients(const Kernels& kernels, const Weight& w, const 
     }
   };
   parallel_ranges(grad.images * parts, tiles_each * kTile * cout * cin * 3, [&](int64_t k0, int64_t k1) {
-    const Workspace tile((cin + 2 * cout) * kTile), vectors(floats * lanes);
+    const Workspace tile((cin + 3 * cout) * kTile), vectors(floats * lanes);
     for (int64_t k = k0; k < k1; ++k) part(k, tile.data(), vectors.data());
   });
 

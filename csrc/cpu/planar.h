@@ -13,7 +13,7 @@ namespace esr {
 // Whether images are float32 in planes whose rows follow each other.
 bool in_planes(const Batch& b);
 
-// A plan of a single 1x1 convolution and perhaps a residual.
+// A plan of a single 1x1 convolution, perhaps with a residual.
 class PlanarPlan {
  public:
   // Null where the program is another.
@@ -29,7 +29,6 @@ class PlanarPlan {
 
   const Kernels& kernels_;
   Layer layer_;
-  int64_t residual_ = -1;  // the input that is added
   int64_t cout_ = 0, cin_ = 0;
   PackedFloats weights_, bias_;
 };
@@ -40,11 +39,13 @@ struct PlanarGradients {
   std::vector<float> bias;    // [cout]
 };
 
-// Gradients of act(conv1x1(cat(xs), w) + bias) for a gradient to the result; those to the inputs are written to `to_x`,
-// where a null pointer stands for one that is not wanted. `bias` has no values without one. Sums over pixels are cut
-// into parts by the images' size alone, and the parts are added in order.
+// Gradients of act(conv1x1(cat(xs), w) + bias + residual) for a gradient to the result; those to the inputs are written
+// to `to_x`, the residual's to `to_residual`, where a null pointer stands for one that is not wanted. `bias` has no
+// values and `residual` no data without one. Sums over pixels are cut into parts by the images' size alone, and the
+// parts are added in order.
 PlanarGradients planar_gradients(const Kernels& kernels, const Weight& w, const std::vector<float>& bias,
-                                 const DerivativeArgs& epilogue, const std::vector<Batch>& xs, const Batch& grad,
-                                 const std::vector<Batch>& to_x, bool to_weight, bool to_bias);
+                                 const DerivativeArgs& epilogue, const std::vector<Batch>& xs, const Batch& residual,
+                                 const Batch& grad, const std::vector<Batch>& to_x, const Batch& to_residual,
+                                 bool to_weight, bool to_bias);
 
 }  // namespace esr

@@ -53,7 +53,7 @@ inline FinishFunction planar_finish(const Planar1x1Args& a) {
   Epilogue epilogue;
   epilogue.activation = a.activation;
   epilogue.slope = a.slope;
-  epilogue.mode = a.residual == nullptr ? ResidualMode::kNone : ResidualMode::kPost;
+  epilogue.mode = a.mode;
   return finish_function(epilogue);
 }
 

@@ -240,12 +240,13 @@ void conv3x3_pixel_shuffle_backward(Tensor grad, Tensor x, Tensor weight, int64_
 }
 
 void conv1x1_backward(Tensor grad, std::vector<Tensor> xs, Tensor weight, std::optional<Tensor> bias,
-                      int64_t activation, double slope, int64_t precision, std::vector<Tensor> gradients) {
+                      std::optional<Tensor> residual, int64_t activation, double slope, int64_t precision,
+                      std::vector<Tensor> gradients) {
   constexpr const char* kName = "conv1x1_backward";
   Tensors t(kName, precision);
   STD_TORCH_CHECK(!xs.empty() && xs.size() <= kMostMaps, kName, ": ", xs.size(), " inputs given, allowed are 1..",
                   kMostMaps);
-  t.check_count(gradients, xs.size() + 2);
+  t.check_count(gradients, xs.size() + (residual.has_value() ? 3 : 2));
   Convolve forward;
   int64_t channels = 0;
   for (const Tensor& x : xs) {
@@ -260,6 +261,12 @@ void conv1x1_backward(Tensor grad, std::vector<Tensor> xs, Tensor weight, std::o
   forward.bias = t.bias(bias, "bias", out.channels);
   forward.activation = activation_of(kName, activation);
   forward.slope = static_cast<float>(slope);
+  Map to_residual;
+  if (residual.has_value()) {
+    forward.residual = t.map(*residual, "residual", out).view;
+    forward.mode = ResidualMode::kPre;
+    to_residual = t.to_map(gradients[xs.size() + 2], "the gradient to residual", out);
+  }
   const Map g = t.map(grad, "grad", out);
   std::vector<Map> to_xs;
   for (size_t i = 0; i < xs.size(); ++i) {
@@ -269,7 +276,9 @@ void conv1x1_backward(Tensor grad, std::vector<Tensor> xs, Tensor weight, std::o
   const WeightView to_bias = t.to_bias(gradients[xs.size() + 1], "the gradient to bias", out.channels);
   if (t.batch() == 0) return;
   Sequence::run(xs[0], t.precision(), t.batch(), t.memory(), [&](Sequence& s) {
-    const Map to_h = forward.activation == Activation::kNone ? g : before_epilogue(s, forward, g, {});
+    const bool linear = forward.activation == Activation::kNone;
+    if (linear && to_residual.view.data != nullptr) s.copy(g.view, to_residual);
+    const Map to_h = linear ? g : before_epilogue(s, forward, g, to_residual.view);
     int64_t first = 0;
     for (size_t i = 0; i < to_xs.size(); ++i) {
       Convolve part = forward;
@@ -368,8 +377,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ESR_LIBRARY, m) {
       "conv3x3_pixel_shuffle_backward(Tensor grad, Tensor x, Tensor weight, int upscale_factor, int precision, "
       "Tensor(a!)[] gradients) -> ()");
   m.def(
-      "conv1x1_backward(Tensor grad, Tensor[] xs, Tensor weight, Tensor? bias, int activation, float negative_slope, "
-      "int precision, Tensor(a!)[] gradients) -> ()");
+      "conv1x1_backward(Tensor grad, Tensor[] xs, Tensor weight, Tensor? bias, Tensor? residual, int activation, "
+      "float negative_slope, int precision, Tensor(a!)[] gradients) -> ()");
   m.def(
       "bsconv_backward(Tensor grad, Tensor x, Tensor pointwise, Tensor depthwise, Tensor? bias, bool reflect, "
       "int activation, float negative_slope, int precision, Tensor(a!)[] gradients) -> ()");

@@ -18,9 +18,7 @@ class ConvolutionStep : public Step {
  public:
   ConvolutionStep(const Layer& layer, Precision precision, const Weights& weights, const Shapes& inputs, bool network)
       : Step(layer, precision), separable_(layer.op == Op::kBsconv) {
-    const int64_t maps = static_cast<int64_t>(inputs.size()) - layer.has_residual;
-    for (int64_t i = 0; i < maps; ++i)
-      channels_.push_back(static_cast<int32_t>(inputs[static_cast<size_t>(i)].channels));
+    for (size_t i = 0; i < layer.operands(); ++i) channels_.push_back(static_cast<int32_t>(inputs[i].channels));
     int64_t in_channels = 0;
     for (const int32_t c : channels_) in_channels += c;
     taps_ = layer.op == Op::kConv1x1 ? 1 : 9;

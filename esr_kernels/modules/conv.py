@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional
-from ..backends.reference._common import activate, epilogue
-from .arguments import PaddingMode, known_activation, known_residual_mode, positive
+from ..backends.reference._common import activate
+from .arguments import PaddingMode, known_activation, positive
 
 
 class _Conv(nn.Conv2d):
@@ -72,7 +72,7 @@ class Conv3x3(_Conv):
 
 
 class Conv1x1(_Conv):
-    """1x1 convolution of one tensor or of the concatenation of several, with activation: `functional.conv1x1`.
+    """1x1 convolution of one tensor or of several concatenated, with activation and residual: `functional.conv1x1`.
 
     Args:
         in_channels: of all inputs together.
@@ -98,15 +98,17 @@ class Conv1x1(_Conv):
     ) -> Tensor:
         """One [N, C, H, W] or several [N, C_i, H, W] -> [N, O, H, W]; several are never concatenated.
 
-        A residual [N, O, H, W], with its mode as in `functional.conv3x3`, is a separate pass.
+        A residual [N, O, H, W] with its mode as in `functional.conv1x1`.
         """
-        if residual is None:
-            return functional.conv1x1(
-                xs, self.weight, self.bias, activation=self.activation, negative_slope=self.negative_slope
-            )
-        known_residual_mode(residual_mode, self.activation)
-        h = functional.conv1x1(xs, self.weight, self.bias)
-        return epilogue(h, residual, self.activation, self.negative_slope, residual_mode)
+        return functional.conv1x1(
+            xs,
+            self.weight,
+            self.bias,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            residual=residual,
+            residual_mode=residual_mode,
+        )
 
 
 class DepthwiseConv(nn.Conv2d):

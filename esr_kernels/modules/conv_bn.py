@@ -80,8 +80,6 @@ class ConvBN(Reparameterized):
         """As `Reparameterized.forward`."""
         if self.deployed or not self.training:
             return super().forward(x, residual, residual_mode)
-        if residual is not None and self.kernel_size == 1:
-            raise ValueError("residual: a 1x1 convolution takes none")
         known_residual_mode(residual_mode, self.activation)
         conv = functional.conv1x1 if self.kernel_size == 1 else functional.conv3x3
         h = self.bn(conv(x, self.conv.weight, self.conv.bias))

@@ -14,7 +14,7 @@ from .conv import Conv1x1, DepthwiseConv
 class GDFN(nn.Module):
     """Gated-dconv feed-forward network (Zamir et al., Restormer; report sections 4.5, 4.18, 4.21, 4.28).
 
-    1x1 to twice the hidden width, depthwise 3x3, one half times the other, 1x1 back. No residual, no biases.
+    1x1 to twice the hidden width, depthwise 3x3, one half times the other, 1x1 back. No biases.
 
     Args:
         channels: of input and output.
@@ -40,9 +40,9 @@ class GDFN(nn.Module):
         self.dwconv = depthwise_conv(2 * hidden, bias=False, activation="gelu" if gelu else "none", gated=True)
         self.project_out = conv1x1(hidden, channels, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape."""
-        return self.project_out(self.refine(self.dwconv(self.project_in(x))))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N, C, H, W] -> the same shape; a residual of that shape is added in the last convolution's pass."""
+        return self.project_out(self.refine(self.dwconv(self.project_in(x))), residual)
 
     def refine(self, product: Tensor) -> Tensor:
         """What happens to the halves' product [N, hidden, H, W] before the last convolution: nothing here."""

@@ -97,8 +97,8 @@ def _is_plannable(ws: Workspace, node: fx.Node) -> bool:
         return False
     if node.target in _HOT:
         weights = node.args[1:]
-        if node.target in (ops.conv3x3.default, ops.conv3x3_pixel_shuffle.default):
-            weights = weights[:2]  # the third is the residual
+        if node.target in (ops.conv3x3.default, ops.conv3x3_pixel_shuffle.default, ops.conv1x1.default):
+            weights = weights[:2]  # what is left is a residual
         return all(w in ws.values for w in weights if isinstance(w, fx.Node))
     if node.target is operator.getitem:
         return node.args[0].target is ops.spab.default and _is_plannable(ws, node.args[0])  # type: ignore[union-attr,arg-type]
@@ -241,16 +241,14 @@ class _Segment:
         )
 
     def _conv1x1(self, node: fx.Node) -> None:
-        xs, weight, bias, activation, slope = node.args
-        self.values[node] = self._add_layer(
-            "conv1x1",
-            node,
-            [self._value(x) for x in xs],  # type: ignore[union-attr]
-            dims(node)[1],
-            {"weight": weight, "bias": bias},
-            activation=activation,
-            negative_slope=slope,
-        )
+        xs, weight, bias, activation, slope, *added = node.args
+        inputs = [self._value(x) for x in xs]  # type: ignore[union-attr]
+        attributes: dict[str, Any] = {"activation": activation, "negative_slope": slope}
+        if added and added[0] is not None:
+            inputs.append(self._value(added[0]))
+            attributes["residual_mode"] = added[1] if len(added) > 1 else "post"
+        weights = {"weight": weight, "bias": bias}
+        self.values[node] = self._add_layer("conv1x1", node, inputs, dims(node)[1], weights, **attributes)
 
     def _esa(self, node: fx.Node) -> None:
         x, *weights = node.args

@@ -108,7 +108,8 @@ def _fused_of(ws: Workspace, node: fx.Node) -> _Fused | None:
     if node.target is ops.conv3x3.default and known(a[1], a[2]):
         return _Fused("conv3x3", node, [a[0]], ws.known(a[1]), bias(a[2]), a[3], a[4], a[5], a[6])  # type: ignore[arg-type]
     if node.target is ops.conv1x1.default and known(a[1], a[2]):
-        return _Fused("conv1x1", node, a[0], ws.known(a[1]), bias(a[2]), None, a[3], a[4])  # type: ignore[arg-type]
+        residual, mode = a[5] if len(a) > 5 else None, a[6] if len(a) > 6 else "post"
+        return _Fused("conv1x1", node, a[0], ws.known(a[1]), bias(a[2]), residual, a[3], a[4], mode)  # type: ignore[arg-type]
     if node.target is ops.conv3x3_pixel_shuffle.default and known(a[1], a[2]):
         return _Fused("conv3x3_pixel_shuffle", node, [a[0]], ws.known(a[1]), bias(a[2]), a[3], factor=a[4])  # type: ignore[arg-type]
     if node.target is ops.bsconv.default and known(a[1], a[2], a[3]):
@@ -131,7 +132,7 @@ def _write(ws: Workspace, fused: _Fused, at: fx.Node, gone: list[fx.Node] | None
     if fused.op == "conv3x3":
         args = (x, weight, bias, fused.residual, *act, fused.mode)
     elif fused.op == "conv1x1":
-        args = (fused.xs, weight, bias, *act)
+        args = (fused.xs, weight, bias, *act, fused.residual, fused.mode)
     elif fused.op == "conv3x3_pixel_shuffle":
         args = (x, weight, bias, fused.residual, fused.factor)
     elif fused.op == "depthwise_conv":
@@ -164,6 +165,8 @@ def _separable(ws: Workspace) -> None:
             continue
         point = _fused_of(ws, x)
         if point is None or point.op != "conv1x1" or point.activation != "none" or len(point.xs) != 1:
+            continue
+        if point.residual is not None:
             continue
         if len(x.users) != 1 or _halves(ws, node) is not None:
             continue  # the halves of a gate are multiplied where they are made
@@ -600,7 +603,7 @@ def _two_arguments(
     fused: _Fused, f: Callable[..., Tensor], x: Tensor, residual: fx.Node, limit: float | None
 ) -> tuple[_Fused, float | None] | None:
     """A residual after or before the activation, or SPAN's attention."""
-    if fused.residual is not None or fused.op not in ("conv3x3", "conv3x3_pixel_shuffle"):
+    if fused.residual is not None or fused.op not in ("conv3x3", "conv3x3_pixel_shuffle", "conv1x1"):
         return None
     permuted = torch.randperm(x.shape[2], generator=torch.Generator().manual_seed(1))
     r = x[:, :, permuted]
@@ -616,13 +619,15 @@ def _two_arguments(
             # The convolution as it is, without or after its activation.
             found = (fused, None) if _equal(alone(x), x, x) else None
         return None if found is None else (replace(found[0], residual=residual, mode="post"), None)
-    if fused.op != "conv3x3" or fused.activation != "none":
+    if fused.op == "conv3x3_pixel_shuffle" or fused.activation != "none":
         return None
     before = _one_argument(fused, alone, x, limit)
     if before is not None and before[0].activation != "none":
         a = before[0]
         if a.weight is fused.weight and _equal(y, activate(x + r, a.activation, a.slope), size):
             return replace(a, residual=residual, mode="pre"), None
+    if fused.op != "conv3x3":
+        return None
     gate = attention(x, r)
     factor = float((y * gate).sum() / (gate * gate).sum())
     if factor and _equal(y / factor, gate, size):
@@ -667,9 +672,9 @@ def _esa_of(ws: Workspace, x: Any, gate: Any) -> list[Tensor | None] | None:
     if conv4 is None or conv4.activation != "none" or not used_once(conv4.node):
         return None
     total = conv4.xs[0]
-    if total.target is not aten.add.Tensor or total.kwargs or len(total.args) != 2 or not used_once(total):
+    if not used_once(total):
         return None
-    for up, skip in (total.args, total.args[::-1]):
+    for up, skip in _summands(ws, total):
         if not isinstance(up, fx.Node) or up.target is not aten.upsample_bilinear2d.vec or not used_once(up):
             continue
         if up.args[2] or dims(up)[2:] != dims(x)[2:] or up.args[1] is None:
@@ -695,7 +700,7 @@ def _esa_of(ws: Workspace, x: Any, gate: Any) -> list[Tensor | None] | None:
             continue
         skip_conv: _Fused | None = None
         if skip is not first.node:
-            skip_conv = _single(ws, skip, "conv1x1")
+            skip_conv = skip if isinstance(skip, _Fused) else _single(ws, skip, "conv1x1")
             if skip_conv is None or skip_conv.activation != "none" or skip_conv.xs[0] is not first.node:
                 continue
             if not used_once(skip_conv.node):
@@ -716,6 +721,16 @@ def _esa_of(ws: Workspace, x: Any, gate: Any) -> list[Tensor | None] | None:
             weights += [None, None] if conv is None else [conv.weight, conv.bias]
         return weights
     return None
+
+
+def _summands(ws: Workspace, total: fx.Node) -> list[tuple[Any, Any]]:
+    """The two summands of a node in either order; the second a 1x1 convolution where that does the addition."""
+    if total.target is aten.add.Tensor and not total.kwargs and len(total.args) == 2:
+        return [total.args, total.args[::-1]]  # type: ignore[list-item]
+    conv = _fused_of(ws, total)
+    if conv is None or conv.op != "conv1x1" or conv.residual is None or len(conv.xs) != 1:
+        return []
+    return [(conv.residual, conv)]
 
 
 def _pools(node: fx.Node) -> bool:

@@ -174,11 +174,8 @@ class Reparameterized(nn.Module):
         # The branches are linear and see the same padded input, so convolving with their folded weights is the branch
         # form, gradients included.
         weight, bias = self.folded()
-        if weight.shape[2] == 1:
-            if residual is not None:
-                raise ValueError("residual: a 1x1 convolution takes none")
-            return functional.conv1x1(x, weight, bias, activation=self.activation, negative_slope=self.negative_slope)
-        return functional.conv3x3(
+        conv = functional.conv1x1 if weight.shape[2] == 1 else functional.conv3x3
+        return conv(
             x,
             weight,
             bias,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...library import bias_gradient, esa_gradients, feature_map, gradient
+from ...library import bias_gradient, conv1x1_gradients, esa_gradients, feature_map, gradient
 from .engine import ACTIVATION_CODES, PADDING_CODES, RESIDUAL_CODES
 
 # Calls an engine's function: its name, an input of the operator, its arguments, and the tensors to write to.
@@ -104,12 +104,12 @@ def conv1x1_backward(
     activation: str,
     negative_slope: float,
     output_mask: list[bool],
+    residual: Tensor | None = None,
 ) -> list[Tensor]:
-    """Gradients to each of xs, then to weight and bias; `output_mask` has an entry for each."""
-    gradients = [gradient(x, wanted) for x, wanted in zip(xs, output_mask[:-2], strict=True)]
-    gradients += [gradient(weight, output_mask[-2]), bias_gradient(bias, weight, output_mask[-1])]
+    """Gradients to each of xs, to weight and bias, and to a residual before the activation; `output_mask` likewise."""
+    gradients = conv1x1_gradients(xs, weight, bias, output_mask, residual)
     if not is_empty(xs[0], gradients):
-        epilogue = (ACTIVATION_CODES[activation], negative_slope)
+        epilogue = (residual, ACTIVATION_CODES[activation], negative_slope)
         call("conv1x1_backward", xs[0], (grad, list(xs), weight, bias, *epilogue), gradients)
     return gradients
 

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...plan import WEIGHTS, Layer, Plan
 
-PROGRAM_FORMAT = 1
+PROGRAM_FORMAT = 2
 OP_CODES = {
     "normalize": 0,
     "conv3x3": 1,
@@ -39,21 +39,24 @@ def encode(plan: Plan) -> tuple[list[int], list[float]]:
     def record(layer: Layer) -> list[int]:
         x, a = list(layer.inputs), layer.attributes
         weights = [layer.weights.get(name, -1) for name in WEIGHTS[layer.op]]
-        residual = x[1] if len(x) > 1 else -1
+        residual = -1 if layer.residual is None else layer.residual
         if layer.op == "normalize":
             return [x[0], layer.channels, constant(*a["shift"], *a["scale"])]
         if layer.op == "conv3x3":
             activation, slope = ACTIVATION_CODES[a["activation"]], constant(a["negative_slope"])
             return [x[0], *weights, activation, slope, residual, RESIDUAL_CODES[a["residual_mode"]]]
         if layer.op == "conv1x1":
-            return [len(x), *x, *weights, ACTIVATION_CODES[a["activation"]], constant(a["negative_slope"])]
+            activation, slope = ACTIVATION_CODES[a["activation"]], constant(a["negative_slope"])
+            mode = RESIDUAL_CODES[a.get("residual_mode", "post")]
+            return [len(layer.operands), *layer.operands, *weights, activation, slope, residual, mode]
         if layer.op == "conv3x3_pixel_shuffle":
             return [x[0], *weights, a["upscale_factor"], residual]
         if layer.op == "esa":
             return [x[0], *weights]
         if layer.op == "bsconv":
             activation, slope = ACTIVATION_CODES[a["activation"]], constant(a["negative_slope"])
-            return [x[0], *weights, PADDING_CODES[a["padding_mode"]], activation, slope]
+            mode = RESIDUAL_CODES[a.get("residual_mode", "post")]
+            return [x[0], *weights, PADDING_CODES[a["padding_mode"]], activation, slope, residual, mode]
         return x  # add
 
     for layer in plan.layers:

@@ -117,19 +117,33 @@ def conv3x3_pixel_shuffle(
 
 
 @lru_cache(maxsize=256)
-def _conv1x1_plan(channels: tuple[int, ...], out: int, bias: bool, activation: str, negative_slope: float) -> Plan:
+def _conv1x1_plan(
+    channels: tuple[int, ...], out: int, bias: bool, activation: str, negative_slope: float, residual_mode: str | None
+) -> Plan:
     b = PlanBuilder()
     inputs = [b.input(c) for c in channels]
-    weights = _names(weight=True, bias=bias)
-    y = b.add("conv1x1", inputs, out, weights, activation=activation, negative_slope=negative_slope)
+    attributes: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
+    if residual_mode is not None:
+        inputs.append(b.input(out))
+        attributes["residual_mode"] = residual_mode
+    y = b.add("conv1x1", inputs, out, _names(weight=True, bias=bias), **attributes)
     return b.finish([y])
 
 
-def conv1x1(xs: list[Tensor], weight: Tensor, bias: Tensor | None, activation: str, negative_slope: float) -> Call:
+def conv1x1(
+    xs: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    residual: Tensor | None = None,
+    residual_mode: str = "post",
+) -> Call:
     channels = tuple(x.shape[1] for x in xs)
-    plan = _conv1x1_plan(channels, weight.shape[0], bias is not None, activation, negative_slope)
+    mode = None if residual is None else residual_mode
+    plan = _conv1x1_plan(channels, weight.shape[0], bias is not None, activation, negative_slope, mode)
     out = feature_map(xs[0], weight.shape[0])
-    return Call(plan, _present(weight, bias), list(xs), [out], out)
+    return Call(plan, _present(weight, bias), _present(*xs, residual), [out], out)
 
 
 @lru_cache(maxsize=256)

@@ -57,7 +57,10 @@ def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Ten
                 )
             )
         elif op == "conv1x1":
-            values.append(conv1x1(x, w["weight"], w.get("bias"), a["activation"], a["negative_slope"]))
+            mode = a.get("residual_mode")  # absent without a residual, which is the last input
+            xs, residual = (x, None) if mode is None else (x[:-1], x[-1])
+            epilogue = (a["activation"], a["negative_slope"], residual, mode or "post")
+            values.append(conv1x1(xs, w["weight"], w.get("bias"), *epilogue))
         elif op == "conv3x3_pixel_shuffle":
             residual = x[1] if len(x) > 1 else None
             values.append(conv3x3_pixel_shuffle(x[0], w["weight"], w.get("bias"), residual, a["upscale_factor"]))

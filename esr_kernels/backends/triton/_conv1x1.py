@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._epilogue import channel_offsets, finish, image_start
+from ._pointwise import add
 from .configs import Config, choose
 from .launch import Kernel, ceil_div
 from .maps import NOTHING, Map, padded, precision, wide
@@ -199,10 +200,12 @@ def multiply(
     dtype = packed.weight.dtype
     n = out.tensor.shape[0]
     if len(xs) > PARTS:
-        # The first maps' sums go to float32 and come back as a residual of the rest.
+        # The first maps' sums, with what is to be added to them, go to float32 and come back as a residual of the rest.
         rows = sum(map(padded, packed.channels[:PARTS]))
         head, rest = packed.channels[:PARTS], packed.channels[PARTS:]
-        assert residual is None, "a list of more maps than one launch reads has no residual"
+        last = None
+        if residual is not None and residual_mode == "post" and activation != "none":
+            residual, last = None, residual
         pitch = packed.columns
         sums = Map(
             empty(out.tensor, (n, out.height, out.width, pitch), torch.float32),
@@ -212,10 +215,13 @@ def multiply(
             out.height,
             out.width,
         )
-        multiply(xs[:PARTS], packed._replace(weight=packed.weight[:rows], channels=head), None, sums)
+        head_packed = packed._replace(weight=packed.weight[:rows], channels=head)
+        multiply(xs[:PARTS], head_packed, None, sums, residual=residual, residual_mode="pre")
         rest_packed = packed._replace(weight=packed.weight[rows:], channels=rest)
         more = {"mode": mode, "activation": activation, "slope": slope, "g": g}
         multiply(xs[PARTS:], rest_packed, bias, out, residual=sums, residual_mode="pre", **more)  # type: ignore[arg-type]
+        if last is not None:
+            add(out, last, out)
         return
     exact = precision(dtype)
     config = choose("conv1x1", dtype, exact, packed.weight.shape[0], packed.block_0 + packed.block_1)

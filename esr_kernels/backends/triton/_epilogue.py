@@ -126,8 +126,9 @@ def finish(
 
     MODE "forward": act(h), with RESIDUAL "pre" act(h + r), "post" act(h) + r, "attention" (h + r)(sigmoid(h) - 1/2);
     SECOND stores h too. "gradient": g times the derivative of that at the recomputed h; SECOND stores what goes to the
-    residual. "chain": (acc + r) times the activation's derivative at g, a stored h. PADDED: the maps have room for
-    CHANNELS rounded up to the block; zeros go there, since every mode maps zeros to zero.
+    residual. "chain": (acc + r) times the activation's derivative at g, a stored h. PADDED: the result has room for
+    CHANNELS rounded up to the block; zeros go there, since every mode maps zeros to zero. Maps of a smaller pitch, such
+    as tensors from outside, have no zeros to read there.
     """
     channel = first + tl.arange(0, BLOCK)[None, :]
     ok = inside
@@ -139,11 +140,17 @@ def finish(
     if RESIDUAL != "none":
         r_offsets = pixel_offsets(y, x, width, R_PITCH, SHUFFLE, WIDE)
         r_offsets = r_offsets + channel_offsets(channel, pixels, width, R_PITCH, SHUFFLE, WIDE)
-        residual = tl.load(r + r_offsets, mask=ok, other=0.0).to(tl.float32)
+        r_ok = ok
+        if PADDED and R_PITCH < OUT_PITCH:
+            r_ok = inside & (channel < CHANNELS)
+        residual = tl.load(r + r_offsets, mask=r_ok, other=0.0).to(tl.float32)
     if MODE != "forward":
         g_offsets = pixel_offsets(y, x, width, G_PITCH, G_SHUFFLE, WIDE)
         g_offsets = g_offsets + channel_offsets(channel, pixels, width, G_PITCH, G_SHUFFLE, WIDE)
-        given = tl.load(g + g_offsets, mask=ok, other=0.0).to(tl.float32)
+        g_ok = ok
+        if PADDED and G_PITCH < OUT_PITCH:
+            g_ok = inside & (channel < CHANNELS)
+        given = tl.load(g + g_offsets, mask=g_ok, other=0.0).to(tl.float32)
     second = acc
     if MODE == "forward":
         if RESIDUAL == "attention":

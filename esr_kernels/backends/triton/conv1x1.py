@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ...library import bias_gradient, feature_map, gradient
+from ...library import conv1x1_gradients, feature_map
 from ._conv1x1 import multiply
 from ._weight_gradient import weight_gradient
 from .conv3x3 import wanted
@@ -16,12 +16,29 @@ from .packing import pack_parts
 
 
 @repeated
-def conv1x1(xs: list[Tensor], weight: Tensor, bias: Tensor | None, activation: str, negative_slope: float) -> Tensor:
+def conv1x1(
+    xs: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    residual: Tensor | None = None,
+    residual_mode: str = "post",
+) -> Tensor:
     out = feature_map(xs[0], weight.shape[0])
     if out.numel() == 0:
         return out
     packed = pack_parts(weight, tuple(x.shape[1] for x in xs), out.dtype)
-    multiply([as_map(x) for x in xs], packed, bias, as_map(out), activation=activation, slope=negative_slope)
+    multiply(
+        [as_map(x) for x in xs],
+        packed,
+        bias,
+        as_map(out),
+        activation=activation,
+        slope=negative_slope,
+        residual=None if residual is None else as_map(residual),
+        residual_mode=residual_mode,
+    )
     return out
 
 
@@ -33,23 +50,37 @@ def conv1x1_backward(
     activation: str,
     negative_slope: float,
     output_mask: list[bool],
+    residual: Tensor | None = None,
 ) -> list[Tensor]:
-    """Gradients to each of xs, then to weight and bias; `output_mask` has an entry for each."""
-    gxs = [gradient(x, wants) for x, wants in zip(xs, output_mask[:-2], strict=True)]
-    gw = gradient(weight, output_mask[-2])
-    gb = bias_gradient(bias, weight, output_mask[-1])
+    """Gradients to each of xs, to weight and bias, and to a residual before the activation; `output_mask` likewise."""
+    gradients = conv1x1_gradients(xs, weight, bias, output_mask, residual)
     if xs[0].shape[0] == 0:
-        return [*gxs, gw.zero_(), gb.zero_()]
+        return [gradient.zero_() for gradient in gradients]
+    gxs, (gw, gb, *gr) = gradients[: len(xs)], gradients[len(xs) :]
+    to_residual = wanted(gr[0]) if gr else None
     dtype = xs[0].dtype
     channels = tuple(x.shape[1] for x in xs)
     maps, g = [as_map(x) for x in xs], as_map(grad)
     if activation != "none":
-        to_h = as_map(feature_map(xs[0], weight.shape[0]))
-        packed = pack_parts(weight, channels, dtype)
-        multiply(maps, packed, bias, to_h, mode="gradient", activation=activation, slope=negative_slope, g=g)
+        # The gradient to the sum before the activation is the residual's as well.
+        to_h = as_map(feature_map(xs[0], weight.shape[0]) if to_residual is None else to_residual)
+        multiply(
+            maps,
+            pack_parts(weight, channels, dtype),
+            bias,
+            to_h,
+            mode="gradient",
+            activation=activation,
+            slope=negative_slope,
+            residual=None if residual is None else as_map(residual),
+            residual_mode="pre",
+            g=g,
+        )
         g = to_h
+    elif to_residual is not None:
+        to_residual.copy_(grad)
     linear_gradients(g, maps, weight, [wanted(gx) for gx in gxs], wanted(gw), wanted(gb))
-    return [*gxs, gw, gb]
+    return gradients
 
 
 def linear_gradients(

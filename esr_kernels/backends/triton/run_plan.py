@@ -122,10 +122,13 @@ class PreparedPlan:
         if layer.op == "add":
             return lambda x, out: _pointwise.add(x[0], x[1], out)
         if layer.op == "conv1x1":
-            channels = tuple(self.plan.channels[i] for i in layer.inputs)
+            channels = tuple(self.plan.channels[i] for i in layer.operands)
             parts = pack_parts(w["weight"], channels, self.dtype)
             run = partial(multiply, packed=parts, bias=bias, activation=a["activation"], slope=a["negative_slope"])
-            return lambda x, out: run(x, out=out)
+            if layer.residual is None:
+                return lambda x, out: run(x, out=out)
+            mode = a["residual_mode"]
+            return lambda x, out: run(x[:-1], out=out, residual=x[-1], residual_mode=mode)
         if layer.op == "esa":
             weights = [None if (t := w.get(name)) is None else t.to(self.dtype) for name in ESA_WEIGHTS]
             self._tables += [t for t in weights if t is not None]
