@@ -22,6 +22,8 @@ WEIGHTS = {
     "esa": ESA_WEIGHTS,
     "bsconv": ("pointwise", "depthwise", "bias"),
     "add": (),
+    "multiply": (),
+    "activate": (),
 }
 # Pixels a side that a layer's result depends on; None: the whole image.
 _HALO: dict[str, int | None] = {
@@ -32,6 +34,8 @@ _HALO: dict[str, int | None] = {
     "esa": None,
     "bsconv": 1,
     "add": 0,
+    "multiply": 0,
+    "activate": 0,
 }
 
 
@@ -62,7 +66,7 @@ class Layer:
     def residual(self) -> int | None:
         """The value that is added, or None."""
         added = "residual_mode" in self.attributes if self.op == "conv1x1" else len(self.inputs) > 1
-        return self.inputs[-1] if added and self.op != "add" else None
+        return self.inputs[-1] if added and self.op not in ("add", "multiply") else None
 
     @property
     def operands(self) -> tuple[int, ...]:
@@ -242,6 +246,10 @@ def _describe(layer: Layer) -> str:
     words = []
     if layer.op == "normalize":
         words += [f"{name} {' '.join(f'{v:g}' for v in a[name])}" for name in ("shift", "scale")]
+    if layer.op == "activate":
+        bounds = {"leaky_relu": ("low",), "clamp": ("low", "high")}.get(a["function"], ())
+        words.append(a["function"])
+        words += [f"{name} {' '.join(f'{v:g}' for v in dict.fromkeys(a[name]))}" for name in bounds]
     if a.get("activation", "none") != "none":
         words.append(a["activation"] + (f"({a['negative_slope']:g})" if a["activation"] == "leaky_relu" else ""))
     if layer.op in ("conv3x3", "conv1x1") and layer.residual is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import json
 import pickle
 import re
@@ -285,6 +286,66 @@ def test_onnx(mixed, form, tmp_path):
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     exact = copy.deepcopy(model).double()(x.double())
     assert largest_error(torch.from_numpy(got), exact) < 1e-5 * float(exact.abs().max())
+
+
+def test_onnx_has_every_activation_right_behind_its_convolution(tmp_path):
+    """As TensorRT fuses them: one node, or for SiLU the product of a convolution and its own sigmoid."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.LeakyReLU(0.1)]
+    layers += [nn.Conv2d(8, 8, 1), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU6()]
+    layers += [nn.Conv2d(8, 12, 3, padding=1), nn.PixelShuffle(2)]
+    fast = optimize(nn.Sequential(*layers).eval())
+    with torch.no_grad():
+        torch.onnx.export(fast, (torch.rand(1, 3, 20, 22),), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    expected = ["Conv", "Relu", "Conv", "LeakyRelu", "Conv", "Sigmoid", "Mul", "Conv", "Clip", "Conv", "DepthToSpace"]
+    assert [node.op_type for node in graph.node] == expected
+    for before, after in itertools.pairwise(graph.node):
+        assert before.output[0] in after.input
+    assert set(graph.node[6].input) == {graph.node[4].output[0], graph.node[5].output[0]}
+
+
+def test_the_table_of_plain_networks(tmp_path, monkeypatch, capsys):
+    """Every network is measured apart and recorded at once; another run measures what is missing."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent)
+    from bench import optimize_plain
+
+    path, measured = tmp_path / "table.json", []
+
+    def measure_apart(name, options, limit):
+        measured.append(name)
+        if name == "rlfn" and len(measured) < 3:
+            return {"error": f"not finished after {limit:.0f} s"}
+        timing = {"median": 0.002}
+        check = {"ok": True, "max_abs": 1e-6, "relative": 1e-6}
+        timings = {"plain": timing, "optimized": timing}
+        report = {"whole": name == "span", "share": 0.5, "left": ["a"]}
+        return {**report, "check": check, "timings": timings, "speedup": 1.0}
+
+    monkeypatch.setattr(optimize_plain, "measure_apart", measure_apart)
+    arguments = ["optimize_plain", "--model", "span", "rlfn", "--limit", "7", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert optimize_plain.main() == 1
+    assert "not finished after 7 s" in capsys.readouterr().out
+    assert optimize_plain.main() == 0
+    assert measured == ["span", "rlfn", "rlfn"]
+    printed = capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["optimize_plain", "--table", str(path)])
+    assert optimize_plain.main() == 0
+    assert capsys.readouterr().out == printed
+    assert re.search(r"span +one operator +50.0%", printed) and re.search(r"rlfn +1 kinds plain", printed)
+    monkeypatch.setattr(sys, "argv", [*arguments, "--threads", "2"])  # another measurement
+    assert optimize_plain.main() == 0
+    assert measured[3:] == ["span", "rlfn"]
+
+
+def test_a_network_that_takes_too_long_has_a_limit(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent)
+    from bench import optimize_plain
+
+    options = {"size": [8, 8], "threads": 1, "rounds": 1, "budget": 1.0}
+    assert optimize_plain.measure_apart("span", options, 0.1) == {"error": "not finished after 0 s"}
 
 
 def test_the_challenge_way(tmp_path, monkeypatch):

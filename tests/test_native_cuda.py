@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import LAYOUTS, check_close, kernel, lay_out, rand, to
+from test_plan import elementwise_network
 from torch.nn import functional as F
 
 import esr_kernels
@@ -257,6 +258,17 @@ def test_a_result_that_others_read_stays_a_launch_of_its_own():
     y = F.conv2d(x.double(), weights[0].double(), padding=1)
     exact = y + F.conv2d(y, weights[1].double())
     check_close(run(plan, weights, [x])[0], exact, lambda: exact, "native-cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_elementwise_layers(dtype, layout):
+    torch.manual_seed(0)
+    plan, weights, oracle = elementwise_network()
+    weights = to([w.to(dtype) for w in weights], DEVICE)
+    x = lay_out((5 * torch.randn(2, 5, 6, 9)).to(dtype), layout).to(DEVICE)
+    for i, (got, exact) in enumerate(zip(run(plan, weights, [x]), oracle(x.double(), weights[0]), strict=True)):
+        check_close(got, exact, lambda i=i: oracle(x, weights[0], dtype)[i], "native-cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -51,7 +51,7 @@ def ops_of(fast: OptimizedModel) -> list[str]:
     for plan in plans:
         for layer in plan.layers:
             a = layer.attributes
-            words = [layer.op]
+            words = [layer.op, *([a["function"]] if layer.op == "activate" else [])]
             if a.get("activation", "none") != "none":
                 words.append(a["activation"])
             if layer.residual is not None:
@@ -125,13 +125,38 @@ def test_activations(name):
     assert ops_of(fast) == [f"conv3x3 {expected}"] and fast.plan is not None
 
 
+# Functions that no convolution takes in: layers of their own.
+FUNCTIONS = {
+    "relu6": (nn.ReLU6(), ["clamp"]),
+    "hardtanh in place": (nn.Hardtanh(-0.5, 0.25, inplace=True), ["clamp"]),
+    "clamped at a thousand": (lambda x: x.clamp(0, 1000.0), ["clamp"]),
+    "clamped below": (lambda x: torch.clamp_min(x, -0.25), ["clamp"]),
+    "minimum and maximum": (lambda x: torch.minimum(torch.maximum(x, -torch.ones(1)), torch.ones(1)), ["clamp"]),
+    "different slopes": (Net(lambda m, x: F.prelu(x, m.w), w=torch.linspace(0.1, 0.3, 12)), ["leaky_relu"]),
+    "different slopes by hand": (
+        Net(lambda m, x: F.relu(x) - m.w.view(-1, 1, 1) * F.relu(-x), w=torch.linspace(0.1, 0.3, 12)),
+        ["leaky_relu"],
+    ),
+    "hardswish": (nn.Hardswish(inplace=True), ["hardswish"]),
+    "hardswish by hand": (lambda x: x * F.relu6(x + 3) / 6, ["hardswish"]),
+    "hardsigmoid": (nn.Hardsigmoid(), ["clamp"]),
+    "mish": (nn.Mish(), ["mish"]),
+    "mish by hand": (lambda x: x * torch.tanh(F.softplus(x)), ["mish"]),
+    "sigmoid": (nn.Sigmoid(), ["sigmoid"]),
+    "quick gelu": (lambda x: x * torch.sigmoid(1.702 * x), ["sigmoid"]),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name):
+    function, expected = FUNCTIONS[name]
+    fast = check(activated(function), [(1, 3, 9, 12)])
+    operators = ops_of(fast)
+    assert operators[0] == "conv3x3" and fast.plan is not None
+    assert [op for op in operators if op.startswith("activate")] == [f"activate {f}" for f in expected]
+
+
 UNLIKE = {
-    "relu6": nn.ReLU6(),
-    "clamped at a thousand": lambda x: x.clamp(0, 1000.0),
-    "different slopes": Net(lambda m, x: F.prelu(x, m.w), w=torch.linspace(0.1, 0.3, 12)),
-    "hardswish": nn.Hardswish(),
-    "mish": nn.Mish(),
-    "quick gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "soft shrink": lambda x: F.softshrink(x, 1e-2),
     "elu": nn.ELU(),
     "channel weights": lambda x: F.relu(x) * x.mean((2, 3), keepdim=True),
@@ -478,7 +503,7 @@ WHOLE = {
             a=nn.Sequential(conv(16, 64), nn.PixelShuffle(2)),
             b=tail(2, 16),
         ),
-        ["conv3x3", "conv3x3_pixel_shuffle", "conv3x3_pixel_shuffle"],
+        ["conv3x3", "conv3x3_pixel_shuffle", "activate silu", "conv3x3_pixel_shuffle"],
     ),
     "mean and range": (
         lambda: Net(
@@ -496,7 +521,10 @@ WHOLE = {
         lambda: Net(dense, head=conv(3, 12), a=conv(12, 9, 1), b=conv(21, 5, 1), tail=conv(26, 8, 1)),
         ["conv3x3", "conv1x1 leaky_relu", "conv1x1 leaky_relu", "conv1x1"],
     ),
-    "dense 3x3": (lambda: Net(dense, head=conv(3, 12), a=conv(12, 9), b=conv(21, 5), tail=conv(26, 8, 1)), None),
+    "dense 3x3": (
+        lambda: Net(dense, head=conv(3, 12), a=conv(12, 9), b=conv(21, 5), tail=conv(26, 8, 1)),
+        ["conv3x3", "conv3x3 leaky_relu", "conv3x3", "conv3x3 leaky_relu pre", "conv1x1"],
+    ),
     "padded to a multiple of four": (
         lambda: Net(windowed, head=conv(3, 12), tail=tail(2)),
         ["conv3x3 relu", "conv3x3_pixel_shuffle"],

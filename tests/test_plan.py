@@ -60,6 +60,69 @@ def test_execution(backend, size, layout, dtype):
         check_close(got, exact, lambda i=i: oracle(x, image, dtype)[i], backend)
 
 
+FUNCTIONS = {
+    "relu": F.relu,
+    "leaky_relu": lambda x: F.prelu(x, SLOPES.to(x)),
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+    "clamp": lambda x: x.clamp(0.5, 2.0),
+    "hardswish": F.hardswish,
+    "mish": F.mish,
+}
+SLOPES = torch.tensor([0.1, -0.5, 2.0, 0.0, 1.0])
+
+
+def elementwise_network():
+    """Every function of five channels, and a product; what is read of them by a convolution, on the border too."""
+    bounds = {"leaky_relu": (SLOPES.tolist(), [0.0] * 5), "sigmoid": ([0.0] * 5, [1.0] * 5)}
+    bounds["clamp"] = [0.5] * 5, [2.0] * 5
+    weights = [kernel(7, 5)]
+    b = PlanBuilder()
+    x = b.input(5)
+    values = {}
+    for name in FUNCTIONS:
+        low, high = bounds.get(name, ([0.0] * 5, [0.0] * 5))
+        values[name] = b.add("activate", [x], 5, function=name, low=low, high=high)
+    product = b.add("multiply", [values["clamp"], values["sigmoid"]], 5)
+    y = b.add("conv3x3", [product], 7, {"weight": 0}, **LINEAR, residual_mode="post")
+    plan = b.finish([*values.values(), y])
+
+    def oracle(x, weight=weights[0], dtype=torch.float64):
+        gated = x.clamp(0.5, 2.0) * torch.sigmoid(x)
+        return [*(f(x) for f in FUNCTIONS.values()), F.conv2d(gated, weight.to(dtype), padding=1)]
+
+    return plan, weights, oracle
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_elementwise_layers(backend, layout):
+    torch.manual_seed(0)
+    plan, weights, oracle = elementwise_network()
+    x = lay_out(5 * torch.randn(2, 5, 6, 9), layout)
+    results = torch.ops.esr.run_plan([x], weights, plan.to_json())
+    for i, (got, exact) in enumerate(zip(results, oracle(x.double()), strict=True)):
+        check_close(got, exact, lambda i=i: oracle(x, dtype=torch.float32)[i], backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_elementwise_layers_in_half_types(backend, dtype):
+    torch.manual_seed(0)
+    plan, weights, oracle = elementwise_network()
+    weights = [w.to(dtype) for w in weights]
+    x = (5 * torch.randn(1, 5, 7, 8)).to(dtype)
+    results = torch.ops.esr.run_plan([x], weights, plan.to_json())
+    for i, (got, exact) in enumerate(zip(results, oracle(x.double(), weights[0]), strict=True)):
+        check_close(got, exact, lambda i=i: oracle(x, weights[0], dtype)[i], backend)
+
+
+def test_functions_keep_what_is_not_a_number(backend):
+    plan, weights, _ = elementwise_network()
+    results = torch.ops.esr.run_plan([torch.full((1, 5, 3, 4), torch.nan)], weights, plan.to_json())
+    assert all(bool(result.isnan().all()) for result in results)
+
+
 def test_empty_batch(backend):
     plan, weights, _ = small_network()
     y, g = torch.ops.esr.run_plan([torch.empty(0, 3, 8, 9), torch.empty(0, 3, 16, 18)], weights, plan.to_json())

@@ -19,12 +19,14 @@ enum class Op : int32_t {
   kEsa = 4,
   kBsconv = 5,
   kAdd = 6,
+  kMultiply = 7,
+  kActivate = 8,
 };
-inline constexpr int64_t kOpCount = 7;
+inline constexpr int64_t kOpCount = 9;
 
 inline const char* op_name(Op op) {
-  constexpr const char* kNames[kOpCount] = {"normalize", "conv3x3", "conv1x1", "conv3x3_pixel_shuffle",
-                                            "esa",       "bsconv",  "add"};
+  constexpr const char* kNames[kOpCount] = {
+      "normalize", "conv3x3", "conv1x1", "conv3x3_pixel_shuffle", "esa", "bsconv", "add", "multiply", "activate"};
   return kNames[static_cast<int32_t>(op)];
 }
 
@@ -40,6 +42,8 @@ struct Layer {
   int64_t upscale_factor = 1;
   bool reflect = false;
   std::vector<float> shift, scale;  // of a normalize, one for each channel
+  Function function = Function::kNone;
+  std::vector<float> low, high;  // of an activate, one for each channel
 
   // How many of the inputs are no residual.
   size_t operands() const { return inputs.size() - (has_residual ? 1 : 0); }
@@ -155,7 +159,8 @@ class ProgramReader {
     end_ = position_ + static_cast<size_t>(count);
     switch (layer.op) {
       case Op::kNormalize:
-        read_normalize(layer, defined);
+        layer.inputs.push_back(value("x", defined));
+        read_table(layer, layer.shift, layer.scale);
         break;
       case Op::kConv3x3: {
         layer.inputs.push_back(value("x", defined));
@@ -211,8 +216,15 @@ class ProgramReader {
         residual_mode(layer, kSumModeCount);
         break;
       case Op::kAdd:
+      case Op::kMultiply:
         layer.inputs.push_back(value("a", defined));
         layer.inputs.push_back(value("b", defined));
+        break;
+      case Op::kActivate:
+        layer.inputs.push_back(value("x", defined));
+        layer.function = static_cast<Function>(choice("function", kFunctionCount));
+        STD_TORCH_CHECK(layer.function != Function::kNone, "plan: ", layer.name(), " has no function");
+        read_table(layer, layer.low, layer.high);
         break;
     }
     STD_TORCH_CHECK(position_ == end_, "plan: ", layer.name(), " has ", end_ - position_, " integers too many");
@@ -220,17 +232,17 @@ class ProgramReader {
     return layer;
   }
 
-  void read_normalize(Layer& layer, int64_t defined) {
-    layer.inputs.push_back(value("x", defined));
+  // Two numbers for each channel: all of the first, then all of the second.
+  void read_table(const Layer& layer, std::vector<float>& first, std::vector<float>& second) {
     const int64_t channels = next("channels");
-    const int64_t first = next("first constant");
+    const int64_t start = next("first constant");
     const int64_t size = static_cast<int64_t>(constants_.size());
-    STD_TORCH_CHECK(channels >= 1 && first >= 0 && first <= size && channels <= (size - first) / 2,
-                    "plan: ", layer.name(), " reads ", channels, " shifts and as many scales from constant ", first,
-                    " on, there are ", size, " constants");
+    STD_TORCH_CHECK(channels >= 1 && start >= 0 && start <= size && channels <= (size - start) / 2,
+                    "plan: ", layer.name(), " reads two numbers for each of ", channels, " channels from constant ",
+                    start, " on, there are ", size, " constants");
     for (int64_t c = 0; c < channels; ++c) {
-      layer.shift.push_back(static_cast<float>(constants_[first + c]));
-      layer.scale.push_back(static_cast<float>(constants_[first + channels + c]));
+      first.push_back(static_cast<float>(constants_[start + c]));
+      second.push_back(static_cast<float>(constants_[start + channels + c]));
     }
   }
 

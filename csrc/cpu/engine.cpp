@@ -83,7 +83,10 @@ class CompiledPlan {
       case Op::kBsconv:
         return make_bsconv(layer, kernels_, weights);
       case Op::kAdd:
-        return make_add(layer, kernels_);
+      case Op::kMultiply:
+        return make_pair(layer, kernels_);
+      case Op::kActivate:
+        return make_activate(layer, kernels_);
       default:
         return make_conv3x3(layer, kernels_, weights);
     }

@@ -145,12 +145,22 @@ struct DepthwiseArgs {
   Epilogue epilogue;
 };
 
-struct AddArgs {
+struct PairArgs {
   const float* a = nullptr;
   const float* b = nullptr;
   float* out = nullptr;
   int64_t pitch = 0;   // of all three
   int64_t floats = 0;  // in a row, without the ring
+};
+
+struct ActivateArgs {
+  const float* x = nullptr;
+  const float* low = nullptr;  // [step], as `high`
+  const float* high = nullptr;
+  float* out = nullptr;
+  int64_t pitch = 0, step = 0;  // of both
+  int64_t width = 0;
+  Function function = Function::kNone;
 };
 
 struct ImportArgs {
@@ -327,7 +337,9 @@ struct Kernels {
   void (*max_pool)(const MaxPoolArgs&, int64_t y0, int64_t y1);
   void (*esa_gate)(const EsaGateArgs&, int64_t y0, int64_t y1);
   void (*depthwise)(const DepthwiseArgs&, int64_t y);
-  void (*add)(const AddArgs&, int64_t y0, int64_t y1);
+  void (*add)(const PairArgs&, int64_t y0, int64_t y1);
+  void (*multiply)(const PairArgs&, int64_t y0, int64_t y1);
+  void (*activate)(const ActivateArgs&, int64_t y0, int64_t y1);
   void (*import_rows)(const ImportArgs&, int64_t y0, int64_t y1);
   void (*export_rows)(const ExportArgs&, int64_t y0, int64_t y1);
   void (*shuffle_rows)(const ShuffleArgs&, int64_t y0, int64_t y1);

@@ -98,7 +98,8 @@ std::unique_ptr<Operator> make_conv3x3(const Layer&, const Kernels&, const Weigh
 std::unique_ptr<Operator> make_conv1x1(const Layer&, const Kernels&, const Weights&);
 std::unique_ptr<Operator> make_esa(const Layer&, const Kernels&, const Weights&);
 std::unique_ptr<Operator> make_bsconv(const Layer&, const Kernels&, const Weights&);
-std::unique_ptr<Operator> make_add(const Layer&, const Kernels&);
+std::unique_ptr<Operator> make_pair(const Layer&, const Kernels&);
+std::unique_ptr<Operator> make_activate(const Layer&, const Kernels&);
 
 // Tells ThreadSanitizer that threads begin after begin() and end before end(): OpenMP's library, which sees to it, is
 // not compiled for the sanitizer. Nothing in other builds. The marks are global: a thread reads nothing before it

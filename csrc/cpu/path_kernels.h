@@ -28,7 +28,8 @@ struct Constant {
 #include "planar1x1.h"
 #include "esa.h"
 #include "bsconv.h"
-#include "add.h"
+#include "pair.h"
+#include "activate.h"
 #include "boundary.h"
 #include "derivative.h"
 #include "weight_gradient.h"
@@ -54,6 +55,8 @@ constexpr Kernels make_kernels(const char* name) {
                  esa_gate,
                  depthwise,
                  add_rows,
+                 multiply_rows,
+                 activate_rows,
                  import_rows,
                  export_rows,
                  shuffle_rows,

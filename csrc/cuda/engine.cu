@@ -148,11 +148,13 @@ class CompiledPlan {
   std::unique_ptr<Step> make_step(const Layer& layer, const Weights& weights, const Shapes& inputs) const {
     switch (layer.op) {
       case Op::kNormalize:
-        return make_normalize(layer, precision_);
+      case Op::kActivate:
+        return make_table(layer, precision_);
       case Op::kEsa:
         return make_esa(layer, precision_, weights, inputs);
       case Op::kAdd:
-        return make_add(layer, precision_);
+      case Op::kMultiply:
+        return make_pair(layer, precision_);
       default:
         return make_convolution(layer, precision_, weights, inputs, network_);
     }

@@ -240,19 +240,21 @@ class ConvolutionStep : public Step {
   Packing tail_packing_;
 };
 
-class NormalizeStep : public Step {
+// Normalisation, or a function of every element: two numbers for each channel.
+class TableStep : public Step {
  public:
   using Step::Step;
 
   Shape result(const Shapes& inputs) const override {
-    check_channels(inputs[0], static_cast<int64_t>(layer_.shift.size()), "x");
+    check_channels(inputs[0], static_cast<int64_t>(first().size()), "x");
     return inputs[0];
   }
-  int64_t packed_bytes() const override { return static_cast<int64_t>(layer_.shift.size()) * 8; }
+  int64_t packed_bytes() const override { return static_cast<int64_t>(first().size()) * 8; }
 
   void pack(const Weights&, unsigned char* packed, device::Stream stream) const override {
-    std::vector<float> values = layer_.shift;
-    values.insert(values.end(), layer_.scale.begin(), layer_.scale.end());
+    std::vector<float> values = first();
+    const std::vector<float>& second = layer_.op == Op::kNormalize ? layer_.scale : layer_.high;
+    values.insert(values.end(), second.begin(), second.end());
     auto* out = reinterpret_cast<float*>(packed);
     for (size_t first = 0; first < values.size(); first += kMostConstants) {
       ConstantsArgs a = {};
@@ -267,16 +269,21 @@ class NormalizeStep : public Step {
     PointwiseArgs a = {};
     a.a = run.inputs[0].view;
     a.output = run.output.view;
-    a.shift = reinterpret_cast<const float*>(run.packed);
-    a.scale = a.shift + layer_.shift.size();
-    a.channels = static_cast<int32_t>(layer_.shift.size());
+    a.function = layer_.function;
+    a.first = reinterpret_cast<const float*>(run.packed);
+    a.second = a.first + first().size();
+    a.channels = static_cast<int32_t>(first().size());
     a.height = static_cast<int32_t>(run.output.shape.height);
     a.width = static_cast<int32_t>(run.output.shape.width);
     launch_pointwise(a, precision_, run.batch, run.stream, run.overlap);
   }
+
+ private:
+  const std::vector<float>& first() const { return layer_.op == Op::kNormalize ? layer_.shift : layer_.low; }
 };
 
-class AddStep : public Step {
+// Sum or product of two maps, element by element.
+class PairStep : public Step {
  public:
   using Step::Step;
 
@@ -290,6 +297,7 @@ class AddStep : public Step {
     PointwiseArgs a = {};
     a.a = run.inputs[0].view;
     a.b = run.inputs[1].view;
+    a.multiplies = layer_.op == Op::kMultiply;
     a.output = run.output.view;
     a.channels = static_cast<int32_t>(run.output.shape.channels);
     a.height = static_cast<int32_t>(run.output.shape.height);
@@ -304,11 +312,11 @@ std::unique_ptr<Step> make_convolution(const Layer& layer, Precision precision, 
                                        const Shapes& inputs, bool network) {
   return std::make_unique<ConvolutionStep>(layer, precision, weights, inputs, network);
 }
-std::unique_ptr<Step> make_normalize(const Layer& layer, Precision precision) {
-  return std::make_unique<NormalizeStep>(layer, precision);
+std::unique_ptr<Step> make_table(const Layer& layer, Precision precision) {
+  return std::make_unique<TableStep>(layer, precision);
 }
-std::unique_ptr<Step> make_add(const Layer& layer, Precision precision) {
-  return std::make_unique<AddStep>(layer, precision);
+std::unique_ptr<Step> make_pair(const Layer& layer, Precision precision) {
+  return std::make_unique<PairStep>(layer, precision);
 }
 
 }  // namespace esr::cuda

@@ -3,12 +3,52 @@
 #include <algorithm>
 
 #include "../common/layout.h"
+#include "epilogue.h"
 #include "pixel.h"
 
 namespace esr::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+
+// Zeros for low and high, as they are where a map has no channel, give zeros there.
+ESR_DEVICE void apply(float (&x)[8], const float (&low)[8], const float (&high)[8], Function function) {
+  switch (function) {
+    default:
+      activate(x, static_cast<Activation>(function), 0.0f);
+      break;
+    case Function::kLeakyRelu:
+#pragma unroll
+      for (int k = 0; k < 8; ++k) x[k] = x[k] < 0.0f ? x[k] * low[k] : x[k];
+      break;
+    case Function::kSigmoid:
+#pragma unroll
+      for (int k = 0; k < 8; ++k) x[k] = high[k] * sigmoid(x[k]);
+      break;
+    case Function::kClamp:
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        x[k] = x[k] < low[k] ? low[k] : x[k];  // NaN stays
+        x[k] = x[k] > high[k] ? high[k] : x[k];
+      }
+      break;
+    case Function::kHardswish:
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const float gate = x[k] * (1.0f / 6.0f) + 0.5f;
+        x[k] *= gate < 0.0f ? 0.0f : gate > 1.0f ? 1.0f : gate;
+      }
+      break;
+    case Function::kMish:
+      // tanh(log(1 + e)) = e (e + 2) / (e (e + 2) + 2), 1 in float32 from x = 9 on.
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const float e = fast_exp(x[k] > 20.0f ? 20.0f : x[k]), n = e * (e + 2.0f);
+        x[k] *= fast_divide(n, n + 2.0f);
+      }
+      break;
+  }
+}
 
 // One item is eight channels of a pixel. Neighbouring lanes take what lies side by side in the output.
 template <typename Value>
@@ -27,20 +67,26 @@ pointwise_kernel(ESR_ARGUMENT(PointwiseArgs) a) {
     const int y = static_cast<int>(row - image * a.height);
     float values[8];
     read_channels<Value>(a.a, a.shuffle, image, y, x, c, a.channels, values);
-    if (a.scale != nullptr) {
+    if (a.second != nullptr) {
+      float first[8], second[8];
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
-        if (c + k < a.channels) {
-          values[k] =
-              (values[k] - device::load_global<float>(a.shift + c + k)) * device::load_global<float>(a.scale + c + k);
-        }
+        const bool known = c + k < a.channels;
+        first[k] = known ? device::load_global<float>(a.first + c + k) : 0.0f;
+        second[k] = known ? device::load_global<float>(a.second + c + k) : 0.0f;
+      }
+      if (a.function == Function::kNone) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) values[k] = (values[k] - first[k]) * second[k];
+      } else {
+        apply(values, first, second, a.function);
       }
     }
     if (a.b.data != nullptr) {
       float other[8];
       read_channels<Value>(a.b, 1, image, y, x, c, a.channels, other);
 #pragma unroll
-      for (int k = 0; k < 8; ++k) values[k] += other[k];
+      for (int k = 0; k < 8; ++k) values[k] = a.multiplies ? values[k] * other[k] : values[k] + other[k];
     }
     write_channels<Value>(a.output, 1, image, y, x, c, a.channels, values);
   }

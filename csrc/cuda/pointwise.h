@@ -1,15 +1,19 @@
-// Maps copied, normalised or added, from any layout to any layout.
+// Maps copied, normalised, combined or put through a function, from any layout to any layout.
 #pragma once
 
+#include "../common/activation.h"
 #include "launch.h"
 #include "view.h"
 
 namespace esr::cuda {
 
 struct PointwiseArgs {
-  View a, b, output;   // b.data null: a copy
-  const float* shift;  // (a - shift[c]) * scale[c] of every channel; null: as it is
-  const float* scale;
+  View a, b, output;  // b.data null: of `a` alone
+  bool multiplies;    // a * b instead of a + b
+  Function function;  // of `a`
+  // For every channel, null where there are none: (a - first) * second without a function, else its low and high.
+  const float* first;
+  const float* second;
   int32_t height, width, channels, units;  // units of 8 channels
   int32_t shuffle;                         // more than 1: `a` is read as the map whose pixel shuffle it is
   int64_t items;                           // images x rows x units x pixels

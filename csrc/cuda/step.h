@@ -100,10 +100,10 @@ int64_t blocked_bytes(Precision precision, const Shape& shape, int64_t batch);
 
 using Shapes = std::vector<Shape>;  // of a layer's inputs
 
-std::unique_ptr<Step> make_normalize(const Layer&, Precision);
+std::unique_ptr<Step> make_table(const Layer&, Precision);
 // `network`: weights are packed once for many runs.
 std::unique_ptr<Step> make_convolution(const Layer&, Precision, const Weights&, const Shapes&, bool network);
 std::unique_ptr<Step> make_esa(const Layer&, Precision, const Weights&, const Shapes&);
-std::unique_ptr<Step> make_add(const Layer&, Precision);
+std::unique_ptr<Step> make_pair(const Layer&, Precision);
 
 }  // namespace esr::cuda

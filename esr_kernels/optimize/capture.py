@@ -131,11 +131,22 @@ def _(x: Tensor, height: int, width: int) -> Tensor:
     return x.new_empty(*x.shape[:-2], height, width)
 
 
+# PyTorch's own computes the number of channels from the sizes, which then is no number.
+torch.library.define("esr::pixel_unshuffle", "(Tensor x, int factor) -> Tensor")
+torch.library.impl("esr::pixel_unshuffle", "CompositeExplicitAutograd", F.pixel_unshuffle)
+
+
+@torch.library.register_fake("esr::pixel_unshuffle")
+def _(x: Tensor, factor: int) -> Tensor:
+    n, c, h, w = x.shape
+    return x.new_empty(n, c * factor**2, h // factor, w // factor)
+
+
 class _TraceMode(TorchFunctionMode):
     """Follows `parameter.data = tensor`, by which published networks fold their branches in `forward`.
 
     torch.export does not see it. Within this mode a written tensor stands for the parameter from then on. Adaptive
-    pooling to a size that depends on the image's stays so.
+    pooling to a size that depends on the image's stays so, and pixel unshuffling keeps its number of channels.
 
     Args:
         deadline: by `time.process_time()`, after which it gives up.
@@ -168,6 +179,8 @@ class _TraceMode(TorchFunctionMode):
             if isinstance(size, (tuple, list)) and any(isinstance(s, torch.SymInt) for s in size):
                 height, width = (args[0].shape[i - 2] if s is None else s for i, s in enumerate(size))
                 return torch.ops.esr.adaptive_max_pool2d(args[0], height, width)
+        if getattr(func, "__name__", "") == "pixel_unshuffle" and not kwargs and args[0].dim() == 4:
+            return torch.ops.esr.pixel_unshuffle(*args)
         return func(*args, **kwargs)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from ..plan import ESA_WEIGHTS, Plan, PlanBuilder
 from .capture import adaptive_max_pool2d
-from .simplify import affine_of
+from .simplify import affine_of, function_of
 from .workspace import Workspace, aten, dims, is_map, location
 
 ops = torch.ops.esr
@@ -102,12 +102,19 @@ def _is_plannable(ws: Workspace, node: fx.Node) -> bool:
         return all(w in ws.values for w in weights if isinstance(w, fx.Node))
     if node.target is operator.getitem:
         return node.args[0].target is ops.spab.default and _is_plannable(ws, node.args[0])  # type: ignore[union-attr,arg-type]
-    if node.target is aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
+    if node.target in (aten.add.Tensor, aten.mul.Tensor) and len(node.args) == 2 and not node.kwargs:
         a, b = node.args
         if is_map(a) and is_map(b) and a not in ws.values and b not in ws.values:
             return dims(a) == dims(b) and isinstance(dims(a)[1], int)  # type: ignore[arg-type]
+    if function_of(ws, node) is not None:
+        return True
     found = affine_of(ws, node)
     return found is not None and bool((found[1] != 0).all())
+
+
+def _is_shuffled(node: fx.Node) -> bool:
+    """Whether a node is an image that a plan can only return."""
+    return node.target is ops.conv3x3_pixel_shuffle.default
 
 
 def _groups(ws: Workspace, refused: dict[fx.Node, str]) -> dict[int, list[fx.Node]]:
@@ -122,8 +129,8 @@ def _groups(ws: Workspace, refused: dict[fx.Node, str]) -> dict[int, list[fx.Nod
         for node in ws.graph.nodes:
             inputs = [n for n in node.all_input_nodes if n not in ws.values]
             if node not in refused and node not in dropped and _is_plannable(ws, node):
-                level[node] = max((level[n] for n in inputs), default=0)
-                same = [planned[n] for n in inputs if n in planned and level[n] == level[node]]
+                level[node] = max((level[n] + _is_shuffled(n) for n in inputs), default=0)
+                same = [planned[n] for n in inputs if n in planned and level[n] == level[node] and not _is_shuffled(n)]
                 planned[node] = mine = min(same, default=len(level))
                 for other in set(same) - {mine}:
                     planned |= {n: mine for n, s in planned.items() if s == other}
@@ -132,10 +139,21 @@ def _groups(ws: Workspace, refused: dict[fx.Node, str]) -> dict[int, list[fx.Nod
         groups: dict[int, list[fx.Node]] = {}
         for node, i in planned.items():
             groups.setdefault(i, []).append(node)
-        light = [nodes for nodes in groups.values() if not any(n.target in _HOT for n in nodes)]
+        light = {n for nodes in groups.values() for n in _light(ws, nodes)}
         if not light:
             return dict(sorted(groups.items(), key=lambda item: level[item[1][0]]))
-        dropped |= {n for nodes in light for n in nodes}
+        dropped |= light
+
+
+def _light(ws: Workspace, nodes: list[fx.Node]) -> list[fx.Node]:
+    """Members of a set that are better left to PyTorch."""
+    hot = [n for n in nodes if n.target in _HOT]
+    if not hot:
+        return nodes
+    if len(hot) == 1 and hot[0].target is ops.conv1x1.default:
+        # By itself it runs on tensors of any layout where they are.
+        return [n for n in nodes if n not in hot]
+    return []
 
 
 def _ratio(a: Any, b: Any) -> int | None:
@@ -178,11 +196,14 @@ class _Segment:
             handler = handlers.get(node.target)
             if handler is not None:
                 handler(node)
+            elif (function := function_of(ws, node)) is not None:
+                self._activate(node, *function)
             elif (found := affine_of(ws, node)) is not None:
                 self._normalize(node, *found)
             else:
-                first, second = (self._value(a) for a in node.args)
-                self.values[node] = self.builder.add("add", [first, second], dims(node)[1])
+                both = [self._value(a) for a in node.args]
+                op = "add" if node.target is aten.add.Tensor else "multiply"
+                self.values[node] = self.builder.add(op, both, dims(node)[1])
         self.outputs = [n for n in nodes if any(u not in members for u in n.users) and n.target is not ops.spab.default]
         # Two nodes can be one value; the plan returns it once.
         self.results = list(dict.fromkeys(self._value(n) for n in self.outputs))
@@ -282,6 +303,11 @@ class _Segment:
         values = self.values[source]  # type: ignore[index]
         assert isinstance(values, tuple) and isinstance(index, int)
         self.values[node] = values[index]
+
+    def _activate(self, node: fx.Node, x: fx.Node, function: str, low: Tensor, high: Tensor) -> None:
+        self.values[node] = self.builder.add(
+            "activate", [self._value(x)], dims(node)[1], function=function, low=low.tolist(), high=high.tolist()
+        )
 
     def _normalize(self, node: fx.Node, x: fx.Node, scale: Tensor, shift: Tensor) -> None:
         """(x - s) * k with one number per channel, merged into a layer of its kind that comes just before it."""

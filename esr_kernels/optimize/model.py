@@ -26,7 +26,7 @@ from .capture import PATIENCE, CaptureError, Guard, capture, find_example, reaso
 from .lower import Lowered, lower
 from .patterns import match
 from .report import Report
-from .simplify import canonicalize, merge_linear, recognize_shuffles
+from .simplify import canonicalize, channels_first, merge_linear, recognize_shuffles
 from .workspace import Workspace
 
 ops = torch.ops.esr
@@ -361,6 +361,7 @@ def rewrite(ws: Workspace, image: fx.Node, example: Tensor, scale_limit: float |
     output = ws.graph.output_node()
     output.args = ((output.args[0][0],),)  # type: ignore[index]
     canonicalize(ws)
+    channels_first(ws)
     recognize_shuffles(ws, image, example)
     merge_linear(ws, scale_limit)
     match(ws, scale_limit)

@@ -6,6 +6,8 @@ the next single result are evaluated in float64 on numbers of every size and com
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,9 +16,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from ..backends.reference._common import activate, attention
+from ..backends.reference._common import activate, apply, attention
 from ..functional import DEPTHWISE_SIDES
-from .simplify import Conv, conv_of, within
+from .simplify import Conv, conv_of, function_of, within
 from .workspace import _CASTS, Workspace, aten, dims, getitem, is_map, is_pointwise
 
 ops = torch.ops.esr
@@ -38,8 +40,12 @@ def match(ws: Workspace, scale_limit: float | None = None) -> None:
     _depthwise(ws)
     _normalizations(ws)
     _epilogues(ws, scale_limit)
+    if _split(ws):
+        _epilogues(ws, scale_limit)
     _gates(ws)
     _spatial_attention(ws)
+    _functions(ws)
+    _differences(ws)
     ws.clean()
 
 
@@ -51,16 +57,117 @@ def _convolutions(ws: Workspace) -> None:
         conv = conv_of(ws, node)
         if conv is None or not conv.plain:
             continue
+        xs = [conv.x]
+        if conv.x.target is aten.cat.default and conv.x not in ws.values:
+            parts, *axis = conv.x.args
+            if axis and axis[0] in (1, -3) and all(is_map(p) for p in parts):  # type: ignore[union-attr]
+                xs = list(parts)  # type: ignore[arg-type]
         if conv.kernel == (3, 3) and conv.padding == (1, 1):
-            _write(ws, _Fused("conv3x3", node, [conv.x], conv.weight, conv.bias), node)
+            if len(xs) > 1 and all(isinstance(dims(x)[1], int) for x in xs) and not _is_shuffled(node):
+                _sum_over(ws, conv, xs)
+            else:
+                x = xs[0] if len(xs) == 1 else conv.x
+                _write(ws, _Fused("conv3x3", node, [x], conv.weight, conv.bias), node)
         elif conv.kernel == (1, 1) and conv.padding == (0, 0):
-            xs = [conv.x]
-            if conv.x.target is aten.cat.default and conv.x not in ws.values:
-                parts, *axis = conv.x.args
-                if axis and axis[0] in (1, -3) and all(is_map(p) for p in parts):  # type: ignore[union-attr]
-                    xs = list(parts)  # type: ignore[arg-type]
-            _write(ws, _Fused("conv1x1", node, xs, conv.weight, conv.bias), node)
+            xs, weight = _whole(ws, xs, conv.weight)
+            _write(ws, _Fused("conv1x1", node, xs, weight, conv.bias), node)
     ws.clean()
+
+
+def _is_shuffled(node: fx.Node) -> bool:
+    return any(user.target is aten.pixel_shuffle.default for user in node.users)
+
+
+def _sum_over(ws: Workspace, conv: Conv, xs: list[fx.Node]) -> None:
+    """The convolution of a concatenation: the sum of those of its parts, each the residual of the next."""
+    first = 0
+    total: fx.Node | None = None
+    for x in xs:
+        part = conv.weight[:, first : first + dims(x)[1]]
+        first += dims(x)[1]
+        fused = _Fused("conv3x3", conv.node, [x], part, conv.bias if total is None else None, total)
+        if x is xs[-1]:
+            _write(ws, fused, conv.node)
+        else:
+            total = _insert(ws, fused, conv.node)
+
+
+def _whole(ws: Workspace, xs: list[fx.Node], weight: Tensor) -> tuple[list[fx.Node], Tensor]:
+    """Inputs of a 1x1 convolution with slices of channels replaced by what they are slices of, where that is cheap."""
+    sources: dict[fx.Node, Tensor] = {}
+    first = 0
+    for x in xs:
+        if not isinstance(dims(x)[1], int):
+            return xs, weight
+        columns = weight[:, first : first + dims(x)[1]]
+        first += dims(x)[1]
+        source, start = x, 0
+        found = _slice_of(x)
+        if found is not None and _slices(found[0]) is None:
+            source, start, _end = found
+        if source not in sources:
+            sources[source] = weight.new_zeros(weight.shape[0], dims(source)[1], 1, 1)
+        sources[source][:, start : start + dims(x)[1]] += columns
+    whole = torch.cat(list(sources.values()), 1)
+    # Reading more costs less than copying what is to be read.
+    return (list(sources), whole) if whole.shape[1] <= 1.5 * weight.shape[1] else (xs, weight)
+
+
+def _slice_of(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """A map and the range of its channels that a node is."""
+    if not is_map(node) or not isinstance(dims(node)[1], int):
+        return None
+    if node.target is aten.slice.Tensor and not node.kwargs:
+        defaults: list[Any] = [0, None, None, 1]
+        source, axis, start, _end, step = list(node.args) + defaults[len(node.args) - 1 :]
+        start = start or 0
+        if axis not in (1, -3) or step != 1 or not isinstance(start, int) or start < 0:
+            return None
+    elif node.target is operator.getitem:
+        split: Any
+        split, index = node.args
+        if split.target not in _SPLITS:
+            return None
+        assert isinstance(index, int)
+        source, _sizes, *rest = split.args
+        axis = rest[0] if rest else split.kwargs.get("dim", 0)
+        parts = split.meta.get("val")
+        if axis not in (1, -3) or not isinstance(parts, (list, tuple)):
+            return None
+        widths = [p.shape[1] for p in parts]
+        if not all(isinstance(w, int) for w in widths):
+            return None
+        start = sum(widths[:index])
+    else:
+        return None
+    if not is_map(source) or not isinstance(dims(source)[1], int):  # type: ignore[arg-type]
+        return None
+    return source, start, start + dims(node)[1]  # type: ignore[return-value]
+
+
+def _slices(node: fx.Node) -> list[tuple[fx.Node, int, int]] | None:
+    """Who reads a map and which channels, where all do so by slices that do not overlap."""
+    readers = [u for n in node.users for u in (n.users if n.target in _SPLITS else [n])]
+    found = [(r, *s[1:]) for r in readers if (s := _slice_of(r)) is not None and s[0] is node]
+    ranges = sorted((start, end) for _, start, end in found)
+    if not found or len(found) != len(readers) or any(a[1] > b[0] for a, b in itertools.pairwise(ranges)):
+        return None
+    return found
+
+
+def _split(ws: Workspace) -> bool:
+    """A convolution of which only slices of channels are read: one for each slice; whether there was any."""
+    changed = False
+    for node in list(ws.graph.nodes):
+        fused = None if node._erased else _fused_of(ws, node)
+        if fused is None or fused.op not in ("conv3x3", "conv1x1") or fused.residual is not None:
+            continue
+        for reader, start, end in _slices(node) or ():
+            bias = None if fused.bias is None else fused.bias[start:end]
+            _write(ws, replace(fused, weight=fused.weight[start:end], bias=bias), reader)
+            changed = True
+    ws.clean()
+    return changed
 
 
 @dataclass
@@ -123,6 +230,13 @@ def _fused_of(ws: Workspace, node: fx.Node) -> _Fused | None:
 
 def _write(ws: Workspace, fused: _Fused, at: fx.Node, gone: list[fx.Node] | None = None) -> fx.Node:
     """Put the operator in the place of `at`."""
+    node = _insert(ws, fused, at)
+    ws.replace(at, node, gone or [])
+    return node
+
+
+def _insert(ws: Workspace, fused: _Fused, at: fx.Node) -> fx.Node:
+    """The operator in front of `at`, with a result of its shape."""
     dtype = ws.dtype(fused.node)
     weight = ws.constant(fused.weight, dtype)
     bias = None if fused.bias is None else ws.constant(fused.bias, dtype)
@@ -142,7 +256,6 @@ def _write(ws: Workspace, fused: _Fused, at: fx.Node, gone: list[fx.Node] | None
         args = (x, weight, ws.constant(fused.depthwise, dtype), bias, fused.padding_mode, *act)
     node = ws.call(at, getattr(ops, fused.op).default, args, at)
     node.meta |= {k: fused.node.meta[k] for k in ("stack_trace", "nn_module_stack") if k in fused.node.meta}
-    ws.replace(at, node, gone or [])
     return node
 
 
@@ -267,13 +380,6 @@ def _normalizations(ws: Workspace) -> None:
             continue
         if any(_over_channels(u) for u in node.users):
             _normalization(ws, node)
-        if (norm := _permuted_norm(node)) is not None:
-            call, end = norm
-            weight, bias = (*call.args[2:4], None, None)[:2]
-            eps = call.args[4] if len(call.args) > 4 else 1e-5
-            known = [None if p is None else ws.known(p) for p in (weight, bias)]
-            if all((p is None) == (k is None) for p, k in zip((weight, bias), known, strict=True)):
-                _write_norm(ws, node, end, known[0], known[1], float(eps))  # type: ignore[arg-type]
     ws.clean()
 
 
@@ -282,20 +388,6 @@ def _write_norm(ws: Workspace, x: fx.Node, end: fx.Node, weight: Any, bias: Any,
     parameters = (None if p is None else ws.constant(p, dtype) for p in (weight, bias))
     node = ws.call(end, ops.layer_norm2d.default, (x, *parameters, eps), end)
     ws.replace(end, node)
-
-
-def _permuted_norm(x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """`layer_norm` of x with its channels moved last, and the node that has them back in their place."""
-    for user in x.users:
-        if user.target is not aten.permute.default or list(user.args[1]) != [0, 2, 3, 1]:  # type: ignore[arg-type]
-            continue
-        users = list(user.users)
-        if len(users) != 1 or users[0].target is not aten.layer_norm.default or list(users[0].args[1]) != [dims(x)[1]]:  # type: ignore[arg-type]
-            continue
-        back = list(users[0].users)
-        if len(back) == 1 and back[0].target is aten.permute.default and list(back[0].args[1]) == [0, 3, 1, 2]:  # type: ignore[arg-type]
-            return users[0], back[0]
-    return None
 
 
 def _over_channels(node: fx.Node) -> bool:
@@ -634,6 +726,86 @@ def _two_arguments(
         exact = abs(factor - 1) < _EXACT
         return replace(fused, residual=residual, mode="attention"), None if exact else factor
     return None
+
+
+# --- what is left between the operators
+
+
+def _functions(ws: Workspace) -> None:
+    """Functions of every element of a map, however written, in the form that `function_of` knows."""
+    order = {n: i for i, n in enumerate(ws.graph.nodes)}
+    for end in reversed(list(ws.graph.nodes)):
+        if end._erased or not is_map(end) or end in ws.values or not is_pointwise(end):
+            continue
+        region, best = [end], None
+        while len(region) < _LONGEST:
+            reads = [a for a in dict.fromkeys(n for m in region for n in m.all_input_nodes) if a not in region]
+            leaves = [a for a in reads if a not in ws.values]
+            if len(leaves) == 1 and is_map(leaves[0]) and dims(leaves[0]) == dims(end):
+                inside = all(user in region for n in region[:-1] for user in n.users)
+                found = _function(ws, leaves[0], region, end) if inside else None
+                if found is not None and (len(region) > 1 or function_of(ws, end) is None):
+                    best = (found[0], (leaves[0], *found[1]), list(region))
+            pointwise = [a for a in leaves if is_pointwise(a)]
+            if not pointwise:
+                break
+            region.insert(0, max(pointwise, key=order.__getitem__))
+            region.sort(key=order.__getitem__)
+        if best is not None:
+            ws.replace(end, ws.call(end, best[0], best[1], end), best[2][:-1])
+    ws.clean()
+
+
+def _function(ws: Workspace, x: fx.Node, region: list[fx.Node], end: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+    """The operator that a region is, and its arguments besides `x`."""
+    call = _evaluation(ws, x, region, end)
+    if call is None or call.others:
+        return None
+    v = _probes(ws, call.region, dims(x)[1])
+    y = call(v)
+    if y is None:
+        return None
+    known = {
+        "relu": aten.relu.default,
+        "silu": aten.silu.default,
+        "gelu": aten.gelu.default,
+        "sigmoid": aten.sigmoid.default,
+        "hardswish": aten.hardswish.default,
+        "mish": aten.mish.default,
+    }
+    one = torch.ones(1, dtype=torch.float64)
+    for name, target in known.items():
+        if _equal(y, apply(v, name, one, one), v):
+            return target, ()
+
+    def run(t: Tensor) -> Tensor:
+        result = call(t)
+        assert result is not None
+        return result
+
+    zero, plus, minus = _slopes(run, v)
+    bent = not bool(zero.any()) and bool((plus == 1).all()) and not bool((minus == -1).all())
+    if bent and _equal(y, torch.where(v < 0, v * _column(-minus), v), v):
+        return aten.prelu.default, (ws.constant(-minus, ws.dtype(end)),)
+    low, high = (float(run(torch.full_like(v[:, :, :1], s)).flatten()[0]) for s in (-1e30, 1e30))
+    if low < high and _equal(y, v.clamp(low, high), v):
+        return aten.clamp.default, (None if low == -1e30 else low, None if high == 1e30 else high)
+    return None
+
+
+def _differences(ws: Workspace) -> None:
+    """a - s b as the sum of a and -s b, and a + s b as that of a and s b: a plan has sums."""
+    for node in list(ws.graph.nodes):
+        if node.target not in (aten.sub.Tensor, aten.add.Tensor) or node in ws.values or not is_map(node):
+            continue
+        a, b, *rest = node.args
+        factor = rest[0] if rest else node.kwargs.get("alpha", 1)
+        if not all(is_map(t) and t not in ws.values and dims(t) == dims(node) for t in (a, b)):  # type: ignore[arg-type]
+            continue
+        factor = -factor if node.target is aten.sub.Tensor else factor  # type: ignore[operator]
+        if factor != 1:
+            scaled = ws.call(node, aten.mul.Tensor, (b, float(factor)), node)  # type: ignore[arg-type]
+            ws.replace(node, ws.call(node, aten.add.Tensor, (a, scaled), node))
 
 
 # --- enhanced spatial attention

@@ -5,6 +5,7 @@ All of it holds on the border of the image too: a shift in front of a zero-padde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -158,6 +159,63 @@ def affine_of(ws: Workspace, node: fx.Node) -> tuple[fx.Node, Tensor, Tensor] | 
     return (x, -alpha * one, k) if swapped else (x, one, -alpha * k)  # type: ignore[return-value]
 
 
+_FUNCTIONS = {
+    aten.relu.default: "relu",
+    aten.silu.default: "silu",
+    aten.sigmoid.default: "sigmoid",
+    aten.hardswish.default: "hardswish",
+    aten.mish.default: "mish",
+}
+_CLAMPS = {
+    aten.clamp.default: (None, None),
+    aten.hardtanh.default: (-1.0, 1.0),
+    aten.relu6.default: (0.0, 6.0),
+    aten.clamp_min.default: (None, None),
+    aten.clamp_max.default: (None, None),
+}
+
+
+def function_of(ws: Workspace, node: fx.Node) -> tuple[fx.Node, str, Tensor, Tensor] | None:
+    """A map, the name of a function of its every element, and its `low` and `high` per channel, if a node is that.
+
+    The functions are those of a plan's `activate`, each in the one form in which `match` leaves it.
+    """
+    x: Any = node.args[0] if node.args else None
+    if node.op != "call_function" or node in ws.values or not is_map(node) or not is_map(x) or x in ws.values:
+        return None
+    if dims(x) != dims(node) or not isinstance(dims(node)[1], int):
+        return None
+    t: Any = node.target
+    numbers = [ws.known(a) for a in node.args[1:]]
+    name, low, high = _FUNCTIONS.get(t), 0.0, 0.0
+    if t is aten.gelu.default:
+        name = "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
+    elif node.kwargs:
+        return None
+    elif name == "sigmoid":
+        high = 1.0
+    elif t is aten.leaky_relu.default:
+        name, low = "leaky_relu", float(numbers[0] if numbers else 0.01)  # type: ignore[arg-type]
+    elif t is aten.prelu.default and isinstance(numbers[0], Tensor):
+        slopes = numbers[0].expand(dims(node)[1]).clone()
+        return x, "leaky_relu", slopes, torch.zeros_like(slopes)
+    elif t in _CLAMPS:
+        bounds = [*node.args[1:]] or [*_CLAMPS[t]]
+        if t is aten.clamp_max.default:
+            bounds.insert(0, None)
+        given = [None if b is None else ws.known(b) for b in (*bounds, None)[:2]]
+        if any(isinstance(b, Tensor) for b in given) or [b is None for b in (*bounds, None)[:2]] != [
+            g is None for g in given
+        ]:
+            return None
+        name = "clamp"
+        low, high = (f if g is None else float(g) for g, f in zip(given, (-math.inf, math.inf), strict=True))  # type: ignore[arg-type]
+    if name is None:
+        return None
+    full = torch.ones(dims(node)[1], dtype=torch.float64)
+    return x, name, full * low, full * high
+
+
 # --- one form for what can be written in many
 
 
@@ -166,7 +224,7 @@ def canonicalize(ws: Workspace) -> None:
     for node in list(ws.graph.nodes):
         if node.op != "call_function" or node in ws.values or node._erased:
             continue
-        for rule in (_identity, _convolution, _batch_norm, _zero_pad, _filled):
+        for rule in (_identity, _scattered, _convolution, _batch_norm, _zero_pad, _filled, _hard_sigmoid, _unshuffle):
             if rule(ws, node):
                 break
     ws.fold()
@@ -248,6 +306,61 @@ def _identity(ws: Workspace, node: fx.Node) -> bool:
     ):
         return False
     ws.replace(node, source)
+    return True
+
+
+def _scattered(ws: Workspace, node: fx.Node) -> bool:
+    """What in-place writes to a part of a tensor become: all of it, or a concatenation of channels."""
+    if node.target is aten.copy.default and not node.kwargs and len(node.args) == 2:
+        into, source = node.args
+    elif node.target is aten.slice_scatter.default and not node.kwargs:
+        where: list[Any]
+        into, source, *where = node.args
+        defaults: list[Any] = [0, None, None, 1]
+        axis, start, end, step = where + defaults[len(where) :]
+        if step != 1 or not is_map(node) or not is_map(source):
+            return False
+        channels = dims(node)[1]
+        if start not in (None, 0) or end not in (None, _ALL):
+            start, end = start or 0, channels if end in (None, _ALL) else end
+            if axis not in (1, -3) or not all(isinstance(v, int) and v >= 0 for v in (start, end, channels)):
+                return False
+            parts = [(into, 0, start), (source, None, None), (into, end, channels)]
+            pieces = []
+            for part, first, last in parts:
+                if first is None:
+                    pieces.append(part)
+                elif first < last:
+                    piece = ws.call(node, aten.slice.Tensor, (part, 1, first, last), node)
+                    shape = [*node.meta["val"].shape]
+                    shape[1] = last - first
+                    piece.meta["val"] = node.meta["val"].new_empty(shape)
+                    pieces.append(piece)
+            ws.replace(node, ws.call(node, aten.cat.default, (pieces, 1), node))
+            return True
+    else:
+        return False
+    same = isinstance(source, fx.Node) and isinstance(source.meta.get("val"), Tensor)
+    if not same or dims(source) != dims(node) or source.meta["val"].dtype != node.meta["val"].dtype:  # type: ignore[arg-type,union-attr]
+        return False
+    ws.replace(node, source)  # type: ignore[arg-type]
+    return True
+
+
+def _unshuffle(ws: Workspace, node: fx.Node) -> bool:
+    """PyTorch's own operator in the place of the one that was traced."""
+    if node.target is not torch.ops.esr.pixel_unshuffle.default:
+        return False
+    ws.replace(node, ws.call(node, aten.pixel_unshuffle.default, node.args, node))
+    return True
+
+
+def _hard_sigmoid(ws: Workspace, node: fx.Node) -> bool:
+    if node.target is not aten.hardsigmoid.default:
+        return False
+    new = ws.call(node, aten.mul.Tensor, (node.args[0], 1 / 6), node)
+    new = ws.call(node, aten.add.Tensor, (new, 0.5), node)
+    ws.replace(node, ws.call(node, aten.clamp.default, (new, 0.0, 1.0), node))
     return True
 
 
@@ -495,6 +608,92 @@ def _grown(weight: Tensor, kernel: list[int]) -> Tensor:
     """The kernel with zeros around it."""
     y, x = ((kernel[i] - weight.shape[2 + i]) // 2 for i in (0, 1))
     return F.pad(weight, (x, x, y, y))
+
+
+# --- channels moved last
+
+_LAST, _BACK = [0, 2, 3, 1], [0, 3, 1, 2]
+
+
+def channels_first(ws: Workspace) -> None:
+    """Layers on maps whose channels were moved last: the same on the maps themselves.
+
+    Linear layers become 1x1 convolutions and layer normalisations operators; the move goes behind them, until it meets
+    the one that undoes it.
+    """
+    for node in list(ws.graph.nodes):
+        if node._erased or node.op != "call_function" or node in ws.values:
+            continue
+        if node.target is aten.permute.default and list(node.args[1]) == _BACK:  # type: ignore[arg-type]
+            source = _moved(node.args[0])
+            if source is not None:
+                ws.replace(node, source)
+            continue
+        if not is_map(node) or not isinstance(dims(node)[3], int):
+            continue
+        first = _with_channels_first(ws, node)
+        if first is not None:
+            first.meta["val"] = node.meta["val"].permute(_BACK)
+            ws.replace(node, ws.call(node, aten.permute.default, (first, _LAST), node))
+    ws.clean()
+
+
+def _moved(node: Any) -> fx.Node | None:
+    """The map of which a node is the one with its channels last."""
+    if isinstance(node, fx.Node) and node.target is aten.permute.default and list(node.args[1]) == _LAST:  # type: ignore[arg-type]
+        return node.args[0] if is_map(node.args[0]) else None  # type: ignore[return-value]
+    return None
+
+
+def _with_channels_first(ws: Workspace, node: fx.Node) -> fx.Node | None:
+    """What makes a node's result with its channels first, from maps that have them so."""
+    dtype = ws.dtype(node)
+    if node.target in (aten.linear.default, aten.layer_norm.default):
+        source = _moved(node.args[0])
+        rest: list[Any] = [*node.args[1:]]
+        if source is None or node.kwargs:
+            return None
+        if node.target is aten.linear.default:
+            weight, bias = (*rest, None)[:2]
+            w, b = ws.known(weight), None if bias is None else ws.known(bias)
+            if not isinstance(w, Tensor) or (bias is not None and not isinstance(b, Tensor)):
+                return None
+            settings = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+            kernel = ws.constant(w[:, :, None, None], dtype)
+            return ws.call(node, aten.convolution.default, (source, kernel, bias, *settings), node)
+        defaults: list[Any] = [None, None, None, 1e-5]
+        shape, weight, bias, eps = (rest + defaults[len(rest) :])[:4]
+        if list(shape) != [dims(node)[3]] or any(p is not None and p not in ws.values for p in (weight, bias)):
+            return None
+        return ws.call(node, torch.ops.esr.layer_norm2d.default, (source, weight, bias, float(eps)), node)
+    if not is_pointwise(node):
+        return None
+    channels, found = dims(node)[3], False
+
+    def first(argument: Any) -> Any:
+        nonlocal found
+        if not isinstance(argument, fx.Node):
+            return argument
+        source = _moved(argument)
+        if source is not None and dims(argument) == dims(node):
+            found = True
+            return source
+        value = ws.values.get(argument)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return argument
+        if isinstance(value, Tensor) and value.numel() == channels == value.shape[-1]:
+            return ws.constant(value.reshape(-1, 1, 1), ws.dtype(argument))
+        raise LookupError
+
+    try:
+        args, kwargs = map_arg(node.args, first), map_arg(node.kwargs, first)
+    except LookupError:
+        return None
+    if not found or node.target is aten.prelu.default:
+        return None
+    new = ws.call(node, node.target, args, node)  # type: ignore[arg-type]
+    new.kwargs = kwargs
+    return new
 
 
 # --- moved elements

@@ -21,8 +21,11 @@ OP_CODES = {
     "esa": 4,
     "bsconv": 5,
     "add": 6,
+    "multiply": 7,
+    "activate": 8,
 }
 ACTIVATION_CODES = {"none": 0, "relu": 1, "leaky_relu": 2, "silu": 3, "gelu": 4, "gelu_tanh": 5}
+FUNCTION_CODES = ACTIVATION_CODES | {"sigmoid": 6, "clamp": 7, "hardswish": 8, "mish": 9}
 RESIDUAL_CODES = {"pre": 0, "post": 1, "attention": 2}
 PADDING_CODES = {"zeros": 0, "reflect": 1}
 
@@ -57,7 +60,9 @@ def encode(plan: Plan) -> tuple[list[int], list[float]]:
             activation, slope = ACTIVATION_CODES[a["activation"]], constant(a["negative_slope"])
             mode = RESIDUAL_CODES[a.get("residual_mode", "post")]
             return [x[0], *weights, PADDING_CODES[a["padding_mode"]], activation, slope, residual, mode]
-        return x  # add
+        if layer.op == "activate":
+            return [x[0], FUNCTION_CODES[a["function"]], layer.channels, constant(*a["low"], *a["high"])]
+        return x  # add, multiply
 
     for layer in plan.layers:
         ints = record(layer)

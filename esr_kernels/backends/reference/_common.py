@@ -91,6 +91,25 @@ def activate(h: Tensor, activation: str, negative_slope: float) -> Tensor:
     return F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
+def apply(x: Tensor, function: str, low: Tensor, high: Tensor) -> Tensor:
+    """A function of every element of a map, as plans have them; `low` and `high` broadcast over it.
+
+    sigmoid: times `high`. leaky_relu: `low` is the factor of negative values. clamp: the bounds. Other functions read
+    neither.
+    """
+    if function == "sigmoid":
+        return torch.sigmoid(x) * high
+    if function == "clamp":
+        return torch.minimum(torch.maximum(x, low), high)
+    if function == "hardswish":
+        return F.hardswish(x)
+    if function == "mish":
+        return F.mish(x)
+    if function == "leaky_relu":
+        return torch.where(x < 0, x * low, x)
+    return activate(x, function, 0.0)
+
+
 def activation_backward(grad: Tensor, h: Tensor, activation: str, negative_slope: float) -> Tensor:
     """`grad` times the activation's derivative at `h`."""
     if activation == "none":

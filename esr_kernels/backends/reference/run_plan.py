@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ._common import memory_format, upcast
+from ._common import apply, memory_format, upcast
 from .bsconv import bsconv
 from .conv1x1 import conv1x1
 from .conv3x3 import conv3x3
@@ -24,11 +26,23 @@ def _parse(plan: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def _per_channel(
-    shift: tuple[float, ...], scale: tuple[float, ...], dtype: torch.dtype, device: torch.device
+    first: tuple[float, ...], second: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Made once: a CUDA graph cannot capture a copy from the host."""
-    table = torch.tensor([shift, scale], dtype=dtype, device=device).view(2, 1, -1, 1, 1)
+    table = torch.tensor([first, second], dtype=dtype, device=device).view(2, 1, -1, 1, 1)
     return table[0], table[1]
+
+
+def _activate(x: Tensor, function: str, low: tuple[float, ...], high: tuple[float, ...]) -> Tensor:
+    """A function of every element; one node where all channels have the same bounds, which exporters know better."""
+    if len(set(low)) == len(set(high)) == 1:
+        if function == "clamp":
+            return x.clamp(None if low[0] == -math.inf else low[0], None if high[0] == math.inf else high[0])
+        if function == "sigmoid" and high[0] == 1:
+            return torch.sigmoid(x)
+        if function == "leaky_relu":
+            return F.leaky_relu(x, low[0])
+    return apply(x, function, *_per_channel(low, high, x.dtype, x.device))
 
 
 def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Tensor]:
@@ -81,6 +95,10 @@ def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Ten
             )
         elif op == "add":
             values.append(x[0] + x[1])
+        elif op == "multiply":
+            values.append(x[0] * x[1])
+        elif op == "activate":
+            values.append(_activate(x[0], a["function"], tuple(a["low"]), tuple(a["high"])))
         else:
             raise ValueError(f"plan: unknown layer {op!r}")
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._epilogue import channel_offsets, finish, image_start
-from ._pointwise import add
+from ._pointwise import combine
 from .configs import Config, choose
 from .launch import Kernel, ceil_div
 from .maps import NOTHING, Map, padded, precision, wide
@@ -221,7 +221,7 @@ def multiply(
         more = {"mode": mode, "activation": activation, "slope": slope, "g": g}
         multiply(xs[PARTS:], rest_packed, bias, out, residual=sums, residual_mode="pre", **more)  # type: ignore[arg-type]
         if last is not None:
-            add(out, last, out)
+            combine(out, last, "add", out)
         return
     exact = precision(dtype)
     config = choose("conv1x1", dtype, exact, packed.weight.shape[0], packed.block_0 + packed.block_1)

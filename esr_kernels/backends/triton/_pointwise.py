@@ -1,4 +1,4 @@
-"""What a plan has between fused layers: the sum of two maps, and (x - shift) * scale per channel."""
+"""What a plan has between fused layers: sums and products of maps, and functions of every element."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._epilogue import channel_offsets, image_start, pixel_offsets
+from ._epilogue import activate, channel_offsets, image_start, pixel_offsets, sigmoid
 from .launch import Kernel, ceil_div
 from .maps import NOTHING, Map, padded, wide
 
@@ -17,12 +17,38 @@ _BLOCK = 1024
 
 
 @triton.jit
+def apply_function(x, low, high, FUNCTION: tl.constexpr):
+    """A function of float32 `x`; zeros for `low` and `high`, as where a map has no channel, give zeros for zeros."""
+    if FUNCTION == "normalize":
+        result = (x - low) * high
+    elif FUNCTION == "leaky_relu":
+        result = tl.where(x < 0, x * low, x)
+    elif FUNCTION == "sigmoid":
+        result = high * sigmoid(x)
+    elif FUNCTION == "clamp":
+        result = tl.where(x < low, low, x)  # NaN stays
+        result = tl.where(result > high, high, result)
+    elif FUNCTION == "hardswish":
+        gate = x * 0.16666666666666666 + 0.5
+        gate = tl.where(gate < 0, 0.0, gate)
+        result = x * tl.where(gate > 1, 1.0, gate)
+    elif FUNCTION == "mish":
+        # tanh(log(1 + e)) = e (e + 2) / (e (e + 2) + 2), 1 in float32 from x = 9 on.
+        e = tl.exp(tl.where(x > 20, 20.0, x))
+        e = e * (e + 2.0)
+        result = x * (e / (e + 2.0))
+    else:
+        result = activate(x, 0.0, FUNCTION)
+    return result
+
+
+@triton.jit
 def pointwise_kernel(
-    x, y, normalization, out, pixels, size, tiles, x_batch, y_batch, out_batch,
-    CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr,
+    x, y, table, out, pixels, size, tiles, x_batch, y_batch, out_batch,
+    CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, OPERATION: tl.constexpr,
     X_PITCH: tl.constexpr, Y_PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """out = (x - normalization[0]) * normalization[1], or x + y; zeros in channels up to COLUMNS."""
+    """out = x + y, x * y, or a function of x with table[0] and table[1]; zeros in channels up to COLUMNS."""
     n = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     if WIDE:
@@ -41,14 +67,19 @@ def pointwise_kernel(
     offsets = pixel_offsets(0, pixel, pixels, X_PITCH, 1, WIDE)
     offsets = offsets + channel_offsets(channel, pixels, pixels, X_PITCH, 1, WIDE)
     value = tl.load(x + offsets, mask=known, other=0.0).to(tl.float32)
-    if NORMALIZE:
-        shift = tl.load(normalization + channel, mask=known, other=0.0)
-        value = (value - shift) * tl.load(normalization + CHANNELS + channel, mask=known, other=0.0)
-    else:
+    if OPERATION == "add" or OPERATION == "multiply":
         y += image_start(n, y_batch, Y_PITCH)
         offsets = pixel_offsets(0, pixel, pixels, Y_PITCH, 1, WIDE)
         offsets = offsets + channel_offsets(channel, pixels, pixels, Y_PITCH, 1, WIDE)
-        value += tl.load(y + offsets, mask=known, other=0.0).to(tl.float32)
+        other = tl.load(y + offsets, mask=known, other=0.0).to(tl.float32)
+        if OPERATION == "add":
+            value += other
+        else:
+            value *= other
+    else:
+        low = tl.load(table + channel, mask=known, other=0.0)
+        high = tl.load(table + CHANNELS + channel, mask=known, other=0.0)
+        value = apply_function(value, low, high, OPERATION)
     out += image_start(n, out_batch, OUT_PITCH)
     offsets = pixel_offsets(0, pixel, pixels, OUT_PITCH, 1, WIDE)
     offsets = offsets + channel_offsets(channel, pixels, pixels, OUT_PITCH, 1, WIDE)
@@ -57,14 +88,14 @@ def pointwise_kernel(
 
 @lru_cache(maxsize=256)
 def _kernel(
-    channels: int, normalize: bool, pitches: tuple[int, int, int], is_wide: bool, dtypes: tuple[torch.dtype, ...]
+    channels: int, operation: str, pitches: tuple[int, int, int], is_wide: bool, dtypes: tuple[torch.dtype, ...]
 ) -> Kernel:
     columns = padded(channels)
     constants = {
         "CHANNELS": channels,
         "COLUMNS": columns if pitches[2] >= columns else channels,
         "BLOCK": _BLOCK,
-        "NORMALIZE": normalize,
+        "OPERATION": operation,
         "X_PITCH": pitches[0],
         "Y_PITCH": pitches[1],
         "OUT_PITCH": pitches[2],
@@ -73,25 +104,30 @@ def _kernel(
     return Kernel(pointwise_kernel, constants, 4)
 
 
-def _launch(x: Map, y: Map | None, normalization: Tensor | None, out: Map) -> None:
+def _launch(operation: str, x: Map, y: Map | None, table: Tensor | None, out: Map) -> None:
     second = y if y is not None else NOTHING
     dtypes = tuple(t.dtype for t in (x.tensor, second.tensor, out.tensor) if t is not None)
-    kernel = _kernel(x.channels, normalization is not None, (x.pitch, second.pitch, out.pitch), wide(x, y, out), dtypes)
+    kernel = _kernel(x.channels, operation, (x.pitch, second.pitch, out.pitch), wide(x, y, out), dtypes)
     columns = padded(x.channels)
     pixels = out.height * out.width
     size = pixels * (columns if out.pitch >= columns else x.channels)
     tiles = ceil_div(size, _BLOCK)
     kernel(
-        (out.tensor.shape[0] * tiles, 1), x.tensor, second.tensor, normalization, out.tensor, pixels, size, tiles,
+        (out.tensor.shape[0] * tiles, 1), x.tensor, second.tensor, table, out.tensor, pixels, size, tiles,
         x.batch, second.batch, out.batch,
     )  # fmt: skip
 
 
-def add(x: Map, y: Map, out: Map) -> None:
-    """out = x + y."""
-    _launch(x, y, None, out)
+def combine(x: Map, y: Map, operation: str, out: Map) -> None:
+    """out = x + y or x * y, as `operation` is "add" or "multiply"."""
+    _launch(operation, x, y, None, out)
 
 
-def normalize(x: Map, normalization: Tensor, out: Map) -> None:
-    """out = (x - normalization[0]) * normalization[1], float32 [2, channels]."""
-    _launch(x, None, normalization, out)
+def normalize(x: Map, table: Tensor, out: Map) -> None:
+    """out = (x - table[0]) * table[1], float32 [2, channels]."""
+    _launch("normalize", x, None, table, out)
+
+
+def apply(x: Map, function: str, table: Tensor, out: Map) -> None:
+    """out = a function of every element of x; its low and high are table[0] and table[1], float32 [2, channels]."""
+    _launch(function, x, None, table, out)

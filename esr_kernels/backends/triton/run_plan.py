@@ -119,8 +119,12 @@ class PreparedPlan:
                 self._absorbed[len(self.plan.inputs) + k] = table
                 return None
             return lambda x, out: _pointwise.normalize(x[0], table, out)
-        if layer.op == "add":
-            return lambda x, out: _pointwise.add(x[0], x[1], out)
+        if layer.op == "activate":
+            table = torch.tensor([a["low"], a["high"]], dtype=torch.float32, device=self.device)
+            self._tables.append(table)
+            return lambda x, out: _pointwise.apply(x[0], a["function"], table, out)
+        if layer.op in ("add", "multiply"):
+            return lambda x, out: _pointwise.combine(x[0], x[1], layer.op, out)
         if layer.op == "conv1x1":
             channels = tuple(self.plan.channels[i] for i in layer.operands)
             parts = pack_parts(w["weight"], channels, self.dtype)

@@ -3,7 +3,8 @@
 namespace esr {
 namespace {
 
-class Add final : public Operator {
+// Sum or product of two maps, element by element.
+class Pair final : public Operator {
  public:
   using Operator::Operator;
 
@@ -15,14 +16,14 @@ class Add final : public Operator {
 
   void run(const Run& run) const override {
     const MapLayout& m = run.output.layout;
-    AddArgs a;
+    PairArgs a;
     a.a = run.inputs[0].pixels();
     a.b = run.inputs[1].pixels();
     a.out = run.output.pixels();
     a.pitch = m.pitch;
     a.floats = m.width * m.step;
     parallel_ranges(m.height, m.width * m.step * 4, [&](int64_t y0, int64_t y1) {
-      kernels_.add(a, y0, y1);
+      (layer_.op == Op::kAdd ? kernels_.add : kernels_.multiply)(a, y0, y1);
       complete_rows(kernels_, run, y0, y1);
     });
   }
@@ -30,8 +31,8 @@ class Add final : public Operator {
 
 }  // namespace
 
-std::unique_ptr<Operator> make_add(const Layer& layer, const Kernels& kernels) {
-  return std::make_unique<Add>(layer, kernels);
+std::unique_ptr<Operator> make_pair(const Layer& layer, const Kernels& kernels) {
+  return std::make_unique<Pair>(layer, kernels);
 }
 
 }  // namespace esr
