@@ -14,7 +14,8 @@ bool use_winograd(int64_t cin, int64_t cout) {
 Dense3x3::Dense3x3(const Weight& w, const float* bias, const Kernels& kernels)
     : kernels_(&kernels), cout_(w.shape[0]), cin_(w.shape[1]) {
   winograd_ = use_winograd(cin_, cout_);
-  weights_ = winograd_ ? pack_winograd(w, kernels.lanes) : pack_conv3x3(w, kernels.lanes);
+  weights_ = pack_conv3x3(w, kernels.lanes);
+  if (winograd_) winograd_weights_ = pack_winograd(w, kernels.lanes);
   bias_ = pack_vector(bias, cout_, kernels.lanes);
 }
 
@@ -33,7 +34,8 @@ void Dense3x3::convolve(const Map& in, const Epilogue& epilogue, const MapLayout
     a.width = target.width;
     a.height = target.height;
     a.out_vectors = target.step / kernels_->lanes;
-    a.weights = weights_.data();
+    a.weights = winograd_weights_.data();
+    a.direct_weights = weights_.data();
     a.bias = bias_.data();
     a.scratch = scratch;
     a.epilogue = epilogue;

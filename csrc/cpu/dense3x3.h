@@ -37,7 +37,7 @@ class Dense3x3 {
   const Kernels* kernels_ = nullptr;
   bool winograd_ = false;
   int64_t cout_ = 0, cin_ = 0;
-  PackedFloats weights_, bias_;
+  PackedFloats weights_, winograd_weights_, bias_;
 };
 
 // Whether a convolution runs as Winograd F(4x4, 3x3): a function of the layer alone, never of the image, so that a tile

@@ -56,7 +56,8 @@ struct WinogradArgs {
   int64_t out_pitch = 0, out_step = 0;
   int64_t width = 0, height = 0;
   int64_t out_vectors = 0;
-  const float* weights = nullptr;  // [block][36][cin][vectors of the block * lanes]
+  const float* weights = nullptr;         // [block][36][cin][vectors of the block * lanes]
+  const float* direct_weights = nullptr;  // [block][9][cin][vectors of the block * lanes]
   const float* bias = nullptr;
   float* scratch = nullptr;  // winograd_scratch_floats()
   Epilogue epilogue;

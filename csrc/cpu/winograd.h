@@ -4,7 +4,7 @@
 // A row of 4x4 tiles is done in blocks of kTiles: all input tiles of a block are transformed, then, for each block of
 // output channels, 36 small matrix products follow and the transformation back. A block's data stays in the
 // second-level cache. Tiles are counted from the image's corner, so a tile's result does not depend on the block it is
-// in.
+// in. Tiles in which something is not finite are computed again, directly.
 
 constexpr int64_t kTiles = 24;  // a multiple of every pixel block
 constexpr int64_t kPositions = 36;
@@ -164,6 +164,48 @@ void winograd_products(const WinogradArgs& a, const float* transformed, int64_t 
   }
 }
 
+// The 4x4 pixels of a tile by the direct sums, for V vectors of channels, those inside the image: [4][4][V * lanes].
+// For inputs that are not finite, or too large to be transformed: the transforms would spread them over the tile.
+template <int V>
+void direct_tile(const WinogradArgs& a, int64_t y0, int64_t x0, int64_t first_vector, float* pixels) {
+  const float* const weights = a.direct_weights + first_vector * kLanes * 9 * a.cin;
+  const int64_t rows = a.height - y0 < 4 ? a.height - y0 : 4, columns = a.width - x0 < 4 ? a.width - x0 : 4;
+  for (int64_t y = 0; y < rows; ++y) {
+    for (int64_t x = 0; x < columns; ++x) {
+      Vec sum[V];
+      ESR_UNROLL for (int v = 0; v < V; ++v) sum[v] = load(a.bias + (first_vector + v) * kLanes);
+      const float* w = weights;
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        const float* in = a.in + (y0 + y + tap / 3 - 1) * a.in_pitch + (x0 + x + tap % 3 - 1) * a.in_step;
+        for (int64_t c = 0; c < a.cin; ++c, w += V * kLanes) {
+          ESR_UNROLL for (int v = 0; v < V; ++v) sum[v] = fma(set1(in[c]), load(w + v * kLanes), sum[v]);
+        }
+      }
+      ESR_UNROLL for (int v = 0; v < V; ++v) store(pixels + ((y * 4 + x) * V + v) * kLanes, sum[v]);
+    }
+  }
+}
+
+// 0 in every lane, NaN where one of the tile's 36 sums is not finite: each of them is part of a corner.
+template <int V>
+ESR_INLINE Vec not_finite(const float* pixels) {
+  Vec result = zero();
+  ESR_UNROLL for (int v = 0; v < V; ++v) {
+    const auto corner = [&](int k) { return load(pixels + (k * V + v) * kLanes); };
+    const Vec sum = add(add(corner(0), corner(3)), add(corner(12), corner(15)));
+    result = add(result, sub(sum, sum));
+  }
+  return result;
+}
+
+ESR_INLINE bool any_nan(Vec v) {
+  alignas(64) float lanes[kLanes];
+  store(lanes, v);
+  bool found = false;
+  for (int i = 0; i < kLanes; ++i) found |= lanes[i] != lanes[i];
+  return found;
+}
+
 inline int64_t winograd_scratch_floats(int64_t in_step, int64_t width) {
   const int64_t tiles = (width + 3) / 4 < kTiles ? (width + 3) / 4 : kTiles;
   return kPositions * (plane_stride(tiles * in_step) + plane_stride(tiles * 3 * kLanes)) + 6 * kRunColumns * in_step;
@@ -198,9 +240,7 @@ inline void winograd(const WinogradArgs& a, int64_t tile_row0, int64_t tile_row1
         const int64_t plane_out = plane_stride(most * V * kLanes);
         winograd_products<V>(a, transformed, plane_in, tiles, first_vector, products, plane_out);
         const int64_t rows = a.height - y < 4 ? a.height - y : 4;
-        for (int64_t t = 0; t < tiles; ++t) {
-          alignas(64) float pixels[16 * V * kLanes];
-          winograd_out<V>(products + t * V * kLanes, plane_out, pixels);
+        const auto finish_tile = [&](int64_t t, const float* pixels) {
           const int64_t x = 4 * (t0 + t);
           const int columns = static_cast<int>(a.width - x < 4 ? a.width - x : 4);
           const int64_t offset = x * a.out_step + first_vector * kLanes;
@@ -211,6 +251,21 @@ inline void winograd(const WinogradArgs& a, int64_t tile_row0, int64_t tile_row1
             finish(pixels + i * 4 * V * kLanes, out, residual, a.out_step, V, columns, a.epilogue.slope);
             out += a.out_pitch;
             if (residual != nullptr) residual += a.epilogue.residual_pitch;
+          }
+        };
+        alignas(64) float pixels[16 * V * kLanes];
+        Vec odd = zero();
+        for (int64_t t = 0; t < tiles; ++t) {
+          winograd_out<V>(products + t * V * kLanes, plane_out, pixels);
+          odd = add(odd, not_finite<V>(pixels));
+          finish_tile(t, pixels);
+        }
+        if (any_nan(odd)) {
+          for (int64_t t = 0; t < tiles; ++t) {
+            winograd_out<V>(products + t * V * kLanes, plane_out, pixels);
+            if (!any_nan(not_finite<V>(pixels))) continue;
+            direct_tile<V>(a, y, 4 * (t0 + t), first_vector, pixels);
+            finish_tile(t, pixels);
           }
         }
       });
