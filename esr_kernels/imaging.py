@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,7 +35,7 @@ _DEEP_GREY_ALPHA = "LA;16B"
 _FILTERED = 2**20
 _ALL = slice(None)
 # What a damaged file can make a decoder raise.
-_BROKEN = (OSError, SyntaxError, ValueError, KeyError, IndexError, TypeError, EOFError, struct.error, zlib.error)
+BROKEN = (OSError, SyntaxError, ValueError, KeyError, IndexError, TypeError, EOFError, struct.error, zlib.error)
 
 Array = NDArray[Any]
 
@@ -113,6 +115,29 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
         ImageError: it is no picture of these formats, is damaged or animated, or has more than max_pixels.
     """
     path = Path(path)
+    with opened(path, max_pixels) as (file, image):
+        try:
+            pixels, alpha = _decode(image, file)
+            icc = image.info.get("icc_profile") if image.mode not in ("CMYK", "YCbCr", "LAB") else None
+            exif, orientation = read_exif(image)
+        except ImageError as error:
+            raise ImageError(f"{path}: {error}") from None
+        except MemoryError:
+            raise ImageError(f"{path}: not enough memory to decode it") from None
+        except BROKEN as error:
+            raise ImageError(f"{path}: damaged picture: {first_line(error)}") from None
+    pixels = np.ascontiguousarray(_oriented(pixels, orientation))
+    alpha = None if alpha is None else np.ascontiguousarray(_oriented(alpha, orientation))
+    return Picture(pixels, alpha, icc or None, exif)
+
+
+@contextmanager
+def opened(path: Path, max_pixels: int) -> Iterator[tuple[BinaryIO, Image.Image]]:
+    """A picture's file, and the picture, not yet decoded, with its size checked.
+
+    Raises:
+        As `read_image`, except for damage beyond the header.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if not path.is_file():
@@ -121,20 +146,17 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
         file = path.open("rb")
     except OSError as error:
         raise ImageError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        with file, _open(file, max_pixels) as image:
-            pixels, alpha = _decode(image, file)
-            icc = image.info.get("icc_profile") if image.mode not in ("CMYK", "YCbCr", "LAB") else None
-            exif, orientation = _read_exif(image)
-    except ImageError as error:
-        raise ImageError(f"{path}: {error}") from None
-    except MemoryError:
-        raise ImageError(f"{path}: not enough memory to decode it") from None
-    except _BROKEN as error:
-        raise ImageError(f"{path}: damaged picture: {_line(error)}") from None
-    pixels = np.ascontiguousarray(_oriented(pixels, orientation))
-    alpha = None if alpha is None else np.ascontiguousarray(_oriented(alpha, orientation))
-    return Picture(pixels, alpha, icc or None, exif)
+    with file:
+        try:
+            image = _open(file, max_pixels)
+        except ImageError as error:
+            raise ImageError(f"{path}: {error}") from None
+        except MemoryError:
+            raise ImageError(f"{path}: not enough memory to decode it") from None
+        except BROKEN as error:
+            raise ImageError(f"{path}: damaged picture: {first_line(error)}") from None
+        with image:
+            yield file, image
 
 
 def image_kind(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int, str]:
@@ -152,13 +174,13 @@ def image_kind(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, 
         with path.open("rb") as file, _open(file, max_pixels) as image:
             tiles = getattr(image, "tile", None)
             raw = str(tiles[0][3]) if image.format == "PNG" and tiles else ""
-            mode, size, orientation = image.mode, image.size, _read_exif(image)[1]
+            mode, size, orientation = image.mode, image.size, read_exif(image)[1]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from None
-    except _BROKEN as error:
-        raise ImageError(f"{path}: damaged picture: {_line(error)}") from None
+    except BROKEN as error:
+        raise ImageError(f"{path}: damaged picture: {first_line(error)}") from None
     width, height = size if orientation < 5 else size[::-1]
     names = {"L": "grey", "1": "grey", "I": "grey", "LA": "grey with alpha", "RGBA": "RGB with alpha", "P": "palette"}
     kind = "grey with alpha" if raw == _DEEP_GREY_ALPHA else names.get(mode.partition(";")[0], mode)
@@ -166,7 +188,7 @@ def image_kind(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, 
     return height, width, kind + (" of 16 bits" if deep else "")
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return text[0][:200] if text else type(error).__name__
 
@@ -280,13 +302,13 @@ def _keyed_alpha(image: Image.Image, planes: Array, raw: object) -> Array | None
     return np.where((planes == wanted).all(-1), 0, largest).astype(planes.dtype)
 
 
-def _read_exif(image: Image.Image) -> tuple[bytes | None, int]:
+def read_exif(image: Image.Image) -> tuple[bytes | None, int]:
     """EXIF data without its orientation, and that orientation; broken EXIF counts as none."""
     try:
         exif = image.getexif()
         orientation = int(exif.pop(_ORIENTATION, 1))
         return (exif.tobytes() if len(exif) else None), orientation
-    except _BROKEN:
+    except BROKEN:
         return None, 1
 
 
@@ -345,7 +367,7 @@ def check_output(path: str | Path, height: int, width: int, *, transparent: bool
         temporary.touch(exist_ok=False)
         temporary.unlink()
     except OSError as error:
-        raise ImageError(f"{path}: cannot be written: {error.strerror or _line(error)}") from None
+        raise ImageError(f"{path}: cannot be written: {error.strerror or first_line(error)}") from None
 
 
 def write_image(path: str | Path, picture: Picture, *, quality: int = 95) -> None:
@@ -380,7 +402,9 @@ def write_image(path: str | Path, picture: Picture, *, quality: int = 95) -> Non
     except ImageError:
         raise
     except (OSError, ValueError, struct.error) as error:
-        raise ImageError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or _line(error)}") from None
+        raise ImageError(
+            f"{path}: cannot be written: {getattr(error, 'strerror', None) or first_line(error)}"
+        ) from None
 
 
 def _to_8_bits(picture: Picture) -> Picture:

@@ -1,4 +1,4 @@
-"""The memory that a call needs."""
+"""The memory that a call needs, and what to do when there is not enough."""
 
 from __future__ import annotations
 
@@ -29,14 +29,32 @@ def return_freed_blocks() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 17)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is one of the ways in which Python and PyTorch say that memory has run out."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "bad_alloc" in str(error))
+
+
+def release_unused() -> None:
+    """Give back to the system what this process has freed and kept for later calls."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if native.load() is None:
+        torch.ops.esr_native.release_workspaces()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def peak(call: Callable[[], object], device: str = "cpu") -> int | None:
     """Bytes at the peak of one call beyond what is in use before it; its result counts.
 
     On a CPU it is resident memory that is measured, so another thread's allocations count too, and what the process
     frees and keeps for itself is given back first. None where the system does not tell (it takes Linux).
     """
-    gc.collect()
     if device == "cuda":
+        gc.collect()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -44,10 +62,7 @@ def peak(call: Callable[[], object], device: str = "cpu") -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     # What allocators keep from earlier calls counts as free.
-    if native.load() is None:
-        torch.ops.esr_native.release_workspaces()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    release_unused()
     try:
         before = _status("VmRSS")
         with open("/proc/self/clear_refs", "w") as file:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .memory import out_of_memory, release_unused
+
 # Tiles begin at multiples of this, as kernels may treat a pixel by its position modulo 4 (Winograd).
 ALIGNMENT = 8
 # Input pixels that the automatic choice computes at once. A x4 network of 32 channels needs about 1 KiB for each.
 AUTO_PIXELS = 2**20
+# Input pixels that a row of automatic tiles keeps at most: who writes a picture row by row holds one row of tiles.
+BAND_PIXELS = 2**23
+# Where memory runs out, windows are divided until they have fewer pixels than this.
+SMALLEST_WINDOW = 2**12
 # Overlap for networks that look at the whole image (enhanced spatial attention): their tiles differ slightly.
 UNBOUNDED_OVERLAP = 64
 
@@ -77,8 +83,13 @@ def tile_size(height: int, width: int, tile: int | str | None, overlap: int) -> 
         rows = AUTO_PIXELS // (width + 2 * overlap) - 2 * overlap
         if rows >= 2 * overlap + ALIGNMENT:
             return rows // ALIGNMENT * ALIGNMENT, width
-        side = max(int(AUTO_PIXELS**0.5) - 2 * overlap, ALIGNMENT)
-        return side // ALIGNMENT * ALIGNMENT, side // ALIGNMENT * ALIGNMENT
+        side = max(int(AUTO_PIXELS**0.5) - 2 * overlap, ALIGNMENT) // ALIGNMENT * ALIGNMENT
+        if side * width <= BAND_PIXELS:
+            return side, side
+        # Lower and wider tiles.
+        rows = max(min(side, BAND_PIXELS // width) // ALIGNMENT, 1) * ALIGNMENT
+        columns = max(AUTO_PIXELS // (rows + 2 * overlap) - 2 * overlap, side)
+        return rows, columns // ALIGNMENT * ALIGNMENT
     if isinstance(tile, bool) or not isinstance(tile, int):
         raise TypeError(f'tile: expected a number of pixels, "auto" or None, got {tile!r}')
     if tile < ALIGNMENT or tile % ALIGNMENT:
@@ -95,6 +106,22 @@ def plan_tiles(height: int, width: int, tile: tuple[int, int], overlap: int) -> 
     ]
 
 
+def _halves(t: Tile, overlap: int, height: int, width: int) -> tuple[Tile, Tile] | None:
+    """A tile in two, divided across its longer side; None where its window is small enough, or it cannot be."""
+    if (t.window_bottom - t.window_top) * (t.window_right - t.window_left) < SMALLEST_WINDOW:
+        return None
+    tall = t.bottom - t.top >= t.right - t.left
+    begin, end = (t.top, t.bottom) if tall else (t.left, t.right)
+    middle = begin + (end - begin) // 2 // ALIGNMENT * ALIGNMENT
+    if middle == begin:
+        return None
+    limit = height if tall else width
+    before, after = min(middle + overlap, limit), max(middle - overlap, 0)
+    if tall:
+        return replace(t, bottom=middle, window_bottom=before), replace(t, top=middle, window_top=after)
+    return replace(t, right=middle, window_right=before), replace(t, left=middle, window_left=after)
+
+
 def upscale_windows(
     model: nn.Module,
     height: int,
@@ -104,8 +131,11 @@ def upscale_windows(
     tile: int | str | None = "auto",
     overlap: int | None = None,
     progress: Callable[[int, int], Any] | None = None,
+    scarce: Callable[[int, int], Any] | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Upscale a picture tile by tile, of which no more than a tile need exist at a time.
+
+    Where memory runs out and `tile` leaves the choice, the tile is computed in halves, and so are all that follow.
 
     Args:
         model: with the attributes `scale`, `minimum_size` and `receptive_radius`.
@@ -114,6 +144,7 @@ def upscale_windows(
         tile: pixels a side (a multiple of 8), "auto" or None for the whole picture at once.
         overlap: pixels a side (a multiple of 8); None: enough for a result that does not depend on the tiling.
         progress: called with the tiles done and all tiles.
+        scarce: called with the height and width of a window for which memory was not enough.
 
     Yields:
         top and left of a part of the result, and that part [N, C, h, w]; row by row, left to right.
@@ -121,6 +152,7 @@ def upscale_windows(
     Raises:
         TypeError, ValueError: tile or overlap is not one of those, or the picture or a tile is smaller than the network
             can take.
+        MemoryError, RuntimeError: PyTorch's, where memory is not enough for a tile of the given or the smallest size.
     """
     smallest = int(getattr(model, "minimum_size", 1))
     if min(height, width) < smallest:
@@ -136,11 +168,44 @@ def upscale_windows(
     for t in tiles:
         if min(t.window_bottom - t.window_top, t.window_right - t.window_left) < smallest:
             raise ValueError(f"tile: tiles and their overlap must reach {smallest} pixels, which the network needs")
+    most = height * width  # pixels of a window that memory may be enough for
+
+    def compute(t: Tile) -> Tensor:
+        """The kept part of a tile."""
+        nonlocal most
+        h, w = t.window_bottom - t.window_top, t.window_right - t.window_left
+        halves = None if tile not in ("auto", None) else _halves(t, overlap, height, width)
+        if halves is not None and min(min(x.bottom - x.top, x.right - x.left) + overlap for x in halves) < smallest:
+            halves = None
+        if halves is None or h * w <= most:
+            try:
+                with torch.inference_mode():
+                    y = model(window(t))
+                top, left = (t.top - t.window_top) * scale, (t.left - t.window_left) * scale
+                return y[:, :, top : top + (t.bottom - t.top) * scale, left : left + (t.right - t.left) * scale]
+            except (MemoryError, RuntimeError) as error:
+                if halves is None or not out_of_memory(error):
+                    raise
+        # Outside of the handler, whose exception holds what the network had made so far.
+        if h * w <= most:
+            most = h * w - 1
+            release_unused()
+            if scarce is not None:
+                scarce(h, w)
+        assert halves is not None
+        out: Tensor | None = None
+        for half in halves:
+            part = compute(half)
+            if out is None:
+                out = part.new_empty((*part.shape[:2], (t.bottom - t.top) * scale, (t.right - t.left) * scale))
+            y, x = (half.top - t.top) * scale, (half.left - t.left) * scale
+            out[:, :, y : y + part.shape[2], x : x + part.shape[3]] = part
+            del part
+        assert out is not None
+        return out
+
     for done, t in enumerate(tiles, 1):
-        with torch.inference_mode():
-            y = model(window(t))
-        top, left = (t.top - t.window_top) * scale, (t.left - t.window_left) * scale
-        part = y[:, :, top : top + (t.bottom - t.top) * scale, left : left + (t.right - t.left) * scale]
+        part = compute(t)
         if progress is not None:
             progress(done, len(tiles))
         yield t.top * scale, t.left * scale, part

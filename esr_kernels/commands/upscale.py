@@ -19,11 +19,15 @@ from tqdm import tqdm
 from .. import imaging
 from ..cli import check_interruption
 from ..dispatch import use_backend
-from ..imaging import EXTENSIONS, ImageError, Picture
+from ..imaging import EXTENSIONS, Array, ImageError, Picture
+from ..memory import out_of_memory
 from ..optimize import OptimizedModel, optimize
-from ..tiling import ALIGNMENT, Tile, exact_overlap, plan_tiles, tile_size, upscale_windows
+from ..streaming import KEPT_ABOVE, Rows, WholePicture, open_rows, write_png
+from ..tiling import ALIGNMENT, AUTO_PIXELS, Tile, exact_overlap, plan_tiles, tile_size, upscale_windows
 from ..timing import thread_count
 from ._arguments import ALL, backend_name, dtype_name, model_name, positive, weights_file
+
+QUANTIZED = 2**20  # pixels at once
 
 PUBLISHED = "the challenge's repository, github.com/Amazingren/NTIRE2024_ESR, has them in its folder model_zoo"
 
@@ -155,34 +159,81 @@ def load_network(
     return fast
 
 
-def upscale_picture(
+def upscale_rows(
     model: OptimizedModel,
-    picture: Picture,
+    picture: Rows,
     *,
     device: str = "cpu",
     tile: int | str | None = "auto",
     overlap: int | None = None,
     progress: Any = None,
-) -> Picture:
-    """The picture super-resolved; depth, grey, transparency and profile stay.
+    scarce: Any = None,
+) -> Iterator[Array]:
+    """Rows of the picture super-resolved, from top to bottom, as many at a time as a tile has: [h, W, C], alpha last.
 
     Raises:
-        ValueError: it is smaller than the network can take, or as `esr_kernels.tiling.upscale_tiles`.
+        ValueError: it is smaller than the network can take, or as `esr_kernels.tiling.upscale_windows`.
+        ImageError: its file is damaged.
     """
     scale, data_range = int(model.scale), float(model.data_range)  # type: ignore[arg-type]
-    height, width = picture.height * scale, picture.width * scale
-    pixels = np.empty((height, width, picture.pixels.shape[2]), picture.pixels.dtype)
+    width = picture.width * scale
+    band: Array = np.empty((0, 0, 0))  # the rows of the tiles that are being done
+    reached = 0  # the first row that later windows may need
 
     def window(t: Tile) -> Tensor:
-        rows, columns = slice(t.window_top, t.window_bottom), slice(t.window_left, t.window_right)
-        return imaging.to_tensor(picture, data_range, rows, columns).to(device)
+        nonlocal reached
+        reached = t.window_top
+        part = picture.read(t.window_top, t.window_bottom)
+        columns = slice(t.window_left, t.window_right)
+        return imaging.to_tensor(part, data_range, slice(None), columns).to(device)
 
-    size = picture.height, picture.width
-    for top, left, part in upscale_windows(model, *size, window, tile=tile, overlap=overlap, progress=progress):
+    def alpha(top: int, bottom: int) -> Array:
+        above, below = max(top - KEPT_ABOVE, 0), min(bottom + KEPT_ABOVE, picture.height)
+        first = min(above, reached)
+        part = picture.read(first, below).alpha
+        assert part is not None
+        resized = imaging.resize_alpha(part[above - first :], (below - above) * scale, width)
+        return resized[(top - above) * scale : (bottom - above) * scale]
+
+    parts = upscale_windows(
+        model, picture.height, picture.width, window, tile=tile, overlap=overlap, progress=progress, scarce=scarce
+    )
+    colours = 1 if picture.grey else 3
+    for top, left, part in parts:
         check_interruption()
-        done = imaging.quantize(part, data_range, picture.depth, picture.grey)
-        pixels[top : top + done.shape[0], left : left + done.shape[1]] = done
-    alpha = None if picture.alpha is None else imaging.resize_alpha(picture.alpha, height, width)
+        rows, columns = int(part.shape[2]), int(part.shape[3])
+        if left == 0:
+            band = np.empty((rows, width, colours + picture.has_alpha), f"u{picture.depth // 8}")
+        # A few rows at a time: each step on the way to integers is a copy.
+        step = max(QUANTIZED // columns, 1)
+        for y in range(0, rows, step):
+            done = imaging.quantize(part[:, :, y : y + step], data_range, picture.depth, picture.grey)
+            band[y : y + step, left : left + columns, :colours] = done
+        if left + columns == width:
+            if picture.has_alpha:
+                band[..., -1] = alpha(top // scale, top // scale + len(band) // scale)
+            yield band
+
+
+def upscale_picture(model: OptimizedModel, picture: Picture, **options: Any) -> Picture:
+    """The picture super-resolved; depth, grey, transparency and profile stay.
+
+    Args:
+        options: of `upscale_rows`.
+
+    Raises:
+        ValueError: as `upscale_rows`.
+    """
+    scale = int(model.scale)  # type: ignore[arg-type]
+    height, width = picture.height * scale, picture.width * scale
+    pixels = np.empty((height, width, picture.pixels.shape[2]), picture.pixels.dtype)
+    alpha = None if picture.alpha is None else np.empty((height, width), picture.pixels.dtype)
+    top = 0
+    for band in upscale_rows(model, WholePicture(picture), **options):
+        pixels[top : top + len(band)] = band[..., : pixels.shape[2]]
+        if alpha is not None:
+            alpha[top : top + len(band)] = band[..., -1]
+        top += len(band)
     return Picture(pixels, alpha, picture.icc_profile, picture.exif)
 
 
@@ -196,13 +247,6 @@ def make_folder(target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ImageError(f"{target}: folder {target.parent} cannot be made: {error.strerror}") from None
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether this is one of the ways in which Python and PyTorch say that memory has run out."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "bad_alloc" in str(error))
 
 
 def _shown(path: Path) -> str:
@@ -225,26 +269,41 @@ def chosen(backend: str | None) -> Iterator[None]:
 def _one(args: argparse.Namespace, model: OptimizedModel, source: Path, target: Path, bar: tqdm[Any]) -> None:
     if target.exists() and not args.overwrite:
         raise ImageError(f"{target}: exists; replace it with --overwrite")
-    picture = imaging.read_image(source, max_pixels=args.max_pixels)
     scale = int(model.scale)  # type: ignore[arg-type]
-    make_folder(target)
-    imaging.check_output(target, picture.height * scale, picture.width * scale, transparent=picture.transparent)
+    png = imaging.format_of(target) == "PNG"
     overlap = exact_overlap(model) if args.overlap is None else args.overlap
-    tiles = plan_tiles(
-        picture.height, picture.width, tile_size(picture.height, picture.width, args.tile, overlap), overlap
-    )
-    bar.set_postfix_str(source.name)
-    step = 1 / len(tiles)
-    result = upscale_picture(
-        model,
-        picture,
-        device=args.device,
-        tile=args.tile,
-        overlap=args.overlap,
-        progress=lambda done, total: bar.update(step),
-    )
-    check_interruption()
-    imaging.write_image(target, result, quality=args.quality)
+
+    said = False
+
+    def scarce(height: int, width: int) -> None:
+        nonlocal said
+        if not said:
+            text = f"not enough memory for {width} x {height} pixels at once; going on in smaller tiles"
+            tqdm.write(f"note: {source}: {text}", file=sys.stderr)
+        said = True
+
+    # Other formats need the whole result at once, and whether any of it is transparent.
+    with open_rows(source, max_pixels=args.max_pixels, above=AUTO_PIXELS if png else args.max_pixels) as picture:
+        height, width = picture.height * scale, picture.width * scale
+        make_folder(target)
+        imaging.check_output(target, height, width, transparent=picture.transparent)
+        size = tile_size(picture.height, picture.width, args.tile, overlap)
+        tiles = plan_tiles(picture.height, picture.width, size, overlap)
+        bar.set_postfix_str(source.name)
+        step = 1 / len(tiles)
+        options = {
+            "device": args.device,
+            "tile": args.tile,
+            "overlap": args.overlap,
+            "progress": lambda done, total: bar.update(step),
+            "scarce": scarce,
+        }
+        if isinstance(picture, WholePicture) and (not png or size[0] >= picture.height):
+            result = upscale_picture(model, picture.picture, **options)
+            check_interruption()
+            imaging.write_image(target, result, quality=args.quality)
+        else:
+            write_png(target, picture, height, width, upscale_rows(model, picture, **options))
 
 
 def run(args: argparse.Namespace) -> int:
