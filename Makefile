@@ -4,18 +4,20 @@ ARGS ?=
 BENCH_JSON ?= bench/results/latest.json
 TRITON_VERSIONS ?= 3.6.0 3.9.0
 SANITIZERS ?= address thread
+FUZZ_SECONDS ?= 300
+FUZZ_EXAMPLES ?= 5000
 
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --quiet --constraint constraints.txt
-STYLED := find csrc -type f \( -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' \) -print0
+STYLED := find csrc tests -type f \( -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' \) -print0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A user who installs to his home by default would break the environment's own pip.
 export PIP_USER := 0
 unexport PYTHONHOME
 
-.PHONY: help run train-demo test test-triton sanitize lint format bench build clean distclean
+.PHONY: help run train-demo test test-triton sanitize fuzz lint format bench build clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +26,7 @@ help:
 	@echo 'make test       lint, then all tests                             ARGS="-k NAME ..."'
 	@echo 'make test-triton  the Triton tests with TRITON_VERSIONS="$(TRITON_VERSIONS)"'
 	@echo 'make sanitize   the CPU backend under sanitizers      SANITIZERS="address thread"'
+	@echo 'make fuzz       hostile input and drawn operator calls, for minutes   FUZZ_SECONDS=300 FUZZ_EXAMPLES=5000'
 	@echo 'make lint       ruff, mypy, clang-format'
 	@echo 'make format     rewrite the sources the way lint wants them'
 	@echo 'make bench      the microbenchmarks; results in $(BENCH_JSON)    ARGS="-k NAME ..."'
@@ -83,6 +86,12 @@ test-triton: build
 # The CPU backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer, then ThreadSanitizer.
 sanitize: $(VENV)/.esr-requirements
 	$(PY) tests/sanitize.py $(SANITIZERS) -- $(ARGS)
+
+# Many more inputs than `make test` tries, the same ones every time; counts are printed.
+fuzz: build
+	ESR_KERNELS_EXAMPLES=$(FUZZ_EXAMPLES) $(PY) -m pytest -q -s -p no:cacheprovider \
+		tests/test_fuzz.py tests/test_properties.py -k 'not triton and not native-cuda' $(ARGS)
+	$(PY) tests/fuzz/run.py -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -seed=2
 
 bench: build
 	@mkdir -p $(dir $(BENCH_JSON))

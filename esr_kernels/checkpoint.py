@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import struct
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ _ENTRIES = (
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net_g.", "generator.", "network.", "net.")
 _DEEPEST = 4
 _SAFETENSORS_LARGEST_HEADER = 100 << 20
+# What an archive may inflate to: so many times its size, and what no machine minds.
+_MOST_INFLATED, _SMALL = 4, 32 << 20
 
 
 class CheckpointError(ValueError):
@@ -100,6 +104,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> Any:
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty")
+    _check_inflated_size(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -109,6 +114,20 @@ def _read_torch(path: Path) -> Any:
     except Exception as error:
         # A damaged file can make the reader raise nearly anything; none of it is the caller's mistake.
         raise CheckpointError(f"{path}: {_explain(error)}") from error
+
+
+def _check_inflated_size(path: Path) -> None:
+    """Refuse a zip archive whose entries inflate to far more than the file: `torch.save` compresses nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inflated = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, struct.error):
+        return  # an older format, or damaged
+    if inflated > _MOST_INFLATED * path.stat().st_size + _SMALL:
+        raise CheckpointError(
+            f"{path}: refused: a compressed archive that inflates from {path.stat().st_size / 2**20:.1f} MiB to "
+            f"{inflated / 2**20:.0f} MiB"
+        )
 
 
 def _explain(error: Exception) -> str:
