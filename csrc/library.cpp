@@ -63,9 +63,9 @@ void esa_gradients(Tensor grad, Tensor x, Tensors weights, Tensors gradients) {
   esa_backward(grad, x, weights, gradients);
 }
 
-void bsconv_gradients(Tensor grad, Tensor x, Tensor pointwise, Tensor depthwise, Optional bias, bool reflect,
-                      int64_t activation, double slope, Tensors gradients) {
-  bsconv_backward(grad, x, pointwise, depthwise, bias, reflect, activation, slope, gradients);
+void bsconv_gradients(Tensor grad, Tensor x, Tensor pointwise, Tensor depthwise, Optional bias, Optional residual,
+                      bool reflect, int64_t activation, double slope, Tensors gradients) {
+  bsconv_backward(grad, x, pointwise, depthwise, bias, residual, reflect, activation, slope, gradients);
 }
 
 void shuffle_gradients(Tensor grad, Tensor x, Tensor weight, int64_t upscale_factor, Tensors gradients) {
@@ -121,8 +121,8 @@ STABLE_TORCH_LIBRARY(esr_native, m) {
       "float slope, Tensor(a!)[] gradients) -> ()");
   m.def("esa_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor(a!)[] gradients) -> ()");
   m.def(
-      "bsconv_backward(Tensor grad, Tensor x, Tensor pointwise, Tensor depthwise, Tensor? bias, bool reflect, "
-      "int activation, float slope, Tensor(a!)[] gradients) -> ()");
+      "bsconv_backward(Tensor grad, Tensor x, Tensor pointwise, Tensor depthwise, Tensor? bias, Tensor? residual, "
+      "bool reflect, int activation, float slope, Tensor(a!)[] gradients) -> ()");
   m.def(
       "depthwise_conv(Tensor x, Tensor weight, Tensor? bias, int dilation, int activation, float slope, bool gated, "
       "Tensor(a!)[] outputs) -> ()");

@@ -226,20 +226,32 @@ class BSConv(torch.autograd.Function):
         padding_mode: str,
         activation: str,
         negative_slope: float,
+        residual: Tensor | None,
+        residual_mode: str,
     ) -> Tensor:
-        return ops.bsconv(x, pointwise, depthwise, bias, padding_mode, activation, negative_slope)
+        return ops.bsconv(
+            x, pointwise, depthwise, bias, padding_mode, activation, negative_slope, residual, residual_mode
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _remember_backend(ctx, inputs[0])
-        ctx.save_for_backward(*inputs[:4])
-        ctx.settings = inputs[4:]
+        *tensors, padding_mode, activation, slope, residual, mode = inputs
+        _remember_backend(ctx, tensors[0])
+        ctx.settings = (padding_mode, activation, slope)
+        ctx.save_for_backward(*tensors, _inner_residual(activation, residual, mode))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        mask = list(ctx.needs_input_grad[:4])
-        gradients = _once(ctx, "bsconv", ops.bsconv_backward, grad, *ctx.saved_tensors, *ctx.settings, mask)
-        return (*map(_keep, gradients, mask), None, None, None)
+        *tensors, residual = ctx.saved_tensors
+        needs = ctx.needs_input_grad  # of the operator itself without the arguments that were left to their defaults
+        to_residual = len(needs) > 7 and needs[7]
+        mask = [*needs[:4]] + ([] if residual is None else [to_residual])
+        gradients: list[Tensor | None] = [None] * len(mask)
+        if any(mask):
+            args = (grad, *tensors, *ctx.settings, mask, residual)
+            gradients = list(map(_keep, _once(ctx, "bsconv", ops.bsconv_backward, *args), mask))
+        gr = gradients[4] if residual is not None else _keep(grad, to_residual)
+        return (*gradients[:4], None, None, None, gr, None)[: len(needs)]
 
 
 class DepthwiseConv(torch.autograd.Function):

@@ -157,6 +157,8 @@ def _plain_bsconv(
     padding_mode: str = "zeros",
     activation: str = "none",
     negative_slope: float = 0.05,
+    residual: Tensor | None = None,
+    residual_mode: str = "post",
 ) -> Tensor:
     h = F.conv2d(x, pointwise)
     groups = depthwise.shape[0]
@@ -164,7 +166,7 @@ def _plain_bsconv(
         h = F.conv2d(F.pad(h, (1, 1, 1, 1), mode="reflect"), depthwise, bias, groups=groups)
     else:
         h = F.conv2d(h, depthwise, bias, padding=1, groups=groups)
-    return _activate(h, activation, negative_slope)
+    return _finish(h, activation, negative_slope, residual, residual_mode)
 
 
 def _plain_depthwise_conv(
@@ -356,6 +358,14 @@ CASES: tuple[OperatorCase, ...] = (
         {"padding_mode": "reflect", "activation": "gelu"},
     ),
     OperatorCase("bsconv", "lkfn 12>28", {"x": 12}, _bsconv(12, 28)),
+    OperatorCase("bsconv", "smrn 48>48 post", {"x": 48, "residual": 48}, _bsconv(48, 48)),
+    OperatorCase(
+        "bsconv",
+        "agdn 24>24 reflect gelu pre",
+        {"x": 24, "residual": 24},
+        _bsconv(24, 24),
+        {"padding_mode": "reflect", "activation": "gelu", "residual_mode": "pre"},
+    ),
     OperatorCase("depthwise_conv", "agdn 24 gelu", {"x": 24}, _depthwise(24), {"activation": "gelu"}),
     OperatorCase("depthwise_conv", "agdn 72", {"x": 72}, _depthwise(72, bias=False)),
     OperatorCase("depthwise_conv", "lkfn 14 5x5 dilated by 3", {"x": 14}, _depthwise(14, 5), {"dilation": 3}),

@@ -339,10 +339,13 @@ def bsconv(
     padding_mode: str = "zeros",
     activation: str = "none",
     negative_slope: float = 0.05,
+    residual: Tensor | None = None,
+    residual_mode: str = "post",
 ) -> Tensor:
     """Blueprint separable convolution (Haase and Amthor, BSConv-U): 1x1, then depthwise 3x3.
 
-    Equivalent to ``act(conv2d(pad(conv2d(x, pointwise), 1, padding_mode), depthwise, bias, groups=O))``.
+    With h = conv2d(pad(conv2d(x, pointwise), 1, padding_mode), depthwise, bias, groups=O), equivalent to ``act(h)``
+    without a residual, ``act(h + residual)`` for residual_mode "pre" and ``act(h) + residual`` for "post".
 
     Args:
         x: [N, C, H, W]; height and width at least 2 for reflection.
@@ -351,6 +354,8 @@ def bsconv(
         bias: [O] or None, added after the depthwise convolution.
         padding_mode: "zeros" or "reflect"; the result of the 1x1 convolution is padded.
         activation, negative_slope: as in `conv3x3`.
+        residual: [N, O, H, W] or None.
+        residual_mode: "pre" or "post".
 
     Returns:
         [N, O, H, W].
@@ -359,7 +364,7 @@ def bsconv(
         TypeError, ValueError: an argument has another type, shape, dtype or device, or is not one of the names above.
         BackendError: no backend can run the call.
     """
-    x, pointwise, depthwise, bias = _autocast(x, pointwise, depthwise, bias)
+    x, pointwise, depthwise, bias, residual = _autocast(x, pointwise, depthwise, bias, residual)
     _check_input("x", x)
     _check_weight("pointwise", pointwise, x, x.shape[1], 1)
     _check_weight("depthwise", depthwise, x, 1, 3, pointwise.shape[0])
@@ -370,8 +375,11 @@ def bsconv(
         raise ValueError(
             f'x: padding_mode "reflect" needs images of at least 2 x 2 pixels, got {x.shape[2]} x {x.shape[3]}'
         )
-    args = (x, pointwise, depthwise, bias, padding_mode, activation, float(negative_slope))
-    return _call("bsconv", autograd.BSConv, args)
+    _check_name("residual_mode", residual_mode, SUM_MODES)
+    if residual is not None:
+        _check_like("residual", residual, x, (x.shape[0], depthwise.shape[0], x.shape[2], x.shape[3]))
+    epilogue = (activation, float(negative_slope), residual, residual_mode)
+    return _call("bsconv", autograd.BSConv, (x, pointwise, depthwise, bias, padding_mode, *epilogue))
 
 
 def depthwise_conv(

@@ -56,8 +56,8 @@ SCHEMAS = {
     "conv1x1_backward": f"(Tensor grad, {_CONV1X1}, bool[] output_mask, Tensor? residual=None) -> Tensor[]",
     "esa": f"({_ESA}) -> Tensor",
     "esa_backward": f"(Tensor grad, {_ESA}, bool[] output_mask) -> Tensor[]",
-    "bsconv": f"({_BSCONV}) -> Tensor",
-    "bsconv_backward": f"(Tensor grad, {_BSCONV}, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bsconv": f"({_BSCONV}, {_RESIDUAL}) -> Tensor",
+    "bsconv_backward": f"(Tensor grad, {_BSCONV}, bool[] output_mask, Tensor? residual=None) -> Tensor[]",
     "depthwise_conv": f"({_DEPTHWISE}) -> Tensor",
     "depthwise_conv_backward": f"(Tensor grad, {_DEPTHWISE}, bool[] output_mask) -> (Tensor, Tensor, Tensor)",
     "layer_norm2d": f"({_NORM}) -> Tensor",
@@ -169,10 +169,7 @@ def conv1x1_gradients(
     to_weight, to_bias, *to_residual = output_mask[len(xs) :]
     gradients = [gradient(x, wanted) for x, wanted in zip(xs, output_mask[: len(xs)], strict=True)]
     gradients += [gradient(weight, to_weight), bias_gradient(bias, weight, to_bias)]
-    if residual is None:
-        return gradients
-    (wanted,) = to_residual
-    return [*gradients, feature_map(xs[0], weight.shape[0]) if wanted else residual.new_empty(0)]
+    return gradients + _residual_gradient(xs[0], weight, to_residual, residual)
 
 
 @torch.library.register_fake("esr::esa", lib=_library)
@@ -193,18 +190,40 @@ def _(grad, *args):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("esr::bsconv", lib=_library)
-def _(x, pointwise, depthwise, bias, padding_mode, activation, negative_slope):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    x, pointwise, depthwise, bias, padding_mode, activation, negative_slope, residual=None, residual_mode="post"
+):
     return feature_map(x, depthwise.shape[0])
 
 
 @torch.library.register_fake("esr::bsconv_backward", lib=_library)
-def _(grad, x, pointwise, depthwise, bias, padding_mode, activation, negative_slope, output_mask):  # type: ignore[no-untyped-def]
-    return (
-        gradient(x, output_mask[0]),
-        gradient(pointwise, output_mask[1]),
-        gradient(depthwise, output_mask[2]),
-        bias_gradient(bias, depthwise, output_mask[3]),
-    )
+def _(  # type: ignore[no-untyped-def]
+    grad, x, pointwise, depthwise, bias, padding_mode, activation, negative_slope, output_mask, residual=None
+):
+    return bsconv_gradients(x, pointwise, depthwise, bias, output_mask, residual)
+
+
+def bsconv_gradients(
+    x: Tensor,
+    pointwise: Tensor,
+    depthwise: Tensor,
+    bias: Tensor | None,
+    output_mask: Sequence[bool],
+    residual: Tensor | None,
+) -> list[Tensor]:
+    """Uninitialised gradients to x, pointwise, depthwise and bias, and to the residual where there is one."""
+    to_x, to_pointwise, to_depthwise, to_bias, *to_residual = output_mask
+    gradients = [gradient(x, to_x), gradient(pointwise, to_pointwise), gradient(depthwise, to_depthwise)]
+    gradients.append(bias_gradient(bias, depthwise, to_bias))
+    return gradients + _residual_gradient(x, depthwise, to_residual, residual)
+
+
+def _residual_gradient(x: Tensor, weight: Tensor, wanted: Sequence[bool], residual: Tensor | None) -> list[Tensor]:
+    """The uninitialised gradient to a residual of the result [N, O, H, W], in a list that is empty without one."""
+    if residual is None:
+        return []
+    (to_residual,) = wanted
+    return [feature_map(x, weight.shape[0]) if to_residual else residual.new_empty(0)]
 
 
 @torch.library.register_fake("esr::depthwise_conv", lib=_library)

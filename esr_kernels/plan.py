@@ -47,8 +47,8 @@ class Layer:
         op: name of the operator, a key of `WEIGHTS`.
         inputs: the values it reads; a residual comes last.
         weights: weight name -> index into the plan's weights; a missing bias has no entry.
-        attributes: the operator's other arguments (activation, residual_mode, upscale_factor, ...); a conv1x1 has
-            `residual_mode` where it has a residual.
+        attributes: the operator's other arguments (activation, residual_mode, upscale_factor, ...); a conv1x1 and a
+            bsconv have `residual_mode` where they have a residual.
         channels: channels of its result.
     """
 
@@ -252,7 +252,7 @@ def _describe(layer: Layer) -> str:
         words += [f"{name} {' '.join(f'{v:g}' for v in dict.fromkeys(a[name]))}" for name in bounds]
     if a.get("activation", "none") != "none":
         words.append(a["activation"] + (f"({a['negative_slope']:g})" if a["activation"] == "leaky_relu" else ""))
-    if layer.op in ("conv3x3", "conv1x1") and layer.residual is not None:
+    if layer.op in ("conv3x3", "conv1x1", "bsconv") and layer.residual is not None:
         words.append(f"residual {a['residual_mode']}")
     if layer.op == "bsconv":
         words.append(f"padding {a['padding_mode']}")

@@ -127,10 +127,13 @@ class _AGDB(Distillation):
     def __init__(self, layers: Layers, c: int) -> None:
         half = c // 2
         last = nn.Conv2d(c, half, 3, padding=1, groups=half)
-        super().__init__(layers, c, lambda _: layers.bsconv(c, c, padding_mode="reflect"), last)
+        super().__init__(layers, c, lambda _: layers.bsconv(c, c, padding_mode="reflect", activation="gelu"), last)
         self.esa = _MVSA(layers, c)
         self.cca = _RCCA(layers, c)
         self.ea = _SGSA(layers, c)
+
+    def refine(self, conv: nn.Module, t: Tensor) -> Tensor:
+        return conv(t, t, "pre")
 
     def last(self, t: Tensor) -> Tensor:
         return F.gelu(self.c4(t))

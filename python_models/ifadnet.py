@@ -39,14 +39,15 @@ class _BFEB(nn.Module):
     def __init__(self, b: Layers, channels: int) -> None:
         super().__init__()
 
-        def conv() -> nn.Module:
+        def conv() -> nn.Sequential:
             named = {"rbr_reparam": b.bsconv(channels, channels, padding_mode="reflect", activation="gelu")}
             return nn.Sequential(OrderedDict(named))
 
         self.c1_r, self.c2_r, self.c4 = conv(), conv(), conv()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c4(self.c2_r(self.c1_r(x))) + x
+        (last,) = self.c4
+        return last(self.c2_r(self.c1_r(x)), x)
 
 
 class _RFMB(nn.Module):
@@ -90,9 +91,9 @@ class IFADNet(Network):
         self.c1 = b.conv1x1(6 * c, c, activation="gelu")
         self.upsampler = nn.Sequential(OrderedDict(upsampleOneStep=b.upsampler(c, 3, upscale)))
 
-    def aggregate(self, outputs: list[Tensor]) -> Tensor:
-        """One map [N, C, H, W] from those of all blocks."""
-        return self.c1(outputs)
+    def aggregate(self, outputs: list[Tensor], shallow: Tensor) -> Tensor:
+        """One map [N, C, H, W] from those of all blocks, + `shallow`."""
+        return self.c1(outputs, shallow)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
@@ -101,7 +102,7 @@ class IFADNet(Network):
         for i in range(1, 7):
             y = self.get_submodule(f"B{i}")(y)
             outputs.append(y)
-        return self.upsampler(self.aggregate(outputs) + shallow) + self.mean
+        return self.upsampler(self.aggregate(outputs, shallow)) + self.mean
 
 
 class PlainIFADNet(IFADNet):

@@ -47,7 +47,8 @@ class _LFEM(nn.Module):
         self.c4 = nn.Sequential(OrderedDict(rbr_reparam=conv()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c4(self.c2_r(self.c1_r(x))) + x
+        (last,) = self.c4
+        return last(self.c2_r(self.c1_r(x)), x)
 
 
 class _RSAB(nn.Module):
@@ -84,8 +85,8 @@ class LSANet(IFADNet):
         super().__init__(feature_channels=feature_channels, upscale=upscale, deploy=deploy)
         self.c2 = self.kit.bsconv(feature_channels, feature_channels, padding_mode="reflect")
 
-    def aggregate(self, outputs: list[Tensor]) -> Tensor:
-        return self.c2(self.c1(outputs))
+    def aggregate(self, outputs: list[Tensor], shallow: Tensor) -> Tensor:
+        return self.c2(self.c1(outputs), shallow)
 
 
 class PlainLSANet(LSANet):

@@ -86,8 +86,8 @@ class PlainBSConv(nn.Module):
             cout, cout, 3, activation, negative_slope, stride=stride, groups=cout, padding_mode=padding_mode
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dw(self.pw(x))
+    def forward(self, x: Tensor, residual: Tensor | None = None, residual_mode: str = "post") -> Tensor:
+        return self.dw(self.pw(x), residual, residual_mode)
 
 
 class PlainDepthwiseConv(nn.Conv2d):

@@ -43,7 +43,7 @@ class _SMRB(nn.Module):
         self.esa = b.esa(c, 16)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.esa(self.c5(self.c3_r(self.c2_r(self.c1_r(x))) + x))
+        return self.esa(self.c5(self.c3_r(self.c2_r(self.c1_r(x)), x)))
 
 
 class SMRN(Network):
@@ -78,7 +78,7 @@ class SMRN(Network):
         self.check_input(x)
         shallow = self.conv_1(x - self.mean)
         y = self.block_4(self.block_3(self.block_2(self.block_1(shallow))))
-        return self.upsampler(self.conv_2(y) + shallow) + self.mean
+        return self.upsampler(self.conv_2(y, shallow)) + self.mean
 
 
 class PlainSMRN(SMRN):

@@ -24,6 +24,7 @@ ONE_OF_EACH = [
     "conv1x1 residual",
     "esa",
     "bsconv zeros",
+    "bsconv residual",
     "depthwise_conv gated",
     "layer_norm2d",
 ]

@@ -19,7 +19,7 @@ from helpers import (
 from torch.nn import functional as F
 
 from esr_kernels.functional import bsconv
-from esr_kernels.library import PADDING_MODES
+from esr_kernels.library import PADDING_MODES, SUM_MODES
 
 
 def plain(x, pointwise, depthwise, bias=None, padding_mode="zeros"):
@@ -52,6 +52,49 @@ def test_sizes_and_layouts(backend, size, layout):
     torch.manual_seed(0)
     for padding_mode in PADDING_MODES:
         check(backend, lay_out(rand(2, 20, *size), layout), weights(20, 21), padding_mode)
+
+
+def with_residual(x, pointwise, depthwise, bias, residual, padding_mode, mode):
+    h = plain(x, pointwise, depthwise, bias, padding_mode)
+    return F.gelu(h + residual) if mode == "pre" else F.gelu(h) + residual
+
+
+@pytest.mark.parametrize("mode", SUM_MODES)
+@pytest.mark.parametrize("padding_mode", PADDING_MODES)
+@pytest.mark.parametrize("size", [(2, 2), (7, 3), (33, 18)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_residuals(backend, layout, size, padding_mode, mode):
+    torch.manual_seed(3)
+    x, parameters = lay_out(rand(2, 20, *size), layout), weights(20, 21)
+    for residual_layout in {layout, "nchw"}:
+        residual = lay_out(rand(2, 21, *size), residual_layout)
+        options = {"padding_mode": padding_mode, "activation": "gelu", "residual": residual, "residual_mode": mode}
+        out = bsconv(x, *parameters, **options)
+        assert out.is_contiguous(memory_format=expected_format(x))
+        exact = with_residual(*to([x, *parameters, residual], torch.float64), padding_mode, mode)
+        check_close(out, exact, lambda r=residual: with_residual(x, *parameters, r, padding_mode, mode), backend)
+
+
+@pytest.mark.parametrize("mode", SUM_MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_a_residual_that_is_the_input(backend, dtype, mode):
+    x, parameters = rand(2, 24, 9, 12, dtype=dtype), weights(24, 24, dtype=dtype)
+    out = bsconv(x, *parameters, padding_mode="reflect", activation="gelu", residual=x, residual_mode=mode)
+    exact = with_residual(*to([x, *parameters, x], torch.float64), "reflect", mode)
+    check_close(out, exact, lambda: with_residual(x, *parameters, x, "reflect", mode), backend)
+
+
+@pytest.mark.parametrize("mode", SUM_MODES)
+@pytest.mark.parametrize("padding_mode", PADDING_MODES)
+def test_gradients_with_a_residual(backend, padding_mode, mode):
+    torch.manual_seed(4)
+    tensors = [lay_out(rand(2, 24, 9, 7), "channels_last"), *weights(24, 20), rand(2, 20, 9, 7)]
+
+    def fused(x, p, d, b, r):
+        epilogue = {"activation": "gelu", "residual": r, "residual_mode": mode}
+        return bsconv(x, p, d, b, padding_mode=padding_mode, **epilogue)
+
+    check_gradients(fused, lambda *a: with_residual(*a, padding_mode, mode), tensors)
 
 
 def test_single_pixel(backend):
@@ -94,12 +137,21 @@ def test_opcheck_with_gradients(padding_mode):
     for mask in ([True] * 4, [False, True, False, True]):
         args = (rand(2, 4, 6, 7), rand(2, 5, 6, 7), *weights(5, 4), padding_mode, "relu", 0.05, mask)
         torch.library.opcheck(torch.ops.esr.bsconv_backward.default, args)
+        args = (*args[:-1], [*mask, True], rand(2, 4, 6, 7))
+        torch.library.opcheck(torch.ops.esr.bsconv_backward.default, args)
+    residual = rand(2, 4, 6, 7).requires_grad_()
+    for mode in SUM_MODES:
+        args = (*tensors, padding_mode, "silu", 0.05, residual, mode)
+        torch.library.opcheck(torch.ops.esr.bsconv.default, args)
 
 
 def test_compile():
     parameters = weights(6, 6)
     f = lambda *a: bsconv(*a, padding_mode="reflect", activation="gelu")  # noqa: E731
     check_compiled(f, [(rand(1, 6, *size), *parameters) for size in ((7, 9), (8, 5), (13, 31))])
+    f = lambda *a: bsconv(*a[:-1], activation="gelu", residual=a[-1], residual_mode="pre")  # noqa: E731
+    sizes = ((7, 9), (8, 5), (13, 31))
+    check_compiled(f, [(rand(1, 6, *size), *parameters, rand(1, 6, *size)) for size in sizes])
 
 
 def test_second_derivative_is_refused():
@@ -122,6 +174,8 @@ def test_flops():
         ({"depthwise": torch.zeros(4, 4, 3, 3)}, r"depthwise: expected shape \[4, 1, 3, 3\], got \[4, 4, 3, 3\]"),
         ({"depthwise": torch.zeros(5, 1, 3, 3)}, r"depthwise: expected shape \[4, 1, 3, 3\], got \[5, 1, 3, 3\]"),
         ({"pointwise": torch.zeros(4, 3, 3, 3)}, r"pointwise: expected shape \[O, 3, 1, 1\]"),
+        ({"residual": torch.zeros(1, 3, 8, 8)}, r"residual: expected shape \[1, 4, 8, 8\], got \[1, 3, 8, 8\]"),
+        ({"residual_mode": "attention"}, "residual_mode: expected one of pre, post, got 'attention'"),
         (
             {"x": torch.zeros(1, 3, 1, 8), "padding_mode": "reflect"},
             'x: padding_mode "reflect" needs images of at least 2 x 2 pixels, got 1 x 8',

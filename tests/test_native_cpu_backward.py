@@ -176,6 +176,7 @@ COUNTS = {
     # The inner map again, and the convolution of it for its activation; through both to x.
     "bsconv zeros": lambda x, p, d, b: [2 * (x or p or d or b), (x or p) + x, p + d],
     "bsconv reflect": lambda x, p, d, b: [int(d), (x or p) + x, p + d],
+    "bsconv residual": lambda x, p, d, b, r: [2 * (x or p or d or b or r), (x or p) + x, p + d],
     "esa": lambda *wanted: esa_counts(False, wanted),
     "esa rfdn": lambda *wanted: esa_counts(True, wanted),
     # A gradient is passed on as far as somebody wants one.

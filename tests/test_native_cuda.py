@@ -142,15 +142,19 @@ def random_bsconv(r, dtype):
     cin, cout, mode = r.randint(1, 64), r.randint(1, 64), r.choice(["zeros", "reflect"])
     x = lay_out(rand(r.randint(1, 2), cin, r.randint(2, 30), r.randint(2, 50), dtype=dtype), r.choice(LAYOUTS))
     weights = (kernel(cout, cin, 1, dtype), kernel(cout, 1, 3, dtype), rand(cout, dtype=dtype))
+    residual = r.choice([None, lay_out(rand(x.shape[0], cout, *x.shape[2:], dtype=dtype), r.choice(LAYOUTS))])
 
-    def plain(x, pointwise, depthwise, bias):
+    def plain(x, pointwise, depthwise, bias, residual):
         y = F.pad(F.conv2d(x, pointwise), (1, 1, 1, 1), mode="constant" if mode == "zeros" else "reflect")
-        return F.conv2d(y, depthwise, bias, groups=cout)
+        y = F.conv2d(y, depthwise, bias, groups=cout)
+        return y if residual is None else F.silu(y + residual)
 
-    def fused(x, pointwise, depthwise, bias):
-        return bsconv(x, pointwise, depthwise, bias, padding_mode=mode)
+    def fused(x, pointwise, depthwise, bias, residual):
+        activation = "none" if residual is None else "silu"
+        epilogue = {"activation": activation, "residual": residual, "residual_mode": "pre"}
+        return bsconv(x, pointwise, depthwise, bias, padding_mode=mode, **epilogue)
 
-    return fused, plain, (x, *weights)
+    return fused, plain, (x, *weights, residual)
 
 
 def random_depthwise(r, dtype):

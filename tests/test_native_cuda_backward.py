@@ -102,7 +102,10 @@ def test_more_inputs_than_one_launch_reads():
 )
 def test_unwanted_gradients_are_empty(name):
     torch.manual_seed(8)
-    cases = {"conv3x3": ["conv3x3 pre", "conv3x3 post", "conv3x3 attention"], "bsconv": ["bsconv reflect"]}
+    cases = {
+        "conv3x3": ["conv3x3 pre", "conv3x3 post", "conv3x3 attention"],
+        "bsconv": ["bsconv reflect", "bsconv residual"],
+    }
     cases["conv1x1"] = ["conv1x1", "conv1x1 residual"]
     cases["depthwise_conv"] = ["depthwise_conv gelu", "depthwise_conv gated"]
     for case in cases.get(name, [name]):

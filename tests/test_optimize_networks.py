@@ -225,6 +225,20 @@ POINT_RESIDUALS = {
 }
 
 
+SEPARABLE_RESIDUALS = {
+    "post": (lambda m, x: m.s(x) + x, ["bsconv post"]),
+    "pre": (lambda m, x: F.gelu(m.s(x) + x), ["bsconv gelu pre"]),
+}
+
+
+@pytest.mark.parametrize("name", SEPARABLE_RESIDUALS)
+def test_residuals_of_separable_convolutions(name):
+    function, expected = SEPARABLE_RESIDUALS[name]
+    separable = Separable(12, 12, bias=False)
+    fast = check(Net(lambda m, x: function(m, m.head(x)), head=conv(3, 12), s=separable))
+    assert ops_of(fast) == ["conv3x3", *expected]
+
+
 @pytest.mark.parametrize("name", POINT_RESIDUALS)
 def test_residuals_of_1x1_convolutions(name):
     function, expected = POINT_RESIDUALS[name]

@@ -283,6 +283,8 @@ def gradient_cases(dtype, layout):
                          "zeros", "gelu", 0.0, yes),
         "bsconv reflect": (feature(2, 20, 2, 3), feature(2, 28, 2, 3), weight(20, 28, 1), weight(20, 1), bias(20),
                            "reflect", "none", 0.0, yes),
+        "bsconv residual": (feature(2, 20, 9, 13), x, weight(20, 28, 1), weight(20, 1), bias(20), "reflect", "gelu",
+                            0.0, [*yes, True], feature(2, 20, 9, 13)),
         "depthwise_conv gelu": (x, x, weight(28, 1, 5), bias(28), 2, "gelu", 0.0, False, yes[:3]),
         "depthwise_conv gated": (feature(2, 14, 9, 13), x, weight(28, 1), bias(28), 1, "silu", 0.0, True, yes[:3]),
         "layer_norm2d": (feature(2, 28, 9, 13), x, bias(28), bias(28), 1e-6, yes[:3]),
@@ -290,8 +292,8 @@ def gradient_cases(dtype, layout):
 
 
 CASE_NAMES = ["conv3x3 silu", "conv3x3 pre", "conv3x3 post", "conv3x3 attention", "spab", "conv3x3_pixel_shuffle",
-              "conv1x1", "conv1x1 residual", "esa", "esa rfdn", "bsconv zeros", "bsconv reflect", "depthwise_conv gelu",
-              "depthwise_conv gated", "layer_norm2d"]  # fmt: skip
+              "conv1x1", "conv1x1 residual", "esa", "esa rfdn", "bsconv zeros", "bsconv reflect", "bsconv residual",
+              "depthwise_conv gelu", "depthwise_conv gated", "layer_norm2d"]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])

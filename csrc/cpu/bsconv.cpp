@@ -5,8 +5,8 @@
 namespace esr {
 namespace {
 
-// 1x1 convolution, then a depthwise 3x3 one over its padded result. The intermediate is never whole: each thread keeps
-// the three rows it needs.
+// 1x1 convolution, then a depthwise 3x3 one over its padded result, and perhaps a residual. The intermediate is never
+// whole: each thread keeps the three rows it needs.
 class Bsconv final : public Operator {
  public:
   Bsconv(const Layer& layer, const Kernels& kernels, const Weights& weights) : Operator(layer, kernels) {
@@ -25,6 +25,10 @@ class Bsconv final : public Operator {
     const bool known = in[0].height > 0 && in[0].width > 0;
     STD_TORCH_CHECK(!layer_.reflect || !known || (in[0].height >= 2 && in[0].width >= 2), layer_.name(), ": x is ",
                     in[0].height, "x", in[0].width, ", reflect padding needs 2 pixels a side");
+    if (layer_.has_residual) {
+      check_channels(in[1], cout_, "residual");
+      check_same_size(in[0], in[1], "residual");
+    }
     return {cout_, in[0].height, in[0].width};
   }
 
@@ -55,6 +59,11 @@ class Bsconv final : public Operator {
         a.out = run.output.pixels() + y * m.pitch;
         a.epilogue.activation = layer_.activation;
         a.epilogue.slope = layer_.slope;
+        if (layer_.has_residual) {
+          a.epilogue.mode = layer_.residual_mode;
+          a.epilogue.residual = run.inputs[1].pixels();
+          a.epilogue.residual_pitch = m.pitch;
+        }
         kernels_.depthwise(a, y);
       }
       complete_rows(kernels_, run, y0, y1);

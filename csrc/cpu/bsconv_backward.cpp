@@ -42,13 +42,15 @@ void fold_ring(const Kernels& kernels, const Map& map) {
 }  // namespace
 
 void bsconv_backward(const Tensor& grad, const Tensor& x, const Tensor& pointwise, const Tensor& depthwise,
-                     const std::optional<Tensor>& bias, bool reflect, int64_t activation, double slope,
-                     const std::vector<Tensor>& gradients) {
+                     const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, bool reflect,
+                     int64_t activation, double slope, const std::vector<Tensor>& gradients) {
   constexpr const char* kName = "bsconv_backward";
   const Kernels& kernels = active_kernels();
-  Gradients t(kName, gradients, 4);
-  const DerivativeArgs epilogue = t.epilogue(activation, slope);
+  Gradients t(kName, gradients, residual.has_value() ? 5 : 4);
+  DerivativeArgs epilogue = t.epilogue(activation, slope);
+  if (residual.has_value()) epilogue.mode = ResidualMode::kPre;
   const bool again = epilogue.activation != Activation::kNone;
+  const bool returns_residual = residual.has_value() && t.wants(4);
   const Batch in = t.read(x, "x");
   const int64_t height = in.shape.height, width = in.shape.width;
   STD_TORCH_CHECK(!reflect || (height >= 2 && width >= 2), kName, ": x is ", height, "x", width,
@@ -59,9 +61,11 @@ void bsconv_backward(const Tensor& grad, const Tensor& x, const Tensor& pointwis
   const std::vector<float> b = t.bias(bias, "bias", channels);
   const Shape out{channels, height, width};
   const Batch g = t.read(grad, "grad", out);
+  const Batch r = residual.has_value() ? t.read(*residual, "residual", out) : Batch{};
   const Batch to_x = t.target(0, "the gradient to x", in.shape);
+  const Batch to_r = returns_residual ? t.target(4, "the gradient to residual", out) : Batch{};
   const bool data = t.wants(0) || t.wants(1);
-  if (!data && !t.wants(2) && !t.wants(3)) return;
+  if (!data && !t.wants(2) && !t.wants(3) && !returns_residual) return;
   const bool needs_inner = again || t.wants(2);
 
   const Dense1x1 forward = needs_inner ? Dense1x1(p, nullptr, kernels) : Dense1x1();
@@ -101,7 +105,10 @@ void bsconv_backward(const Tensor& grad, const Tensor& x, const Tensor& pointwis
     }
     const MapLayout& h_layout = to_h.layout;
     parallel_ranges(height, dense * 16, [&](int64_t y0, int64_t y1) {
-      const Workspace h(dense);
+      const Workspace memory(2 * dense);
+      float *const h = memory.data(), *const row_residual = h + dense;
+      MapLayout row_layout = layout;
+      row_layout.pitch = dense;
       import_strip(kernels, g.image(n), h_layout, to_h.pixels() + y0 * h_layout.pitch, y0, y1);
       if (!reflect) zero_ring(to_h, y0, y1);
       for (int64_t y = y0; again && y < y1; ++y) {
@@ -111,10 +118,16 @@ void bsconv_backward(const Tensor& grad, const Tensor& x, const Tensor& pointwis
         a.width = width;
         a.weights = filter.data();
         a.bias = packed_bias.data();
-        a.out = h.data();
+        a.out = h;
         kernels.depthwise(a, y);
-        differentiate_rows(kernels, epilogue, h.data(), to_h, y, y + 1);
+        DerivativeArgs row_epilogue = epilogue;
+        if (residual.has_value()) {
+          import_strip(kernels, r.image(n), row_layout, row_residual, y, y + 1);
+          row_epilogue.residual = row_residual;
+        }
+        differentiate_rows(kernels, row_epilogue, h, to_h, y, y + 1);
       }
+      if (returns_residual) export_rows(kernels, {to_r.image(n)}, h_layout, to_h.pixels(), 0, y0, y1);
     });
     if (again) count_pass(Pass::kAgain);
     depthwise_sums.add(n, inner, inner.ring, to_h);

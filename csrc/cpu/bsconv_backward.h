@@ -12,7 +12,8 @@ namespace esr {
 
 void bsconv_backward(const torch::stable::Tensor& grad, const torch::stable::Tensor& x,
                      const torch::stable::Tensor& pointwise, const torch::stable::Tensor& depthwise,
-                     const std::optional<torch::stable::Tensor>& bias, bool reflect, int64_t activation, double slope,
-                     const std::vector<torch::stable::Tensor>& gradients);
+                     const std::optional<torch::stable::Tensor>& bias,
+                     const std::optional<torch::stable::Tensor>& residual, bool reflect, int64_t activation,
+                     double slope, const std::vector<torch::stable::Tensor>& gradients);
 
 }  // namespace esr

@@ -292,10 +292,11 @@ void conv1x1_backward(Tensor grad, std::vector<Tensor> xs, Tensor weight, std::o
 
 // Through the dense weight that the two weights are the factors of.
 void bsconv_backward(Tensor grad, Tensor x, Tensor pointwise, Tensor depthwise, std::optional<Tensor> bias,
-                     bool reflect, int64_t activation, double slope, int64_t precision, std::vector<Tensor> gradients) {
+                     std::optional<Tensor> residual, bool reflect, int64_t activation, double slope, int64_t precision,
+                     std::vector<Tensor> gradients) {
   constexpr const char* kName = "bsconv_backward";
   Tensors t(kName, precision);
-  t.check_count(gradients, 4);
+  t.check_count(gradients, residual.has_value() ? 5 : 4);
   Convolve forward;
   const Map in = t.map(x, "x");
   STD_TORCH_CHECK(!reflect || (in.shape.height > 1 && in.shape.width > 1), kName,
@@ -310,6 +311,12 @@ void bsconv_backward(Tensor grad, Tensor x, Tensor pointwise, Tensor depthwise, 
   forward.reflect = reflect;
   forward.activation = activation_of(kName, activation);
   forward.slope = static_cast<float>(slope);
+  Map to_residual;
+  if (residual.has_value()) {
+    forward.residual = t.map(*residual, "residual", out).view;
+    forward.mode = ResidualMode::kPre;
+    to_residual = t.to_map(gradients[4], "the gradient to residual", out);
+  }
   const Map g = t.map(grad, "grad", out);
   const Map to_x = t.to_map(gradients[0], "the gradient to x", in.shape);
   const WeightView to_pointwise = t.to_weight(gradients[1], "the gradient to pointwise", forward.inner);
@@ -317,7 +324,9 @@ void bsconv_backward(Tensor grad, Tensor x, Tensor pointwise, Tensor depthwise, 
   const WeightView to_bias = t.to_bias(gradients[3], "the gradient to bias", out.channels);
   if (t.batch() == 0) return;
   Sequence::run(x, t.precision(), t.batch(), t.memory(), [&](Sequence& s) {
-    const Map to_h = forward.activation == Activation::kNone ? g : before_epilogue(s, forward, g, {});
+    const bool linear = forward.activation == Activation::kNone;
+    if (linear && to_residual.view.data != nullptr) s.copy(g.view, to_residual);
+    const Map to_h = linear ? g : before_epilogue(s, forward, g, to_residual.view);
     if (to_x.view.data != nullptr && !reflect) data_gradient(s, forward, to_h, to_x);
     if (to_x.view.data != nullptr && reflect) {
       // First to the padded map, which the convolution does not pad.
@@ -380,8 +389,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ESR_LIBRARY, m) {
       "conv1x1_backward(Tensor grad, Tensor[] xs, Tensor weight, Tensor? bias, Tensor? residual, int activation, "
       "float negative_slope, int precision, Tensor(a!)[] gradients) -> ()");
   m.def(
-      "bsconv_backward(Tensor grad, Tensor x, Tensor pointwise, Tensor depthwise, Tensor? bias, bool reflect, "
-      "int activation, float negative_slope, int precision, Tensor(a!)[] gradients) -> ()");
+      "bsconv_backward(Tensor grad, Tensor x, Tensor pointwise, Tensor depthwise, Tensor? bias, Tensor? residual, "
+      "bool reflect, int activation, float negative_slope, int precision, Tensor(a!)[] gradients) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ESR_LIBRARY, CompositeExplicitAutograd, m) {

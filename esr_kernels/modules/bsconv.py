@@ -42,10 +42,15 @@ class BSConv(nn.Module):
         self.dw = nn.Conv2d(out_channels, out_channels, 3, stride, 1, groups=out_channels, padding_mode=padding_mode)
         self.activation, self.negative_slope = activation, float(negative_slope)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, O, H, W], or height and width divided by the stride and rounded up."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, residual_mode: str = "post") -> Tensor:
+        """[N, C, H, W] -> [N, O, H, W], or height and width divided by the stride and rounded up.
+
+        With stride 1 also a residual [N, O, H, W], with its mode as in `functional.bsconv`.
+        """
         dw = self.dw
         if dw.stride != (1, 1):
+            if residual is not None:
+                raise ValueError(f"residual: stride {dw.stride[0]} takes none")
             return dw(functional.conv1x1(x, self.pw.weight))
         return functional.bsconv(
             x,
@@ -55,4 +60,6 @@ class BSConv(nn.Module):
             padding_mode=dw.padding_mode,
             activation=self.activation,
             negative_slope=self.negative_slope,
+            residual=residual,
+            residual_mode=residual_mode,
         )

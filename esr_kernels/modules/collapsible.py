@@ -141,12 +141,14 @@ class RBSB(Reparameterized):
         """What `functional.bsconv` takes; gradients flow through it to the branches' parameters."""
         return self._folded()  # type: ignore[return-value]
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """[N, C, H, W] -> [N, O, H, W]."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, residual_mode: str = "post") -> Tensor:
+        """[N, C, H, W] -> [N, O, H, W]; a residual [N, O, H, W] with its mode as in `functional.bsconv`."""
         return functional.bsconv(
             x,
             *self.folded(),
             padding_mode=self.padding_mode,
             activation=self.activation,
             negative_slope=self.negative_slope,
+            residual=residual,
+            residual_mode=residual_mode,
         )

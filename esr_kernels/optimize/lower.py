@@ -99,6 +99,8 @@ def _is_plannable(ws: Workspace, node: fx.Node) -> bool:
         weights = node.args[1:]
         if node.target in (ops.conv3x3.default, ops.conv3x3_pixel_shuffle.default, ops.conv1x1.default):
             weights = weights[:2]  # what is left is a residual
+        elif node.target is ops.bsconv.default:
+            weights = weights[:3]
         return all(w in ws.values for w in weights if isinstance(w, fx.Node))
     if node.target is operator.getitem:
         return node.args[0].target is ops.spab.default and _is_plannable(ws, node.args[0])  # type: ignore[union-attr,arg-type]
@@ -263,11 +265,8 @@ class _Segment:
 
     def _conv1x1(self, node: fx.Node) -> None:
         xs, weight, bias, activation, slope, *added = node.args
-        inputs = [self._value(x) for x in xs]  # type: ignore[union-attr]
         attributes: dict[str, Any] = {"activation": activation, "negative_slope": slope}
-        if added and added[0] is not None:
-            inputs.append(self._value(added[0]))
-            attributes["residual_mode"] = added[1] if len(added) > 1 else "post"
+        inputs = [*(self._value(x) for x in xs), *self._residual(added, attributes)]  # type: ignore[union-attr]
         weights = {"weight": weight, "bias": bias}
         self.values[node] = self._add_layer("conv1x1", node, inputs, dims(node)[1], weights, **attributes)
 
@@ -286,17 +285,18 @@ class _Segment:
         )
 
     def _bsconv(self, node: fx.Node) -> None:
-        x, pointwise, depthwise, bias, padding_mode, activation, slope = node.args
-        self.values[node] = self._add_layer(
-            "bsconv",
-            node,
-            [self._value(x)],
-            dims(node)[1],
-            {"pointwise": pointwise, "depthwise": depthwise, "bias": bias},
-            padding_mode=padding_mode,
-            activation=activation,
-            negative_slope=slope,
-        )
+        x, pointwise, depthwise, bias, padding_mode, activation, slope, *added = node.args
+        attributes: dict[str, Any] = {"padding_mode": padding_mode, "activation": activation, "negative_slope": slope}
+        inputs = [self._value(x), *self._residual(added, attributes)]
+        weights = {"pointwise": pointwise, "depthwise": depthwise, "bias": bias}
+        self.values[node] = self._add_layer("bsconv", node, inputs, dims(node)[1], weights, **attributes)
+
+    def _residual(self, added: list[Any], attributes: dict[str, Any]) -> list[int]:
+        """The value of a residual among an operator's last arguments, whose mode goes to the attributes, or nothing."""
+        if not added or added[0] is None:
+            return []
+        attributes["residual_mode"] = added[1] if len(added) > 1 else "post"
+        return [self._value(added[0])]
 
     def _getitem(self, node: fx.Node) -> None:
         source, index = node.args

@@ -220,7 +220,8 @@ def _fused_of(ws: Workspace, node: fx.Node) -> _Fused | None:
     if node.target is ops.conv3x3_pixel_shuffle.default and known(a[1], a[2]):
         return _Fused("conv3x3_pixel_shuffle", node, [a[0]], ws.known(a[1]), bias(a[2]), a[3], factor=a[4])  # type: ignore[arg-type]
     if node.target is ops.bsconv.default and known(a[1], a[2], a[3]):
-        found = _Fused("bsconv", node, [a[0]], ws.known(a[1]), bias(a[3]), None, a[5], a[6])  # type: ignore[arg-type]
+        residual, mode = a[7] if len(a) > 7 else None, a[8] if len(a) > 8 else "post"
+        found = _Fused("bsconv", node, [a[0]], ws.known(a[1]), bias(a[3]), residual, a[5], a[6], mode)  # type: ignore[arg-type]
         return replace(found, depthwise=ws.known(a[2]), padding_mode=a[4])  # type: ignore[arg-type]
     if node.target is ops.depthwise_conv.default and known(a[1], a[2]) and not a[6]:
         found = _Fused("depthwise_conv", node, [a[0]], ws.known(a[1]), bias(a[2]), None, a[4], a[5])  # type: ignore[arg-type]
@@ -253,7 +254,8 @@ def _insert(ws: Workspace, fused: _Fused, at: fx.Node) -> fx.Node:
         args = (x, weight, bias, fused.dilation, *act, fused.gated)
     else:
         assert fused.depthwise is not None
-        args = (x, weight, ws.constant(fused.depthwise, dtype), bias, fused.padding_mode, *act)
+        dw = ws.constant(fused.depthwise, dtype)
+        args = (x, weight, dw, bias, fused.padding_mode, *act, fused.residual, fused.mode)
     node = ws.call(at, getattr(ops, fused.op).default, args, at)
     node.meta |= {k: fused.node.meta[k] for k in ("stack_trace", "nn_module_stack") if k in fused.node.meta}
     return node
@@ -695,7 +697,7 @@ def _two_arguments(
     fused: _Fused, f: Callable[..., Tensor], x: Tensor, residual: fx.Node, limit: float | None
 ) -> tuple[_Fused, float | None] | None:
     """A residual after or before the activation, or SPAN's attention."""
-    if fused.residual is not None or fused.op not in ("conv3x3", "conv3x3_pixel_shuffle", "conv1x1"):
+    if fused.residual is not None or fused.op == "depthwise_conv":
         return None
     permuted = torch.randperm(x.shape[2], generator=torch.Generator().manual_seed(1))
     r = x[:, :, permuted]

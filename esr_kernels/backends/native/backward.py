@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...library import bias_gradient, conv1x1_gradients, esa_gradients, feature_map, gradient
+from ...library import bias_gradient, bsconv_gradients, conv1x1_gradients, esa_gradients, feature_map, gradient
 from .engine import ACTIVATION_CODES, PADDING_CODES, RESIDUAL_CODES
 
 # Calls an engine's function: its name, an input of the operator, its arguments, and the tensors to write to.
@@ -125,18 +125,14 @@ def bsconv_backward(
     activation: str,
     negative_slope: float,
     output_mask: list[bool],
-) -> tuple[Tensor, ...]:
-    """Gradients to x, pointwise, depthwise and bias."""
-    gradients = [
-        gradient(x, output_mask[0]),
-        gradient(pointwise, output_mask[1]),
-        gradient(depthwise, output_mask[2]),
-        bias_gradient(bias, depthwise, output_mask[3]),
-    ]
+    residual: Tensor | None = None,
+) -> list[Tensor]:
+    """Gradients to x, pointwise, depthwise, bias and a residual before the activation; `output_mask` likewise."""
+    gradients = bsconv_gradients(x, pointwise, depthwise, bias, output_mask, residual)
     if not is_empty(x, gradients):
         settings = (PADDING_CODES[padding_mode] == 1, ACTIVATION_CODES[activation], negative_slope)
-        call("bsconv_backward", x, (grad, x, pointwise, depthwise, bias, *settings), gradients)
-    return tuple(gradients)
+        call("bsconv_backward", x, (grad, x, pointwise, depthwise, bias, residual, *settings), gradients)
+    return gradients
 
 
 def esa_backward(call: Call, grad: Tensor, x: Tensor, *args: Any) -> list[Tensor]:

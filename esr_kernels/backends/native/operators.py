@@ -171,18 +171,22 @@ def esa(x: Tensor, *weights: Tensor | None) -> Call:
 
 @lru_cache(maxsize=256)
 def _bsconv_plan(
-    channels: int, out: int, bias: bool, padding_mode: str, activation: str, negative_slope: float
+    channels: int,
+    out: int,
+    bias: bool,
+    padding_mode: str,
+    activation: str,
+    negative_slope: float,
+    residual_mode: str | None,
+    adds_input: bool,
 ) -> Plan:
     b = PlanBuilder()
-    y = b.add(
-        "bsconv",
-        [b.input(channels)],
-        out,
-        _names(pointwise=True, depthwise=True, bias=bias),
-        padding_mode=padding_mode,
-        activation=activation,
-        negative_slope=negative_slope,
-    )
+    inputs = [b.input(channels)]
+    attributes = {"padding_mode": padding_mode, "activation": activation, "negative_slope": negative_slope}
+    if residual_mode is not None:
+        inputs.append(inputs[0] if adds_input else b.input(out))
+        attributes["residual_mode"] = residual_mode
+    y = b.add("bsconv", inputs, out, _names(pointwise=True, depthwise=True, bias=bias), **attributes)
     return b.finish([y])
 
 
@@ -194,11 +198,16 @@ def bsconv(
     padding_mode: str,
     activation: str,
     negative_slope: float,
+    residual: Tensor | None = None,
+    residual_mode: str = "post",
 ) -> Call:
     channels, out_channels = pointwise.shape[1], pointwise.shape[0]
-    plan = _bsconv_plan(channels, out_channels, bias is not None, padding_mode, activation, negative_slope)
+    mode, adds_input = None if residual is None else residual_mode, residual is x
+    settings = (padding_mode, activation, negative_slope, mode, adds_input)
+    plan = _bsconv_plan(channels, out_channels, bias is not None, *settings)
     out = feature_map(x, out_channels)
-    return Call(plan, _present(pointwise, depthwise, bias), [x], [out], out)
+    inputs = [x] if adds_input else _present(x, residual)
+    return Call(plan, _present(pointwise, depthwise, bias), inputs, [out], out)
 
 
 FORWARD = (conv3x3, spab, conv3x3_pixel_shuffle, conv1x1, esa, bsconv)

@@ -5,7 +5,17 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._common import activate, activation_backward, aten, conv, conv_backward, finish, masked, upcast
+from ._common import (
+    activation_backward,
+    aten,
+    conv,
+    conv_backward,
+    epilogue,
+    finish,
+    masked,
+    upcast,
+    upcast_optional,
+)
 
 
 def _depthwise_input(x: Tensor, pointwise: Tensor, padding_mode: str) -> tuple[Tensor, Tensor, int]:
@@ -24,10 +34,12 @@ def bsconv(
     padding_mode: str,
     activation: str,
     negative_slope: float,
+    residual: Tensor | None = None,
+    residual_mode: str = "post",
 ) -> Tensor:
     _, padded, padding = _depthwise_input(x, pointwise, padding_mode)
     h = conv(padded, depthwise, bias, padding=padding, groups=depthwise.shape[0])
-    return finish(activate(h, activation, negative_slope), x)
+    return finish(epilogue(h, upcast_optional(residual), activation, negative_slope, residual_mode), x)
 
 
 def bsconv_backward(
@@ -40,14 +52,15 @@ def bsconv_backward(
     activation: str,
     negative_slope: float,
     output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to x, pointwise, depthwise and bias."""
+    residual: Tensor | None = None,
+) -> list[Tensor]:
+    """Gradients to x, pointwise, depthwise, bias and a residual before the activation; `output_mask` likewise."""
     grad = upcast(grad)
     groups = depthwise.shape[0]
     t, padded, padding = _depthwise_input(x, pointwise, padding_mode)
     if activation != "none":
         h = conv(padded, depthwise, bias, padding=padding, groups=groups)
-        grad = activation_backward(grad, h, activation, negative_slope)
+        grad = activation_backward(grad, h if residual is None else h + upcast(residual), activation, negative_slope)
     mask = [output_mask[0] or output_mask[1], output_mask[2], output_mask[3]]
     gt, gd, gb = conv_backward(grad, padded, depthwise, mask, padding=padding, groups=groups)
     gx = gp = None
@@ -55,4 +68,6 @@ def bsconv_backward(
         if padding == 0:
             gt = aten.reflection_pad2d_backward(gt, t, [1, 1, 1, 1])
         gx, gp, _ = conv_backward(gt, x, pointwise, [output_mask[0], output_mask[1], False], padding=0)
-    return masked(gx, x), masked(gp, pointwise), masked(gd, depthwise), masked(gb, depthwise if bias is None else bias)
+    gradients = [masked(gx, x), masked(gp, pointwise), masked(gd, depthwise)]
+    gradients.append(masked(gb, depthwise if bias is None else bias))
+    return gradients + [masked(grad.clone() if wanted else None, x) for wanted in output_mask[4:]]

@@ -82,17 +82,9 @@ def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Ten
             names = ("w1", "b1", "w2", "b2", "w3", "b3", "w4", "b4", "wf", "bf", "w_max", "b_max", "w3_", "b3_")
             values.append(esa(x[0], *(w.get(name) for name in names)))  # type: ignore[arg-type]
         elif op == "bsconv":
-            values.append(
-                bsconv(
-                    x[0],
-                    w["pointwise"],
-                    w["depthwise"],
-                    w.get("bias"),
-                    a["padding_mode"],
-                    a["activation"],
-                    a["negative_slope"],
-                )
-            )
+            residual = x[1] if len(x) > 1 else None
+            epilogue = (a["activation"], a["negative_slope"], residual, a.get("residual_mode", "post"))
+            values.append(bsconv(x[0], w["pointwise"], w["depthwise"], w.get("bias"), a["padding_mode"], *epilogue))
         elif op == "add":
             values.append(x[0] + x[1])
         elif op == "multiply":

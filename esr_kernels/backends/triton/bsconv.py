@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...library import bias_gradient, feature_map, gradient
+from ...library import bsconv_gradients, feature_map
 from ._convolution import convolve
 from ._epilogue import channel_offsets, image_start, pixel_offsets
 from ._weight_gradient import weight_gradient
@@ -150,11 +150,20 @@ def fold(pointwise: Tensor, depthwise: Tensor) -> Tensor:
 
 
 def separable(
-    x: Map, packed: Packed, bias: Tensor | None, out: Map, padding_mode: str, activation: str, slope: float
+    x: Map,
+    packed: Packed,
+    bias: Tensor | None,
+    out: Map,
+    padding_mode: str,
+    activation: str,
+    slope: float,
+    residual: Map | None = None,
+    residual_mode: str = "post",
 ) -> None:
     """The operator on maps, with the packed weight of `fold`."""
     border = "reflect" if padding_mode == "reflect" else "zeros"
-    convolve(x, packed, bias, out, border=border, activation=activation, slope=slope)
+    epilogue: dict[str, Any] = {"activation": activation, "slope": slope, "residual_mode": residual_mode}
+    convolve(x, packed, bias, out, border=border, residual=residual, **epilogue)
 
 
 @repeated
@@ -166,11 +175,14 @@ def bsconv(
     padding_mode: str,
     activation: str,
     negative_slope: float,
+    residual: Tensor | None = None,
+    residual_mode: str = "post",
 ) -> Tensor:
     out = feature_map(x, depthwise.shape[0])
     if out.numel():
         packed = pack(fold(pointwise, depthwise), x.dtype)
-        separable(as_map(x), packed, bias, as_map(out), padding_mode, activation, negative_slope)
+        r = None if residual is None else as_map(residual)
+        separable(as_map(x), packed, bias, as_map(out), padding_mode, activation, negative_slope, r, residual_mode)
     return out
 
 
@@ -184,23 +196,28 @@ def bsconv_backward(
     activation: str,
     negative_slope: float,
     output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to x, pointwise, depthwise and bias, through the dense weight."""
-    gx = gradient(x, output_mask[0])
-    gp, gd = gradient(pointwise, output_mask[1]), gradient(depthwise, output_mask[2])
-    gb = bias_gradient(bias, depthwise, output_mask[3])
+    residual: Tensor | None = None,
+) -> list[Tensor]:
+    """Gradients to x, pointwise, depthwise and bias, through the dense weight, and to a residual before the activation;
+    `output_mask` likewise."""
+    gradients = bsconv_gradients(x, pointwise, depthwise, bias, output_mask, residual)
     if x.shape[0] == 0:
-        return gx, gp.zero_(), gd.zero_(), gb.zero_()
+        return [gradient.zero_() for gradient in gradients]
+    gx, gp, gd, gb, *gr = gradients
+    to_residual = wanted(gr[0]) if gr else None
     border = "reflect" if padding_mode == "reflect" else "zeros"
     block, g = as_map(x), as_map(grad)
     product = fold(pointwise, depthwise)
     if activation != "none":
-        to_h = as_map(feature_map(x, depthwise.shape[0]))
+        # The gradient to the sum before the activation is the residual's as well.
+        to_h = as_map(feature_map(x, depthwise.shape[0]) if to_residual is None else to_residual)
         convolve(
             block, pack(product, x.dtype), bias, to_h, border=border, mode="gradient", activation=activation,
-            slope=negative_slope, g=g,
+            slope=negative_slope, residual=None if residual is None else as_map(residual), residual_mode="pre", g=g,
         )  # fmt: skip
         g = to_h
+    elif to_residual is not None:
+        to_residual.copy_(grad)
     if output_mask[0]:
         packed = pack(product, x.dtype, transpose=True)
         if border == "zeros":
@@ -221,7 +238,7 @@ def bsconv_backward(
             gp.copy_(to_p.view(gp.shape))
         if output_mask[2]:
             gd.copy_(to_d.view(gd.shape))
-    return gx, gp, gd, gb
+    return gradients
 
 
 def _reflected_gradient(g: Map, packed: Packed, gx: Map) -> None:

@@ -140,8 +140,11 @@ class PreparedPlan:
             return lambda x, out: esa.attend(x[0], folded, out)
         if layer.op == "bsconv":
             packed = pack(bsconv.fold(w["pointwise"], w["depthwise"]), self.dtype)
-            padding, activation, slope = a["padding_mode"], a["activation"], a["negative_slope"]
-            return lambda x, out: bsconv.separable(x[0], packed, bias, out, padding, activation, slope)
+            settings = (a["padding_mode"], a["activation"], a["negative_slope"])
+            if layer.residual is None:
+                return lambda x, out: bsconv.separable(x[0], packed, bias, out, *settings)
+            mode = a["residual_mode"]
+            return lambda x, out: bsconv.separable(x[0], packed, bias, out, *settings, x[1], mode)
         return self._convolution(layer, w["weight"], bias)
 
     def _convolution(self, layer: Layer, weight: Tensor, bias: Tensor | None) -> Step:
