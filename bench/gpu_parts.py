@@ -50,6 +50,8 @@ ONE_CASE_EACH = (
     "bsconv smrn 48>48 gelu",
     "depthwise_conv egfmn 144 gated",
     "layer_norm2d rcn 40",
+    "adaptive_max_pool smfan 24 to 16x16",
+    "modulate egfmn 36",
 )
 # What is off until a GPU shows that it pays -> the cases, precisions and networks that it is for.
 SWITCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {

@@ -96,6 +96,21 @@ void layer_norm2d_gradients(Tensor grad, Tensor x, Optional weight, double eps, 
   layer_norm2d_backward(grad, x, weight, eps, gradients);
 }
 
+void run_adaptive_max_pool(Tensor x, Tensors outputs) { adaptive_max_pool(x, only("adaptive_max_pool", outputs)); }
+
+void adaptive_max_pool_gradients(Tensor grad, Tensor x, Tensors gradients) {
+  adaptive_max_pool_backward(grad, x, gradients);
+}
+
+void run_modulate(Tensor x, Tensors maps, bool bilinear, int64_t activation, double slope, Tensors outputs) {
+  modulate(x, maps, bilinear, activation, slope, only("modulate", outputs));
+}
+
+void modulate_gradients(Tensor grad, Tensor x, Tensors maps, bool bilinear, int64_t activation, double slope,
+                        Tensors gradients) {
+  modulate_backward(grad, x, maps, bilinear, activation, slope, gradients);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(esr_native, m) {
@@ -131,6 +146,13 @@ STABLE_TORCH_LIBRARY(esr_native, m) {
       "float slope, bool gated, Tensor(a!)[] gradients) -> ()");
   m.def("layer_norm2d(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor(a!)[] outputs) -> ()");
   m.def("layer_norm2d_backward(Tensor grad, Tensor x, Tensor? weight, float eps, Tensor(a!)[] gradients) -> ()");
+  m.def("adaptive_max_pool(Tensor x, Tensor(a!)[] outputs) -> ()");
+  m.def("adaptive_max_pool_backward(Tensor grad, Tensor x, Tensor(a!)[] gradients) -> ()");
+  m.def(
+      "modulate(Tensor x, Tensor[] maps, bool bilinear, int activation, float slope, Tensor(a!)[] outputs) -> ()");
+  m.def(
+      "modulate_backward(Tensor grad, Tensor x, Tensor[] maps, bool bilinear, int activation, float slope, "
+      "Tensor(a!)[] gradients) -> ()");
 }
 
 // Not the CPU key: most of these take no tensor, and one on another device is to get a message of ours.
@@ -153,6 +175,10 @@ STABLE_TORCH_LIBRARY_IMPL(esr_native, CompositeExplicitAutograd, m) {
   m.impl("depthwise_conv_backward", TORCH_BOX(&depthwise_conv_gradients));
   m.impl("layer_norm2d", TORCH_BOX(&run_layer_norm2d));
   m.impl("layer_norm2d_backward", TORCH_BOX(&layer_norm2d_gradients));
+  m.impl("adaptive_max_pool", TORCH_BOX(&run_adaptive_max_pool));
+  m.impl("adaptive_max_pool_backward", TORCH_BOX(&adaptive_max_pool_gradients));
+  m.impl("modulate", TORCH_BOX(&run_modulate));
+  m.impl("modulate_backward", TORCH_BOX(&modulate_gradients));
 }
 
 }  // namespace esr

@@ -303,6 +303,50 @@ class LayerNorm2d(torch.autograd.Function):
         return (*map(_keep, gradients, mask), None)
 
 
+class AdaptiveMaxPool(torch.autograd.Function):
+    """`esr_kernels.functional.adaptive_max_pool`."""
+
+    @staticmethod
+    def forward(x: Tensor, output_size: Sequence[int]) -> Tensor:
+        return ops.adaptive_max_pool(x, output_size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _remember_backend(ctx, inputs[0])
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        call = ops.adaptive_max_pool_backward
+        (gx,) = _once(ctx, "adaptive_max_pool", call, grad, *ctx.saved_tensors, [True])
+        return gx, None
+
+
+class Modulate(torch.autograd.Function):
+    """`esr_kernels.functional.modulate`; the maps come last, as autograd wants them one by one."""
+
+    @staticmethod
+    def forward(x: Tensor, mode: str, activation: str, negative_slope: float, *maps: Tensor) -> Tensor:
+        return ops.modulate(x, list(maps), mode, activation, negative_slope)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, *ctx.settings = inputs[:4]
+        _remember_backend(ctx, x)
+        ctx.save_for_backward(x, *inputs[4:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        mask = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+        settings = ctx.settings
+
+        def call(grad: Tensor, x: Tensor, *maps: Tensor) -> list[Tensor]:
+            return ops.modulate_backward(grad, x, list(maps), *settings, mask)
+
+        gx, *gmaps = map(_keep, _once(ctx, "modulate", call, grad, *ctx.saved_tensors), mask)
+        return (gx, None, None, None, *gmaps)
+
+
 # --- the operators' own derivatives, for direct calls of torch.ops.esr.* ------------------------------------------
 
 
@@ -321,6 +365,18 @@ def _conv1x1_backward(ctx: Any, grad: Tensor) -> Any:
     *gxs, gw, gb = gradients[: len(xs) + 2]
     gr = gradients[-1] if residual is not None else _keep(grad, to_residual)
     return (gxs, gw, gb, None, None, gr, None)[: len(needs)]
+
+
+def _modulate_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, maps, *ctx.settings = inputs
+    ctx.save_for_backward(x, *maps)
+
+
+def _modulate_backward(ctx: Any, grad: Tensor) -> Any:
+    x, *maps = ctx.saved_tensors
+    mask = [t.requires_grad for t in (x, *maps)]
+    gx, *gmaps = map(_keep, ops.modulate_backward(grad, x, maps, *ctx.settings, mask), mask)
+    return gx, gmaps, None, None, None
 
 
 def _not_differentiable_twice(operator: str) -> Callable[..., Any]:
@@ -342,11 +398,15 @@ for _name, _function in (
     ("bsconv", BSConv),
     ("depthwise_conv", DepthwiseConv),
     ("layer_norm2d", LayerNorm2d),
+    ("adaptive_max_pool", AdaptiveMaxPool),
 ):
     torch.library.register_autograd(
         f"esr::{_name}", _function.backward, setup_context=_function.setup_context, lib=library._library
     )
 torch.library.register_autograd("esr::conv1x1", _conv1x1_backward, setup_context=_conv1x1_setup, lib=library._library)
+torch.library.register_autograd(
+    "esr::modulate", _modulate_backward, setup_context=_modulate_setup, lib=library._library
+)
 for _name in library.SCHEMAS:
     if _name.endswith("_backward"):
         torch.library.register_autograd(

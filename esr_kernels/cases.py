@@ -197,6 +197,25 @@ def _plain_layer_norm2d(
     return y if bias is None else y + bias[:, None, None]
 
 
+def _plain_modulate(
+    x: Tensor,
+    maps: Tensor | Sequence[Tensor],
+    *,
+    mode: str = "nearest",
+    activation: str = "none",
+    negative_slope: float = 0.05,
+) -> Tensor:
+    corners = False if mode == "bilinear" else None
+    size = x.shape[2:]
+    total, *rest = (
+        t if t.shape[2:] == size else F.interpolate(t, size=size, mode=mode, align_corners=corners)
+        for t in ([maps] if isinstance(maps, Tensor) else maps)
+    )
+    for t in rest:
+        total = total + t
+    return x * _activate(total, activation, negative_slope, inplace=False)
+
+
 _PLAIN: dict[str, Callable[..., Tensor]] = {
     "conv3x3": _plain_conv3x3,
     "spab": _plain_spab,
@@ -206,6 +225,8 @@ _PLAIN: dict[str, Callable[..., Tensor]] = {
     "bsconv": _plain_bsconv,
     "depthwise_conv": _plain_depthwise_conv,
     "layer_norm2d": _plain_layer_norm2d,
+    "adaptive_max_pool": F.adaptive_max_pool2d,
+    "modulate": _plain_modulate,
 }
 OPERATORS = tuple(_PLAIN)
 
@@ -223,6 +244,7 @@ class OperatorCase:
         features: argument -> channels of a feature map, or of each map of a list.
         parameters: argument -> shape of a weight or bias.
         settings: the other arguments.
+        divisors: how many times smaller than the others each map of a list is; none: they are of one size.
     """
 
     operator: str
@@ -230,6 +252,7 @@ class OperatorCase:
     features: dict[str, int | tuple[int, ...]]
     parameters: dict[str, tuple[int, ...]]
     settings: dict[str, Any] = field(default_factory=dict)
+    divisors: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -250,16 +273,19 @@ class OperatorCase:
         there is one), weights whose results have about unit variance."""
         generator = torch.Generator().manual_seed(seed)
 
-        def feature(name: str, channels: int) -> Tensor:
+        def feature(name: str, channels: int, divisor: int = 1) -> Tensor:
             scale = self.settings.get("upscale_factor", 1) if name == "residual" else 1
-            t = torch.randn(batch, channels, height * scale, width * scale, generator=generator)
+            sides = (max(1, side * scale // divisor) for side in (height, width))
+            t = torch.randn(batch, channels, *sides, generator=generator)
             return t.to(device, dtype).contiguous(memory_format=memory_format)
 
         arguments: dict[str, Any] = {}
         for name, channels in self.features.items():
-            arguments[name] = (
-                feature(name, channels) if isinstance(channels, int) else [feature(name, c) for c in channels]
-            )
+            if isinstance(channels, int):
+                arguments[name] = feature(name, channels)
+                continue
+            divisors = self.divisors or (1,) * len(channels)
+            arguments[name] = [feature(name, c, d) for c, d in zip(channels, divisors, strict=True)]
         for name, shape in self.parameters.items():
             t = torch.randn(shape, generator=generator)
             arguments[name] = (t / math.sqrt(math.prod(shape[1:])) if len(shape) > 1 else 0.1 * t).to(device, dtype)
@@ -380,6 +406,13 @@ CASES: tuple[OperatorCase, ...] = (
     OperatorCase("layer_norm2d", "egfmn 36", {"x": 36}, _norm(36)),
     OperatorCase("layer_norm2d", "rcn 40", {"x": 40}, _norm(40)),
     OperatorCase("layer_norm2d", "agdn 24", {"x": 24}, _norm(24), {"eps": 1e-5}),
+    OperatorCase("adaptive_max_pool", "egfmn 9 to 32x32", {"x": 9}, {}, {"output_size": (32, 32)}),
+    OperatorCase("adaptive_max_pool", "smfan 24 to 16x16", {"x": 24}, {}, {"output_size": (16, 16)}),
+    OperatorCase("modulate", "egfmn 36", {"x": 36, "maps": (36,) * 4}, {}, {"activation": "gelu"}, (1, 4, 8, 16)),
+    OperatorCase("modulate", "smfan 24", {"x": 24, "maps": (24,)}, {}, {}, (8,)),
+    OperatorCase(
+        "modulate", "safmn_pp 12", {"x": 12, "maps": (12,)}, {}, {"mode": "bilinear", "activation": "gelu"}, (8,)
+    ),
 )
 
 

@@ -20,9 +20,10 @@ from torch.autograd import forward_ad
 
 from . import autograd, dispatch
 from .backends import reference
-from .library import ACTIVATIONS, PADDING_MODES, RESIDUAL_MODES, SUM_MODES
+from .library import ACTIVATIONS, PADDING_MODES, RESIDUAL_MODES, RESIZE_MODES, SUM_MODES
 
 __all__ = [
+    "adaptive_max_pool",
     "bsconv",
     "conv1x1",
     "conv3x3",
@@ -30,11 +31,13 @@ __all__ = [
     "depthwise_conv",
     "esa",
     "layer_norm2d",
+    "modulate",
     "spab",
 ]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DEPTHWISE_SIDES = (1, 3, 5, 7)
+MODULATE_MAPS = 8  # at most
 ESA_MINIMUM = 15  # a valid stride-2 3x3 convolution, then a valid 7x7 max-pooling
 
 
@@ -455,6 +458,80 @@ def layer_norm2d(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = 
     if not eps >= 0:
         raise ValueError(f"eps: must be at least 0, got {eps}")
     return _call("layer_norm2d", autograd.LayerNorm2d, (x, weight, bias, eps))
+
+
+def adaptive_max_pool(x: Tensor, output_size: tuple[int, int]) -> Tensor:
+    """Adaptive max pooling: what the pooled branches of SAFMN and its kin look at (report sections 4.6, 4.8, 4.21).
+
+    Equivalent to ``adaptive_max_pool2d(x, output_size)``: window i of n along a side of s pixels reaches from
+    floor(i s / n) to ceil((i + 1) s / n); a NaN is larger than anything. A slice of channels is read where it is.
+
+    Args:
+        x: [N, C, H, W].
+        output_size: height and width of the result, each at least 1.
+
+    Returns:
+        [N, C, *output_size]. Its gradient goes to the first maximum of a window.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape or dtype.
+        BackendError: no backend can run the call.
+    """
+    (x,) = _autocast(x)
+    _check_input("x", x)
+    size = tuple(output_size) if isinstance(output_size, Sequence) else output_size
+    numbers = (int, torch.SymInt, Tensor) if torch.jit.is_tracing() else (int, torch.SymInt)
+    if not isinstance(size, tuple) or len(size) != 2 or not all(isinstance(s, numbers) for s in size):
+        raise TypeError(f"output_size: expected two ints, got {output_size!r}")
+    if size[0] < 1 or size[1] < 1:
+        raise ValueError(f"output_size: height and width must be at least 1, got {size}")
+    return _call("adaptive_max_pool", autograd.AdaptiveMaxPool, (x, size))
+
+
+def modulate(
+    x: Tensor,
+    maps: Tensor | Sequence[Tensor],
+    *,
+    mode: str = "nearest",
+    activation: str = "none",
+    negative_slope: float = 0.05,
+) -> Tensor:
+    """x times what maps of a lower resolution say of it: the end of spatially-adaptive feature modulation (Sun et al.,
+    SAFMN; report sections 4.3, 4.6, 4.8, 4.21).
+
+    Equivalent to ``x * act(sum(interpolate(t, x.shape[2:], mode=mode) for t in maps))``, with align_corners=False for
+    "bilinear". The enlarged maps are never in memory.
+
+    Args:
+        x: [N, C, H, W].
+        maps: [N, C, H_i, W_i], one or a list of up to 8; those of the size of x are taken as they are.
+        mode: "nearest" or "bilinear".
+        activation, negative_slope: as in `conv3x3`.
+
+    Returns:
+        [N, C, H, W].
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, dtype or device, or is not one of the names above.
+        BackendError: no backend can run the call.
+    """
+    given = [maps] if isinstance(maps, Tensor) else list(maps)
+    x, *given = _autocast(x, *given)
+    _check_input("x", x)
+    if not 1 <= len(given) <= MODULATE_MAPS:
+        raise ValueError(f"maps: expected 1 to {MODULATE_MAPS} tensors, got {len(given)}")
+    for i, t in enumerate(given):
+        name = "maps" if isinstance(maps, Tensor) else f"maps[{i}]"
+        _check_input(name, t)
+        if t.shape[0] != x.shape[0] or t.shape[1] != x.shape[1]:
+            raise ValueError(f"{name}: expected shape [{x.shape[0]}, {x.shape[1]}, H, W], got {list(t.shape)}")
+        _check_same(name, t, x)
+    _check_name("mode", mode, RESIZE_MODES)
+    _check_name("activation", activation, ACTIVATIONS)
+    settings = (mode, activation, float(negative_slope))
+    if not decomposes() and _needs_gradient((x, *given)):
+        return autograd.Modulate.apply(*_distinct((x, *settings, *given)))
+    return _call("modulate", None, (x, given, *settings))
 
 
 def decomposes() -> bool:

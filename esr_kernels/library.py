@@ -25,6 +25,7 @@ ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh")
 SUM_MODES = ("pre", "post")
 RESIDUAL_MODES = (*SUM_MODES, "attention")
 PADDING_MODES = ("zeros", "reflect")
+RESIZE_MODES = ("nearest", "bilinear")
 
 _CONV3X3 = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, float negative_slope, str residual_mode"
@@ -42,6 +43,7 @@ _BSCONV = (
 )
 _DEPTHWISE = "Tensor x, Tensor weight, Tensor? bias, int dilation, str activation, float negative_slope, bool gated"
 _NORM = "Tensor x, Tensor? weight, Tensor? bias, float eps"
+_MODULATE = "Tensor x, Tensor[] maps, str mode, str activation, float negative_slope"
 
 SCHEMAS = {
     "conv3x3": f"({_CONV3X3}) -> Tensor",
@@ -62,6 +64,10 @@ SCHEMAS = {
     "depthwise_conv_backward": f"(Tensor grad, {_DEPTHWISE}, bool[] output_mask) -> (Tensor, Tensor, Tensor)",
     "layer_norm2d": f"({_NORM}) -> Tensor",
     "layer_norm2d_backward": f"(Tensor grad, {_NORM}, bool[] output_mask) -> (Tensor, Tensor, Tensor)",
+    "adaptive_max_pool": "(Tensor x, SymInt[] output_size) -> Tensor",
+    "adaptive_max_pool_backward": "(Tensor grad, Tensor x, bool[] output_mask) -> Tensor[]",
+    "modulate": f"({_MODULATE}) -> Tensor",
+    "modulate_backward": f"(Tensor grad, {_MODULATE}, bool[] output_mask) -> Tensor[]",
     "run_plan": "(Tensor[] inputs, Tensor[] weights, str plan) -> Tensor[]",
 }
 
@@ -82,8 +88,13 @@ for _name in SCHEMAS:
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
+    """What results for `x` have: channels_last for parts of the channels of a channels_last tensor too."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    part = x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]
+    return torch.channels_last if part else torch.contiguous_format
 
 
 def feature_map(x: Tensor, channels: int) -> Tensor:
@@ -261,6 +272,32 @@ def _(grad, x, weight, bias, eps, output_mask):  # type: ignore[no-untyped-def]
     return norm_gradients(x, weight, bias, output_mask)
 
 
+def pooled_map(x: Tensor, output_size: Sequence[int]) -> Tensor:
+    """An uninitialised [N, C, *output_size] in the memory format of `x`."""
+    shape = (x.shape[0], x.shape[1], *output_size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+@torch.library.register_fake("esr::adaptive_max_pool", lib=_library)
+def _(x, output_size):  # type: ignore[no-untyped-def]
+    return pooled_map(x, output_size)
+
+
+@torch.library.register_fake("esr::adaptive_max_pool_backward", lib=_library)
+def _(grad, x, output_mask):  # type: ignore[no-untyped-def]
+    return [gradient(x, output_mask[0])]
+
+
+@torch.library.register_fake("esr::modulate", lib=_library)
+def _(x, maps, mode, activation, negative_slope):  # type: ignore[no-untyped-def]
+    return feature_map(x, x.shape[1])
+
+
+@torch.library.register_fake("esr::modulate_backward", lib=_library)
+def _(grad, x, maps, mode, activation, negative_slope, output_mask):  # type: ignore[no-untyped-def]
+    return [gradient(t, wanted) for t, wanted in zip((x, *maps), output_mask, strict=True)]
+
+
 @torch.library.register_fake("esr::run_plan", lib=_library)
 def run_plan_outputs(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Tensor]:
     """The plan's uninitialised outputs: feature maps in the first input's memory format, images in NCHW."""
@@ -314,6 +351,14 @@ def _depthwise_flops(x: Shape, weight: Shape, *args: Any, out_shape: Any = None,
 def _norm_flops(x: Shape, weight: Any, bias: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """A sum, a difference, a square and its sum, a quotient; then weight and bias."""
     return math.prod(x) * (5 + int(weight is not None) + int(bias is not None))
+
+
+@register_flop_formula(torch.ops.esr.modulate)
+def _modulate_flops(
+    x: Shape, maps: Sequence[Shape], mode: str, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """Four multiply-adds for every value that a bilinear resize makes, as `layer_flops` counts ESA's."""
+    return 8 * math.prod(x) * sum(mode == "bilinear" and list(t[2:]) != list(x[2:]) for t in maps)
 
 
 @register_flop_formula(torch.ops.esr.esa)
@@ -380,6 +425,14 @@ def _(grad: Shape, x: Shape, weight: Any, bias: Any, *args: Any, out_shape: Any 
     to_x, to_weight, to_bias = args[1]
     each = 5 * int(to_x or to_weight) + (7 + int(weight is not None)) * int(to_x) + 2 * int(to_weight) + int(to_bias)
     return math.prod(x) * each
+
+
+@register_flop_formula(torch.ops.esr.modulate_backward)
+def _(grad: Shape, x: Shape, maps: Sequence[Shape], mode: str, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """The maps resized again, and the transpose for each that wants its gradient."""
+    mask = args[2]
+    again = _modulate_flops(x, maps, mode) if any(mask) else 0
+    return again + _modulate_flops(x, [t for t, wanted in zip(maps, mask[1:], strict=True) if wanted], mode)
 
 
 @register_flop_formula(torch.ops.esr.esa_backward)

@@ -12,6 +12,8 @@ Particular: the feed-forward network is Restormer's (`GDFN`) with the plain prod
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from esr_kernels.modules import GDFN, SAFM
@@ -21,6 +23,11 @@ from .base import Network
 from .layers import PLAIN, Layers
 from .registry import ModelCard, register
 from .table1 import TABLE1
+
+
+def safm_layers(layers: Layers) -> dict[str, Any]:
+    """What `SAFM` is made of."""
+    return {name: getattr(layers, name) for name in ("modulating_conv1x1", "depthwise_conv", "pool")}
 
 
 class FMM(nn.Module):
@@ -60,9 +67,10 @@ class EGFMN(Network):
         self.to_feat = self.kit.conv3x3(3, channels)
         hidden = int(channels * ffn_scale)
         make = {"conv1x1": self.kit.conv1x1, "depthwise_conv": self.kit.depthwise_conv}
+        safm = safm_layers(self.kit)
         self.feats = nn.Sequential(
             *(
-                FMM(self.kit, channels, SAFM(channels, **make), GDFN(channels, hidden, gelu=False, **make))
+                FMM(self.kit, channels, SAFM(channels, **safm), GDFN(channels, hidden, gelu=False, **make))
                 for _ in range(num_blocks)
             )
         )

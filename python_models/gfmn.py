@@ -24,7 +24,7 @@ from esr_kernels.modules import GDFN, SAFM, ElementScale
 from esr_kernels.modules.arguments import positive
 
 from .base import Network
-from .egfmn import FMM
+from .egfmn import FMM, safm_layers
 from .layers import PLAIN, Layers
 from .registry import ModelCard, register
 from .table1 import TABLE1
@@ -34,7 +34,7 @@ class _Modulation(SAFM):
     """SAFM of what deviates from the image's mean."""
 
     def __init__(self, layers: Layers, c: int) -> None:
-        super().__init__(c, conv1x1=layers.conv1x1, depthwise_conv=layers.depthwise_conv)
+        super().__init__(c, **safm_layers(layers))
         self.proj_1 = layers.conv1x1(c, c)
         self.sigma = ElementScale(c)
 

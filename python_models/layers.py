@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from esr_kernels import functional
 from esr_kernels.modules import (
     ESA,
     RLFB,
@@ -23,6 +24,7 @@ from esr_kernels.modules import (
     Conv3x3PixelShuffle,
     DepthwiseConv,
     LayerNorm2d,
+    ModulatingConv1x1,
     PixelNorm,
     PixelShuffleUpsampler,
 )
@@ -36,10 +38,12 @@ from .plain_blocks import (
     PlainDepthwiseConv,
     PlainESA,
     PlainLayerNorm2d,
+    PlainModulatingConv1x1,
     PlainPixelNorm,
     PlainRLFB,
     PlainUpsampler,
     plain_attention,
+    plain_modulate,
     plain_rep,
 )
 
@@ -65,6 +69,9 @@ class Layers:
     rlfb: Make
     rep: Make
     attention: Callable[..., Tensor]
+    modulating_conv1x1: Make
+    pool: Callable[..., Tensor]
+    modulate: Callable[..., Tensor]
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -91,6 +98,9 @@ FUSED = Layers(
     rlfb=RLFB,
     rep=_rep,
     attention=_attention,
+    modulating_conv1x1=ModulatingConv1x1,
+    pool=functional.adaptive_max_pool,
+    modulate=functional.modulate,
 )
 PLAIN = Layers(
     conv3x3=PlainConv3x3,
@@ -105,6 +115,9 @@ PLAIN = Layers(
     rlfb=PlainRLFB,
     rep=plain_rep,
     attention=plain_attention,
+    modulating_conv1x1=PlainModulatingConv1x1,
+    pool=F.adaptive_max_pool2d,
+    modulate=plain_modulate,
 )
 
 

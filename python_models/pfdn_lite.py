@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from esr_kernels.modules import RepMBConvPoint, RepMBConvSE
 from esr_kernels.modules.arguments import positive
@@ -47,10 +46,10 @@ class _LocalAttention(nn.Module):
             b.conv3x3(inner, channels),
             nn.Sigmoid(),
         )
+        self.modulate = b.modulate
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = F.interpolate(self.body(x), size=x.shape[2:], mode="bilinear", align_corners=False)
-        return gate * x[:, :1].sigmoid() * x
+        return self.modulate(x, self.body(x), mode="bilinear") * x[:, :1].sigmoid()
 
 
 class _PFDB(nn.Module):

@@ -69,6 +69,17 @@ class PlainConv1x1(PlainConv):
         return super().forward(xs if isinstance(xs, Tensor) else torch.cat(list(xs), 1), residual, residual_mode)
 
 
+class PlainModulatingConv1x1(PlainConv1x1):
+    def forward(self, maps: Sequence[Tensor], x: Tensor) -> Tensor:  # type: ignore[override]
+        first, *rest = maps
+        return super().forward([first, *(F.interpolate(t, size=x.shape[2:], mode="nearest") for t in rest)]) * x
+
+
+def plain_modulate(x: Tensor, small: Tensor, *, mode: str = "nearest", activation: str = "none") -> Tensor:
+    corners = False if mode == "bilinear" else None
+    return _ACTIVATIONS[activation](F.interpolate(small, size=x.shape[2:], mode=mode, align_corners=corners)) * x
+
+
 class PlainBSConv(nn.Module):
     def __init__(
         self,

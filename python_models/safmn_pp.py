@@ -41,13 +41,14 @@ class _SAFM(nn.Module):
         self.proj = b.conv3x3(channels, channels, bias=False)
         self.dwconv = b.depthwise_conv(third, bias=False)
         self.out = b.conv1x1(channels, channels, bias=False)
+        self.pool, self.modulate = b.pool, b.modulate
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[2:]
         modulated, local = self.proj(x).split(self.split, 1)
-        pooled = F.adaptive_max_pool2d(modulated, (size[0] // _POOL, size[1] // _POOL))
-        gate = F.gelu(F.interpolate(self.dwconv(pooled), size=size, mode="bilinear", align_corners=False))
-        return self.out([F.gelu(local), F.gelu(gate * modulated)])
+        pooled = self.pool(modulated, (size[0] // _POOL, size[1] // _POOL))
+        modulated = self.modulate(modulated, self.dwconv(pooled), mode="bilinear", activation="gelu")
+        return self.out([F.gelu(local), F.gelu(modulated)])
 
 
 class _CCM(nn.Module):

@@ -56,14 +56,14 @@ class _SMFA(nn.Module):
         self.linear_2 = layers.conv1x1(c, c)
         self.lde = _LocalDetail(layers, c)
         self.dw_conv = layers.depthwise_conv(c)
+        self.pool, self.modulate = layers.pool, layers.modulate
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         height, width = x.shape[2:]
         y, v = self.linear_0(x).chunk(2, 1)
-        structure = self.dw_conv(F.adaptive_max_pool2d(v, (height // _POOL, width // _POOL)))
+        structure = self.dw_conv(self.pool(v, (height // _POOL, width // _POOL)))
         modulation = self.linear_1(structure + v.var((2, 3), keepdim=True))
-        non_local = v * F.interpolate(modulation, size=(height, width), mode="nearest")
-        return self.linear_2(self.lde(y, non_local), residual)
+        return self.linear_2(self.lde(y, self.modulate(v, modulation)), residual)
 
 
 class _PCFN(nn.Module):

@@ -185,6 +185,9 @@ OPERATOR_CASES = [
         {"dilation": 2, "activation": "silu", "gated": True},
     ),
     OperatorCase("layer_norm2d", "", {"x": 5}, {"weight": (5,), "bias": (5,)}, {"eps": 1e-6}),
+    OperatorCase("adaptive_max_pool", "", {"x": 5}, {}, {"output_size": (2, 3)}),
+    OperatorCase("modulate", "", {"x": 5, "maps": (5, 5)}, {}, {"activation": "gelu"}, (1, 2)),
+    OperatorCase("modulate", "bilinear", {"x": 5, "maps": (5,)}, {}, {"mode": "bilinear"}, (3,)),
 ]
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "sanitize"
 TESTS = ("conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv", "depthwise_conv", "layer_norm2d")
+TESTS += ("adaptive_max_pool", "modulate")
 TESTS += ("native_cpu", "native_cpu_direct", "native_cpu_backward")
 FOUND = 66  # exit status of a program in which something was found
 

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import esr_kernels
 import python_models
 from esr_kernels.checkpoint import CheckpointError, load_state_dict
-from esr_kernels.modules import ESA, LayerNorm2d, PixelNorm
+from esr_kernels.modules import ESA, LayerNorm2d, ModulatingConv1x1, PixelNorm
 from esr_kernels.reparam import Reparameterized, deploy
 
 MODELS = python_models.list_models()
@@ -50,6 +50,8 @@ FORMS = ("span", "rden", "rcn", "ifadnet", "lsanet", "r2net", "errn", "smrn", "p
 UNUSED: dict[str, tuple[str, ...]] = {"dirn": ("block_5.", "block_6."), "craft": (".pos.",)}
 # What fvcore does not see beside convolutions with padding "same": inside a function of the published network's own.
 HIDDEN = {"dvmsr": ("conv1d", "x_proj", "dt_proj", "out_proj")}
+# Channels of all maps that `modulate` enlarges bilinearly.
+RESIZED = {"pfdn_lite": 4 * 48, "safmn_pp": 6 * 12}
 # Sides of smaller images, for networks whose FLOPs are proportional to the pixels and whose trace is long.
 PROPORTIONAL = {"dvmsr": 16, "magicsr": 64, "craft": 64}
 
@@ -275,14 +277,25 @@ def test_parameters_and_flops(name: str) -> None:
         nonlocal normalised
         normalised += out.numel()
 
+    spared = 0
+
+    def count_spared(module: Any, inputs: Any, out: Tensor) -> None:
+        """What the 1x1 convolution of small maps does not do at the full size."""
+        nonlocal spared
+        for t in inputs[0]:
+            spared += 2 * t.shape[1] * module.out_channels * (out[:, 0].numel() - t[:, 0].numel())
+
     for module in model.modules():
         if isinstance(module, LayerNorm2d | PixelNorm):
             module.register_forward_hook(count_normalised)
+        elif isinstance(module, ModulatingConv1x1):
+            module.register_forward_hook(count_spared)
     with FlopCounterMode(display=False) as fused:
         model(x)
-    # Two formulas have more than products: four for every value that ESA resizes, seven for what is normalised.
-    resized = sum(m.conv1.out_channels * x[0, 0].numel() for m in model.modules() if isinstance(m, ESA))
-    assert fused.get_total_flops() == plain.get_total_flops() - left_out + 2 * 4 * resized + 7 * normalised
+    # More than products is counted of values that are resized bilinearly, four multiply-adds, or normalised, seven.
+    channels = sum(m.conv1.out_channels for m in model.modules() if isinstance(m, ESA)) + RESIZED.get(name, 0)
+    more = 2 * 4 * channels * x[0, 0].numel() + 7 * normalised
+    assert fused.get_total_flops() == plain.get_total_flops() - left_out - spared + more
 
 
 # --- the registry -------------------------------------------------------------------------------------------------

@@ -50,6 +50,13 @@ def test_channels(capability, channels, layout, dtype):  # noqa: F811
         settings = (1, "silu", 0.0, gated)
         compare("depthwise_conv", (*tensors, *settings), dtype)
         check("depthwise_conv", (grad, *tensors, *settings, [True] * 3), GRADIENT_TOLERANCE[dtype])
+    x, grad, same = (lay_out(rand(2, channels, 5, 19, dtype=dtype), layout) for _ in range(3))
+    small = lay_out(rand(2, channels, 2, 3, dtype=dtype), layout)
+    compare("adaptive_max_pool", (x, [2, 3]), dtype)
+    check("adaptive_max_pool", (small, x, [True]), GRADIENT_TOLERANCE[dtype])
+    for mode in ("nearest", "bilinear"):
+        compare("modulate", (x, [same, small], mode, "silu", 0.0), dtype)
+        check("modulate", (grad, x, [same, small], mode, "silu", 0.0, [True] * 3), GRADIENT_TOLERANCE[dtype])
     if channels == 1:
         return  # of one channel nothing is left
     x, grad = (lay_out(rand(2, channels, 5, 19, dtype=dtype), layout) for _ in range(2))
@@ -73,12 +80,19 @@ def test_sizes_and_filters_at_random(capability, seed):  # noqa: F811
         got = check("depthwise_conv", (grad, *tensors, *settings, mask), 2e-5)
         assert [g.numel() > 0 for g in got] == mask
         x, grad = (lay_out(rand(2, channels, *size), layout) for _ in range(2))
+        pooled = (r.randint(1, 12), r.randint(1, 40))
+        compare("adaptive_max_pool", (x, pooled), torch.float32)
+        small = lay_out(rand(2, channels, *pooled), layout)
+        check("adaptive_max_pool", (small, x, [True]), 2e-5)
+        settings = ([small], r.choice(("nearest", "bilinear")), "relu", 0.0)
+        compare("modulate", (x, *settings), torch.float32)
+        check("modulate", (grad, x, *settings, [True, r.random() < 0.5]), 2e-5)
         compare("layer_norm2d", (x, None, rand(channels), 1e-2), torch.float32)
         check("layer_norm2d", (grad, x, rand(channels), None, 1e-2, [True, r.random() < 0.5, True]), 2e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-@pytest.mark.parametrize("operator", ["depthwise_conv", "layer_norm2d"])
+@pytest.mark.parametrize("operator", ["depthwise_conv", "layer_norm2d", "adaptive_max_pool", "modulate"])
 def test_threads_do_not_change_bits(operator, layout):
     torch.manual_seed(0)
     if operator == "depthwise_conv":
@@ -87,8 +101,13 @@ def test_threads_do_not_change_bits(operator, layout):
     else:
         grad, x = (lay_out(rand(3, 34, 97, 65), layout) for _ in range(2))
         arguments = (x, rand(34), rand(34), 1e-6)
+    if operator == "modulate":
+        arguments = (x, [lay_out(rand(3, 34, *size), layout) for size in ((24, 16), (12, 8))], "bilinear", "gelu", 0.0)
 
     def run():
+        if operator == "adaptive_max_pool":
+            out = torch.ops.esr.adaptive_max_pool(x, (24, 16))
+            return [out, *torch.ops.esr.adaptive_max_pool_backward(out, x, [True])]
         out = getattr(torch.ops.esr, operator)(*arguments)
         return [out, *getattr(torch.ops.esr, operator + "_backward")(grad, *arguments, [True] * 3)]
 
@@ -145,6 +164,14 @@ def test_wrong_arguments_are_refused():
     last = torch.empty_like(x, memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match="the result has another memory format than x"):
         native.depthwise_conv(x, weight, None, 1, 0, 0.0, False, [last])
+    with pytest.raises(RuntimeError, match="the result has another memory format than x"):
+        native.adaptive_max_pool(x, [last])
+    with pytest.raises(RuntimeError, match="map 0 has 3 channels"):
+        native.modulate(x, [rand(1, 3, 2, 2)], False, 0, 0.0, [torch.empty_like(x)])
+    with pytest.raises(RuntimeError, match="map 0 has another memory format than x"):
+        native.modulate(x, [last], False, 0, 0.0, [torch.empty_like(x)])
+    with pytest.raises(RuntimeError, match="0 maps given, must be 1 to 8"):
+        native.modulate(x, [], False, 0, 0.0, [torch.empty_like(x)])
     with pytest.raises(RuntimeError, match="one memory format"):
         native.layer_norm2d(x, None, None, 1e-6, [last])
     with pytest.raises(RuntimeError, match="weight is"):

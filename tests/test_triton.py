@@ -288,6 +288,10 @@ def gradient_cases(dtype, layout):
         "depthwise_conv gelu": (x, x, weight(28, 1, 5), bias(28), 2, "gelu", 0.0, False, yes[:3]),
         "depthwise_conv gated": (feature(2, 14, 9, 13), x, weight(28, 1), bias(28), 1, "silu", 0.0, True, yes[:3]),
         "layer_norm2d": (feature(2, 28, 9, 13), x, bias(28), bias(28), 1e-6, yes[:3]),
+        "adaptive_max_pool": (feature(2, 28, 4, 3), x, yes[:1]),
+        "modulate": (x, feature(2, 28, 9, 13), [x, feature(2, 28, 2, 3), feature(2, 28, 4, 1)],
+                     "nearest", "gelu", 0.0, yes[:4]),
+        "modulate bilinear": (x, feature(2, 28, 9, 13), [feature(2, 28, 2, 3)], "bilinear", "silu", 0.0, yes[:2]),
     }  # fmt: skip
 
 
@@ -387,7 +391,7 @@ def test_weight_gradients_repeat_bit_for_bit(case):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", [n for n in library.SCHEMAS if n.endswith("_backward")])
+@pytest.mark.parametrize("name", [n for n in _STATUS.operators if n.endswith("_backward")])
 def test_opcheck_backward(name):
     operator = name.removesuffix("_backward")
     case = (MAIN_CASE | {"conv3x3": "conv3x3 attention", "bsconv": "bsconv reflect"}).get(operator, operator)

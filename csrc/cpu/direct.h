@@ -30,4 +30,21 @@ void layer_norm2d_backward(const torch::stable::Tensor& grad, const torch::stabl
                            const std::optional<torch::stable::Tensor>& weight, double eps,
                            const std::vector<torch::stable::Tensor>& gradients);
 
+// Adaptive max pooling to the size of `out`, documented in esr_kernels/functional.py.
+void adaptive_max_pool(const torch::stable::Tensor& x, const torch::stable::Tensor& out);
+
+// Adds to the one gradient, which the caller has filled with zeros.
+void adaptive_max_pool_backward(const torch::stable::Tensor& grad, const torch::stable::Tensor& x,
+                                const std::vector<torch::stable::Tensor>& gradients);
+
+// x times the activated sum of resized maps, documented in esr_kernels/functional.py; the maps have the memory format
+// of x.
+void modulate(const torch::stable::Tensor& x, const std::vector<torch::stable::Tensor>& maps, bool bilinear,
+              int64_t activation, double slope, const torch::stable::Tensor& out);
+
+// Gradients to x and to each map; an empty tensor where none is wanted.
+void modulate_backward(const torch::stable::Tensor& grad, const torch::stable::Tensor& x,
+                       const std::vector<torch::stable::Tensor>& maps, bool bilinear, int64_t activation, double slope,
+                       const std::vector<torch::stable::Tensor>& gradients);
+
 }  // namespace esr

@@ -324,6 +324,58 @@ struct LayerNormGradientArgs {
   float* sums = nullptr;  // added to
 };
 
+// Adaptive max pooling of one image as it is in memory.
+struct AdaptiveMaxPoolArgs {
+  TensorView in, out;
+  int64_t channels = 0;
+  int64_t height = 0, width = 0;  // of `in`
+  int64_t out_height = 0, out_width = 0;
+  float* scratch = nullptr;  // adaptive_max_pool_planes_floats()
+};
+
+struct AdaptiveMaxPoolGradientArgs {
+  AdaptiveMaxPoolArgs pool;  // without `out`
+  TensorView grad;
+  TensorView to_x;  // added to
+};
+
+// For every pixel of a side the two it lies between on another side, and the weight of the second.
+struct ResizeTable {
+  const int64_t* low = nullptr;
+  const int64_t* high = nullptr;
+  const float* weight = nullptr;
+};
+
+inline constexpr int64_t kModulateMostMaps = 8;
+
+struct ModulateMapArgs {
+  TensorView map;
+  int64_t height = 0, width = 0;
+  bool resized = false;  // else of the size of x, without tables
+  ResizeTable rows, columns;
+};
+
+// x * act(sum of maps, each resized to x) of one image as it is in memory.
+struct ModulateArgs {
+  TensorView x, out;
+  int64_t channels = 0, height = 0, width = 0;
+  bool planar = true;
+  int64_t step = 1;  // channels of a line
+  int64_t count = 0;
+  ModulateMapArgs maps[kModulateMostMaps];
+  bool blend = false;  // bilinear
+  Activation activation = Activation::kNone;
+  float slope = 0.0f;
+  float* scratch = nullptr;  // modulate_*floats()
+};
+
+struct ModulateGradientArgs {
+  ModulateArgs forward;  // without `out`
+  TensorView grad;
+  TensorView to_x;  // data null: not wanted, here and below
+  TensorView to_maps[kModulateMostMaps];
+};
+
 struct Kernels {
   const char* name;
   int64_t lanes;
@@ -371,6 +423,15 @@ struct Kernels {
   void (*norm_pixels)(const LayerNormArgs&, int64_t y, int64_t x, int64_t n);
   void (*norm_planes_gradient)(const LayerNormGradientArgs&, int64_t y, int64_t x, int64_t n);
   void (*norm_pixels_gradient)(const LayerNormGradientArgs&, int64_t y, int64_t x, int64_t n);
+  int64_t (*adaptive_max_pool_planes_floats)(const AdaptiveMaxPoolArgs&);
+  void (*adaptive_max_pool_planes)(const AdaptiveMaxPoolArgs&, int64_t row0, int64_t row1);
+  void (*adaptive_max_pool_pixels)(const AdaptiveMaxPoolArgs&, int64_t y0, int64_t y1);
+  void (*adaptive_max_pool_plane_gradient)(const AdaptiveMaxPoolGradientArgs&, int64_t channel);
+  void (*adaptive_max_pool_pixels_gradient)(const AdaptiveMaxPoolGradientArgs&, int64_t first, int64_t count);
+  int64_t (*modulate_floats)(const ModulateArgs&);
+  void (*modulate_rows)(const ModulateArgs&, int64_t row0, int64_t row1);
+  int64_t (*modulate_gradient_floats)(const ModulateArgs&);
+  void (*modulate_gradient)(const ModulateGradientArgs&, int64_t channel);
 };
 
 // Null where the compiler's target has no such instructions; whether this CPU has them is not asked here.

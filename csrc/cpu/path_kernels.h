@@ -38,6 +38,8 @@ struct Constant {
 #include "depthwise_conv.h"
 #include "depthwise_conv_gradient.h"
 #include "layer_norm2d.h"
+#include "adaptive_max_pool.h"
+#include "modulate.h"
 // clang-format on
 
 constexpr Kernels make_kernels(const char* name) {
@@ -84,7 +86,16 @@ constexpr Kernels make_kernels(const char* name) {
                  norm_planes,
                  norm_pixels,
                  norm_planes_gradient,
-                 norm_pixels_gradient};
+                 norm_pixels_gradient,
+                 adaptive_max_pool_planes_floats,
+                 adaptive_max_pool_planes,
+                 adaptive_max_pool_pixels,
+                 adaptive_max_pool_plane_gradient,
+                 adaptive_max_pool_pixels_gradient,
+                 modulate_floats,
+                 modulate_rows,
+                 modulate_gradient_floats,
+                 modulate_gradient};
 }
 
 }  // namespace ESR_PATH

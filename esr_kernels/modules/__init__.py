@@ -16,7 +16,7 @@ from .repconv1x1 import RepConv1x1
 from .repmbconv import RepMBConv, RepMBConvPoint, RepMBConvSE
 from .rlfb import RLFB
 from .rrrb import ERB, RRRB
-from .safm import SAFM
+from .safm import SAFM, ModulatingConv1x1
 from .scale import ElementScale
 from .spab import SPAB
 from .upsampler import Conv3x3PixelShuffle, PixelShuffleUpsampler
@@ -44,6 +44,7 @@ __all__ = [
     "ElementScale",
     "LayerNorm2d",
     "Level",
+    "ModulatingConv1x1",
     "MultiscaleGate",
     "PixelNorm",
     "PixelShuffleUpsampler",

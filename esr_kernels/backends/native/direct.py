@@ -5,14 +5,14 @@ csrc/cpu/direct.h, csrc/cuda/direct.cu.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...library import bias_gradient, feature_map, gradient, memory_format, norm_gradients
+from ...library import bias_gradient, feature_map, gradient, memory_format, norm_gradients, pooled_map
 from .backward import Call, is_empty
 from .engine import ACTIVATION_CODES
 
@@ -28,7 +28,9 @@ def as_it_is(t: Tensor, like: Tensor) -> Tensor:
 def dense_rows(t: Tensor, like: Tensor) -> Tensor:
     """`t` in the memory format that results of `like` have; rows of pixels with gaps between them will do."""
     wanted = memory_format(like)
-    if t.is_contiguous(memory_format=wanted) or (wanted == torch.contiguous_format and t.stride(3) == 1):
+    if t.is_contiguous(memory_format=wanted):
+        return t
+    if t.stride(3) == 1 if wanted == torch.contiguous_format else t.stride(1) == 1 and t.stride(3) >= t.shape[1]:
         return t
     return t.contiguous(memory_format=wanted)
 
@@ -103,7 +105,67 @@ def layer_norm2d_backward(
     return gradients
 
 
+def adaptive_max_pool(call: Call, lay_out: LayOut, x: Tensor, output_size: Sequence[int]) -> Tensor:
+    out = pooled_map(x, output_size)
+    if x.shape[0] > 0:
+        call("adaptive_max_pool", x, (lay_out(x, x),), [out])
+    return out
+
+
+def adaptive_max_pool_backward(
+    call: Call, lay_out: LayOut, grad: Tensor, x: Tensor, output_mask: list[bool]
+) -> list[Tensor]:
+    """The gradient to x; where the maxima are is found again, not stored."""
+    gradients = [gradient(x, output_mask[0]).zero_()]
+    if x.shape[0] > 0:
+        call("adaptive_max_pool_backward", x, (lay_out(grad, x), lay_out(x, x)), gradients)
+    return gradients
+
+
+def modulate(
+    call: Call,
+    lay_out: LayOut,
+    x: Tensor,
+    maps: list[Tensor],
+    mode: str,
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    out = feature_map(x, x.shape[1])
+    settings = (mode == "bilinear", ACTIVATION_CODES[activation], negative_slope)
+    if x.shape[0] > 0:
+        call("modulate", x, (lay_out(x, x), [lay_out(t, x) for t in maps], *settings), [out])
+    return out
+
+
+def modulate_backward(
+    call: Call,
+    lay_out: LayOut,
+    grad: Tensor,
+    x: Tensor,
+    maps: list[Tensor],
+    mode: str,
+    activation: str,
+    negative_slope: float,
+    output_mask: list[bool],
+) -> list[Tensor]:
+    """Gradients to x and to each map; the sum of the maps is computed again, not stored."""
+    gradients = [gradient(t, wanted) for t, wanted in zip((x, *maps), output_mask, strict=True)]
+    if is_empty(x, gradients):
+        return gradients
+    # A map that has another memory format than x gets its gradient by a copy.
+    results = [lay_out(g, x) if g.numel() else g for g in gradients]
+    settings = (mode == "bilinear", ACTIVATION_CODES[activation], negative_slope)
+    tensors = (lay_out(grad, x), lay_out(x, x), [lay_out(t, x) for t in maps])
+    call("modulate_backward", x, (*tensors, *settings), results)
+    for g, result in zip(gradients, results, strict=True):
+        if result is not g:
+            g.copy_(result)
+    return gradients
+
+
 _OPERATORS = (depthwise_conv, depthwise_conv_backward, layer_norm2d, layer_norm2d_backward)
+_OPERATORS += (adaptive_max_pool, adaptive_max_pool_backward, modulate, modulate_backward)
 
 
 def operators(call: Call, lay_out: LayOut) -> dict[str, Callable[..., Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .adaptive_max_pool import adaptive_max_pool, adaptive_max_pool_backward
 from .bsconv import bsconv, bsconv_backward
 from .conv1x1 import conv1x1, conv1x1_backward
 from .conv3x3 import conv3x3, conv3x3_backward
@@ -15,6 +16,7 @@ from .conv3x3_pixel_shuffle import conv3x3_pixel_shuffle, conv3x3_pixel_shuffle_
 from .depthwise_conv import depthwise_conv, depthwise_conv_backward
 from .esa import esa, esa_backward
 from .layer_norm2d import layer_norm2d, layer_norm2d_backward
+from .modulate import modulate, modulate_backward
 from .run_plan import run_plan
 from .spab import spab, spab_backward
 
@@ -37,6 +39,10 @@ OPERATORS: dict[str, Callable[..., Any]] = {
         depthwise_conv_backward,
         layer_norm2d,
         layer_norm2d_backward,
+        adaptive_max_pool,
+        adaptive_max_pool_backward,
+        modulate,
+        modulate_backward,
         run_plan,
     )
 }

@@ -22,9 +22,14 @@ def upcast_optional(tensor: Tensor | None) -> Tensor | None:
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The memory format an operator's result has for the input `x`."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
+    """The memory format an operator's result has for the input `x`: that of its pixels, also where `x` is a part of the
+    channels of a channels_last tensor."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    part = x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]
+    return torch.channels_last if part else torch.contiguous_format
 
 
 def finish(out: Tensor, like: Tensor) -> Tensor:

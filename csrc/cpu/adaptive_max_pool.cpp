@@ -1,0 +1,95 @@
+#include "backward.h"
+#include "capability.h"
+#include "direct.h"
+
+namespace esr {
+namespace {
+
+using torch::stable::Tensor;
+
+AdaptiveMaxPoolArgs pooling(const Shape& in, const Shape& out) {
+  AdaptiveMaxPoolArgs a;
+  a.channels = in.channels;
+  a.height = in.height;
+  a.width = in.width;
+  a.out_height = out.height;
+  a.out_width = out.width;
+  return a;
+}
+
+// The result's shape, which the caller has chosen.
+Shape pooled_shape(const char* name, const Batch& pooled, const Shape& in) {
+  STD_TORCH_CHECK(pooled.shape.channels == in.channels && pooled.shape.height > 0 && pooled.shape.width > 0, name,
+                  ": the result has ", pooled.shape.channels, " channels of ", pooled.shape.height, "x",
+                  pooled.shape.width, " pixels, must have those of x and at least one pixel");
+  return pooled.shape;
+}
+
+}  // namespace
+
+void adaptive_max_pool(const Tensor& x, const Tensor& out) {
+  constexpr const char* kName = "adaptive_max_pool";
+  const Kernels& kernels = active_kernels();
+  const std::vector<Tensor> results{out};
+  Gradients t(kName, results, 1);
+  const Batch in = t.read(x, "x");
+  const Shape shape = pooled_shape(kName, t.read(out, "the result"), in.shape);
+  const Batch to = t.target(0, "the result", shape);
+  if (in.images == 0) return;
+  const bool planar = in.is_planar();
+  STD_TORCH_CHECK(to.can_be(planar), kName, ": the result has another memory format than x");
+  const AdaptiveMaxPoolArgs a = pooling(in.shape, shape);
+  // A row of one channel, or a row of all.
+  const int64_t rows = shape.height * (planar ? shape.channels : 1);
+  const int64_t cost = ceil_div(in.shape.height, shape.height) * in.shape.width * (planar ? 1 : shape.channels);
+  const auto kernel = planar ? kernels.adaptive_max_pool_planes : kernels.adaptive_max_pool_pixels;
+  const int64_t floats = planar ? kernels.adaptive_max_pool_planes_floats(a) : 0;
+  parallel_ranges(in.images * rows, cost, [&](int64_t first, int64_t last) {
+    const Workspace scratch(floats);
+    AdaptiveMaxPoolArgs mine = a;
+    mine.scratch = scratch.data();
+    while (first < last) {
+      const int64_t n = first / rows, end = std::min(last, (n + 1) * rows);
+      mine.in = in.image(n);
+      mine.out = to.image(n);
+      kernel(mine, first - n * rows, end - n * rows);
+      first = end;
+    }
+  });
+}
+
+void adaptive_max_pool_backward(const Tensor& grad, const Tensor& x, const std::vector<Tensor>& gradients) {
+  constexpr const char* kName = "adaptive_max_pool_backward";
+  const Kernels& kernels = active_kernels();
+  Gradients t(kName, gradients, 1);
+  const Batch in = t.read(x, "x");
+  const Batch g = t.read(grad, "grad");
+  const Batch to_x = t.target(0, "the gradient to x", in.shape);
+  if (!t.wants(0)) return;
+  AdaptiveMaxPoolGradientArgs a;
+  a.pool = pooling(in.shape, pooled_shape(kName, g, in.shape));
+  const bool planar = in.is_planar();
+  STD_TORCH_CHECK(g.can_be(planar) && to_x.can_be(planar), kName,
+                  ": the gradients have another memory format than x");
+  const int64_t width = planar ? 1 : kDepthwiseGroup, groups = ceil_div(in.shape.channels, width);
+  const int64_t floats = planar ? kernels.adaptive_max_pool_planes_floats(a.pool) : 0;
+  // Windows overlap, so that no two threads may have the same channel.
+  parallel_ranges(in.images * groups, in.shape.height * in.shape.width * width, [&](int64_t first, int64_t last) {
+    const Workspace scratch(floats);
+    AdaptiveMaxPoolGradientArgs mine = a;
+    mine.pool.scratch = scratch.data();
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t n = k / groups, channel = k % groups * width;
+      mine.pool.in = in.image(n);
+      mine.grad = g.image(n);
+      mine.to_x = to_x.image(n);
+      if (planar) {
+        kernels.adaptive_max_pool_plane_gradient(mine, channel);
+      } else {
+        kernels.adaptive_max_pool_pixels_gradient(mine, channel, std::min(width, in.shape.channels - channel));
+      }
+    }
+  });
+}
+
+}  // namespace esr
