@@ -148,8 +148,7 @@ STABLE_TORCH_LIBRARY(esr_native, m) {
   m.def("layer_norm2d_backward(Tensor grad, Tensor x, Tensor? weight, float eps, Tensor(a!)[] gradients) -> ()");
   m.def("adaptive_max_pool(Tensor x, Tensor(a!)[] outputs) -> ()");
   m.def("adaptive_max_pool_backward(Tensor grad, Tensor x, Tensor(a!)[] gradients) -> ()");
-  m.def(
-      "modulate(Tensor x, Tensor[] maps, bool bilinear, int activation, float slope, Tensor(a!)[] outputs) -> ()");
+  m.def("modulate(Tensor x, Tensor[] maps, bool bilinear, int activation, float slope, Tensor(a!)[] outputs) -> ()");
   m.def(
       "modulate_backward(Tensor grad, Tensor x, Tensor[] maps, bool bilinear, int activation, float slope, "
       "Tensor(a!)[] gradients) -> ()");

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import esr_kernels
-from esr_kernels import functional, library
+from esr_kernels import functional
 from esr_kernels.backends import reference
 from esr_kernels.dispatch import list_backends
 from esr_kernels.modules.conv import Conv3x3

@@ -69,8 +69,7 @@ void adaptive_max_pool_backward(const Tensor& grad, const Tensor& x, const std::
   AdaptiveMaxPoolGradientArgs a;
   a.pool = pooling(in.shape, pooled_shape(kName, g, in.shape));
   const bool planar = in.is_planar();
-  STD_TORCH_CHECK(g.can_be(planar) && to_x.can_be(planar), kName,
-                  ": the gradients have another memory format than x");
+  STD_TORCH_CHECK(g.can_be(planar) && to_x.can_be(planar), kName, ": the gradients have another memory format than x");
   const int64_t width = planar ? 1 : kDepthwiseGroup, groups = ceil_div(in.shape.channels, width);
   const int64_t floats = planar ? kernels.adaptive_max_pool_planes_floats(a.pool) : 0;
   // Windows overlap, so that no two threads may have the same channel.

@@ -165,9 +165,14 @@ def modulate_backward(
 
 
 _OPERATORS = (depthwise_conv, depthwise_conv_backward, layer_norm2d, layer_norm2d_backward)
-_OPERATORS += (adaptive_max_pool, adaptive_max_pool_backward, modulate, modulate_backward)
+_CPU_OPERATORS = (adaptive_max_pool, adaptive_max_pool_backward, modulate, modulate_backward)
 
 
 def operators(call: Call, lay_out: LayOut) -> dict[str, Callable[..., Any]]:
-    """Every such operator, computed by `call` on what `lay_out` returns."""
+    """The operators that every engine has, computed by `call` on what `lay_out` returns."""
     return {f.__name__: partial(f, call, lay_out) for f in _OPERATORS}
+
+
+def cpu_operators(call: Call, lay_out: LayOut) -> dict[str, Callable[..., Any]]:
+    """Those that the CPU engine has beside them."""
+    return {f.__name__: partial(f, call, lay_out) for f in _CPU_OPERATORS}
