@@ -21,7 +21,7 @@ ops = torch.ops.esr
 
 _HOT = {op.default for op in (ops.conv3x3, ops.conv1x1, ops.conv3x3_pixel_shuffle, ops.esa, ops.bsconv, ops.spab)}
 # Operators that plans do not have: called by themselves.
-_ALONE = {op.default for op in (ops.depthwise_conv, ops.layer_norm2d)}
+_ALONE = {op.default for op in (ops.depthwise_conv, ops.layer_norm2d, ops.adaptive_max_pool, ops.modulate)}
 
 
 class NotPlannableError(Exception):
