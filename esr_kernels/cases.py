@@ -225,7 +225,7 @@ _PLAIN: dict[str, Callable[..., Tensor]] = {
     "bsconv": _plain_bsconv,
     "depthwise_conv": _plain_depthwise_conv,
     "layer_norm2d": _plain_layer_norm2d,
-    "adaptive_max_pool": F.adaptive_max_pool2d,
+    "adaptive_max_pool": lambda x, output_size: F.adaptive_max_pool2d(x, output_size),
     "modulate": _plain_modulate,
 }
 OPERATORS = tuple(_PLAIN)

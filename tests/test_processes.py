@@ -71,9 +71,18 @@ def test_one_operator_in_many_threads(case: OperatorCase) -> None:
     shared = {name: arguments[0][name] for name in case.parameters}
 
     def step(i: int) -> list[Tensor]:
-        given = arguments[i] | {name: t.clone().requires_grad_() for name, t in shared.items()}
+        leaves: list[Tensor] = []
+
+        def leaf(t: Tensor) -> Tensor:
+            leaves.append(t.clone().requires_grad_())
+            return leaves[-1]
+
+        given = {
+            name: [leaf(t) for t in value] if isinstance(value, list) else leaf(value)
+            for name, value in (arguments[i] | shared).items()
+        }
         out = case.fused(given)
-        return [out, *torch.autograd.grad(out.square().sum(), [given[name] for name in shared])]
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
 
     expected = [step(i) for i in range(4)]
 
