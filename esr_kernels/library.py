@@ -93,7 +93,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
         return torch.contiguous_format
     if x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
-    part = x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]
+    part = x.dim() == 4 and x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]
     return torch.channels_last if part else torch.contiguous_format
 
 

@@ -41,8 +41,13 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 
 
 def expected_format(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
+    """channels_last for channels_last tensors and for parts of their channels."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    part = x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]
+    return (
+        torch.channels_last if part or x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    )
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:

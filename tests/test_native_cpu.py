@@ -777,7 +777,7 @@ def test_program_errors() -> None:
         with pytest.raises(RuntimeError, match=match):
             torch.ops.esr_native.compile_plan(code, [0.1], list(weights))
 
-    refuse("operator is 7", [7, 0, 0])
+    refuse("operator is 9", [9, 0, 0])
     refuse("x is 1, defined so far", [1, 1, 0, 1, 0, 0, -1, 1])
     refuse("residual of layer 0", [1, 0, 0, 1, 0, 0, 1, 1])
     refuse("activation is 6", [1, 0, 0, 1, 6, 0, -1, 1])
@@ -797,7 +797,7 @@ def test_program_errors() -> None:
     refuse("weight has shape", [1, 0, 0, 1, 0, 0, -1, 1], (torch.randn(0, 4, 3, 3), b))
     refuse("does not divide", [3, 0, 0, -1, 3, -1])
     refuse("upscale_factor", [3, 0, 0, -1, 0, -1])
-    refuse("shifts and as many scales", [0, 0, 3, 0])
+    refuse("two numbers for each of 3 channels", [0, 0, 3, 0])
     refuse("padding_mode is 2", [5, 0, 0, 1, -1, 2, 0, 0, -1, 1])
     refuse("format 1 is not supported", [6, 0, 0], layout=1)
     refuse("unsupported dtype", [1, 0, 0, 1, 0, 0, -1, 1], (w.double(), b))

@@ -106,8 +106,8 @@ class Masks(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "esr" and func._schema.name.endswith("_backward"):
-            assert func._schema.arguments[-1].name == "output_mask"
-            self.seen.append(list(args[-1]))
+            names = [argument.name for argument in func._schema.arguments]
+            self.seen.append(list(args[names.index("output_mask")]))
         return func(*args, **(kwargs or {}))
 
 

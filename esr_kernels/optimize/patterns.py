@@ -790,7 +790,8 @@ def _function(ws: Workspace, x: fx.Node, region: list[fx.Node], end: fx.Node) ->
     if bent and _equal(y, torch.where(v < 0, v * _column(-minus), v), v):
         return aten.prelu.default, (ws.constant(-minus, ws.dtype(end)),)
     low, high = (float(run(torch.full_like(v[:, :, :1], s)).flatten()[0]) for s in (-1e30, 1e30))
-    if low < high and _equal(y, v.clamp(low, high), v):
+    bounded = low != -1e30 or high != 1e30
+    if bounded and low < high and _equal(y, v.clamp(low, high), v):
         return aten.clamp.default, (None if low == -1e30 else low, None if high == 1e30 else high)
     return None
 
