@@ -115,17 +115,10 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
         ImageError: it is no picture of these formats, is damaged or animated, or has more than max_pixels.
     """
     path = Path(path)
-    with opened(path, max_pixels) as (file, image):
-        try:
-            pixels, alpha = _decode(image, file)
-            icc = image.info.get("icc_profile") if image.mode not in ("CMYK", "YCbCr", "LAB") else None
-            exif, orientation = read_exif(image)
-        except ImageError as error:
-            raise ImageError(f"{path}: {error}") from None
-        except MemoryError:
-            raise ImageError(f"{path}: not enough memory to decode it") from None
-        except BROKEN as error:
-            raise ImageError(f"{path}: damaged picture: {first_line(error)}") from None
+    with opened(path, max_pixels) as (file, image), _errors_of(path):
+        pixels, alpha = _decode(image, file)
+        icc = image.info.get("icc_profile") if image.mode not in ("CMYK", "YCbCr", "LAB") else None
+        exif, orientation = read_exif(image)
     pixels = np.ascontiguousarray(_oriented(pixels, orientation))
     alpha = None if alpha is None else np.ascontiguousarray(_oriented(alpha, orientation))
     return Picture(pixels, alpha, icc or None, exif)
@@ -147,16 +140,23 @@ def opened(path: Path, max_pixels: int) -> Iterator[tuple[BinaryIO, Image.Image]
     except OSError as error:
         raise ImageError(f"{path}: cannot be read: {error.strerror}") from None
     with file:
-        try:
+        with _errors_of(path):
             image = _open(file, max_pixels)
-        except ImageError as error:
-            raise ImageError(f"{path}: {error}") from None
-        except MemoryError:
-            raise ImageError(f"{path}: not enough memory to decode it") from None
-        except BROKEN as error:
-            raise ImageError(f"{path}: damaged picture: {first_line(error)}") from None
         with image:
             yield file, image
+
+
+@contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    """What decoding raises inside, as an ImageError that names the file."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from None
+    except MemoryError:
+        raise ImageError(f"{path}: not enough memory to decode it") from None
+    except BROKEN as error:
+        raise ImageError(f"{path}: damaged picture: {first_line(error)}") from None
 
 
 def image_kind(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int, str]:

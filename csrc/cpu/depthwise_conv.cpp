@@ -102,13 +102,11 @@ void depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional<T
     const Workspace scratch(floats);
     DepthwiseConvArgs mine = a;
     mine.scratch = scratch.data();
-    while (first < last) {
-      const int64_t n = first / rows, end = std::min(last, (n + 1) * rows);
+    for_image_rows(rows, first, last, [&](int64_t n, int64_t row0, int64_t row1) {
       mine.in = in.image(n);
       mine.out = to.image(n);
-      kernel(mine, first - n * rows, end - n * rows);
-      first = end;
-    }
+      kernel(mine, row0, row1);
+    });
   });
 }
 

@@ -93,14 +93,12 @@ void modulate(const Tensor& x, const std::vector<Tensor>& maps, bool bilinear, i
   parallel_ranges(m.x.images * rows, m.args.width * m.args.step * (8 + 2 * m.args.count),
                   [&](int64_t first, int64_t last) {
                     const Workspace scratch(floats);
-                    while (first < last) {
-                      const int64_t n = first / rows, end = std::min(last, (n + 1) * rows);
+                    for_image_rows(rows, first, last, [&](int64_t n, int64_t row0, int64_t row1) {
                       ModulateArgs mine = m.image(n);
                       mine.out = to.image(n);
                       mine.scratch = scratch.data();
-                      kernels.modulate_rows(mine, first - n * rows, end - n * rows);
-                      first = end;
-                    }
+                      kernels.modulate_rows(mine, row0, row1);
+                    });
                   });
 }
 

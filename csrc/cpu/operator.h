@@ -156,6 +156,16 @@ void parallel_ranges(int64_t count, int64_t cost, const F& f) {
   draw_ranges(count, std::max(least, ceil_div(count, threads * kRangesPerThread)), threads, f);
 }
 
+// f(image, row0, row1) for items [first, last) of images that have `rows` items each.
+template <typename F>
+void for_image_rows(int64_t rows, int64_t first, int64_t last, const F& f) {
+  while (first < last) {
+    const int64_t n = first / rows, end = std::min(last, (n + 1) * rows);
+    f(n, first - n * rows, end - n * rows);
+    first = end;
+  }
+}
+
 // Zeroes the ring around rows [y0, y1) of a map: left and right, and above and below at the image's ends.
 void zero_ring(const Map& map, int64_t y0, int64_t y1);
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...library import memory_format
+
 aten = torch.ops.aten
 
 
@@ -19,17 +21,6 @@ def upcast(tensor: Tensor) -> Tensor:
 
 def upcast_optional(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else upcast(tensor)
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The memory format an operator's result has for the input `x`: that of its pixels, also where `x` is a part of the
-    channels of a channels_last tensor."""
-    if x.is_contiguous():
-        return torch.contiguous_format
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    part = x.dim() == 4 and x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]
-    return torch.channels_last if part else torch.contiguous_format
 
 
 def finish(out: Tensor, like: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._common import apply, memory_format, upcast
+from ...library import memory_format
+from ._common import apply, upcast
 from .bsconv import bsconv
 from .conv1x1 import conv1x1
 from .conv3x3 import conv3x3
