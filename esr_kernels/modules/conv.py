@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional
-from ..backends.reference._common import activate
-from .arguments import PaddingMode, known_activation, positive
+from ..backends.reference._common import activate, attention
+from .arguments import PaddingMode, known_activation, known_residual_mode, positive
 
 
 class _Conv(nn.Conv2d):
@@ -98,8 +98,12 @@ class Conv1x1(_Conv):
     ) -> Tensor:
         """One [N, C, H, W] or several [N, C_i, H, W] -> [N, O, H, W]; several are never concatenated.
 
-        A residual [N, O, H, W] with its mode as in `functional.conv1x1`.
+        A residual [N, O, H, W] with its mode as in `functional.conv3x3`; "attention" is a separate pass.
         """
+        if residual is not None:
+            known_residual_mode(residual_mode, self.activation)
+            if residual_mode == "attention":
+                return attention(functional.conv1x1(xs, self.weight, self.bias), residual)
         return functional.conv1x1(
             xs,
             self.weight,

@@ -30,7 +30,7 @@ from ... import dispatch
 from ...cases import CASES, OperatorCase, model_pair
 from ...optimize import optimize
 from ...timing import write_json
-from . import call, configs, launch
+from . import call, configs, implementations, launch
 
 ARCHITECTURES = (80, 86, 89, 90)
 # Shared memory that one program can have, in bytes.
@@ -238,12 +238,18 @@ def case_launches(
     return launches
 
 
+def cases() -> list[OperatorCase]:
+    """The operator cases (`esr_kernels.cases`) that this backend has kernels for."""
+    own = implementations()
+    return [case for case in CASES if case.operator in own]
+
+
 def operator_launches(arch: int, name: str, *, config: Choice | None = None) -> list[Launch]:
-    """The launches of every operator case (`esr_kernels.cases`) and its gradients, each once."""
+    """The launches of every operator case and its gradients, each once."""
     return unique(
         [
             item
-            for case in CASES
+            for case in cases()
             for layout in layouts(case)
             for item in case_launches(case, arch, name, backward=True, layout=layout, config=config)
         ]
