@@ -27,6 +27,9 @@ ONE_OF_EACH = [
     "bsconv residual",
     "depthwise_conv gated",
     "layer_norm2d",
+    "adaptive_max_pool",
+    "modulate",
+    "modulate bilinear",
 ]
 
 

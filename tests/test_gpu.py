@@ -57,6 +57,8 @@ ONE_EACH = [
     named("bsconv ifadnet 36>36 reflect gelu"),
     named("depthwise_conv egfmn 144 gated"),
     named("layer_norm2d rcn 40"),
+    named("adaptive_max_pool smfan 24 to 16x16"),
+    named("modulate egfmn 36"),
 ]
 # What kernels do apart from the published cases: other epilogues, several blocks of channels, a list of more maps than
 # one launch reads, other scales.
@@ -105,6 +107,15 @@ FURTHER = [
         {"dilation": 2, "activation": "gelu_tanh", "gated": True},
     ),
     OperatorCase("layer_norm2d", "300", {"x": 300}, {"weight": (300,), "bias": (300,)}),
+    OperatorCase("adaptive_max_pool", "130 to 3x5", {"x": 130}, {}, {"output_size": (3, 5)}),
+    OperatorCase(
+        "modulate",
+        "20 bilinear",
+        {"x": 20, "maps": (20,) * 3},
+        {},
+        {"mode": "bilinear", "activation": "gelu_tanh"},
+        (1, 3, 7),
+    ),
 ]
 
 
@@ -368,7 +379,8 @@ def test_gradients(case: OperatorCase, precision: str, layout: str, backend: str
 def test_only_wanted_gradients(case: OperatorCase, backend: str, device: str) -> None:
     arguments = make(case, usual(case), torch.float16, device)
     everything = differentiate(case.fused, arguments)[1:]
-    for wanted in (0, len(case.features), len(everything) - 1):
+    last = len(everything) - 1
+    for wanted in sorted({0, min(len(case.features), last), last}):
         for i, t in enumerate(tensors(arguments)):
             t.requires_grad_(i == wanted).grad = None
         out = case.fused(arguments)
@@ -567,6 +579,7 @@ DEFAULTS = {
     "residual_mode": "post",
     "padding_mode": "zeros",
     "dilation": 1,
+    "mode": "nearest",
 }
 
 
@@ -582,15 +595,12 @@ def test_opcheck(case: OperatorCase, backend: str, device: str) -> None:
     arguments = make(case, shape, torch.float16, device, "channels_last")
     given = {**DEFAULTS, "return_mid": True, **case.settings, **arguments}
     grad = case.plain(arguments)
-    detached = {k: [t.clone() for t in v] if isinstance(v, list) else v for k, v in given.items()}
     for t in tensors(arguments):
         t.requires_grad_()
     forward = getattr(torch.ops.esr, case.operator).default
     torch.library.opcheck(forward, positional(forward, given))
     backward = getattr(torch.ops.esr, f"{case.operator}_backward").default
-    detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in given.items()}
-    if "xs" in detached:
-        detached["xs"] = [t.detach() for t in detached["xs"]]
+    detached = {k: each(v, Tensor.detach) if isinstance(v, Tensor | list) else v for k, v in given.items()}
     # The pixel shuffle's residual has a gradient but is no argument of the backward operator; ESA's mask has an entry
     # for each parameter that it may have.
     count = {"conv3x3_pixel_shuffle": 4, "esa": 15}.get(case.operator, len(tensors(arguments)))
@@ -763,7 +773,8 @@ def test_not_finite(case: OperatorCase, precision: str, value: float, backend: s
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.isposinf(), expected.isposinf())
     assert torch.equal(out.isneginf(), expected.isneginf())
-    assert not bool(expected.isfinite().all())
+    hidden = case.operator == "adaptive_max_pool" and value < 0  # by the maxima
+    assert bool(expected.isfinite().all()) == hidden
 
 
 # --- streams, graphs, devices ---------------------------------------------------------------------------------------

@@ -168,6 +168,8 @@ def test_readable_names(name: str, short: str) -> None:
         (("winograd_pack", 0), "float16", "winograd_pack_kernel"),
         (("depthwise", 1), "bfloat16", "depthwise_kernel<bfloat16, true>"),
         (("depthwise_gradient", 0), "tf32", "depthwise_gradient_kernel<float>"),
+        (("adaptive_max_pool", 1), "float16", "adaptive_max_pool_kernel<float16, true>"),
+        (("adaptive_max_pool_gradient", 0), "float16", "adaptive_max_pool_gradient_kernel<float16>"),
     ],
 )
 def test_the_kernel_of_a_launch(launch: tuple[str, int], precision: str, kernel: str) -> None:
@@ -185,6 +187,8 @@ def test_the_kernel_of_a_launch(launch: tuple[str, int], precision: str, kernel:
         "esa_pack_kernel",
         "depthwise_kernel<bfloat16, false>",
         "depthwise_gradient_kernel<float16>",
+        "adaptive_max_pool_kernel<float16, false>",
+        "adaptive_max_pool_gradient_kernel<bfloat16>",
     ]
     found = resources.Launch(*launch, threads=256, rows=1, blocks=1, shared_bytes=0)
     assert [k for k in [*others, kernel] if found.is_of(k, precision)] == [kernel]

@@ -30,6 +30,8 @@ BACKENDS = [b.name for b in esr_kernels.list_backends() if b.available]
 # Without a GPU its backends are emulated, a hundred times slower than the others.
 EMULATED = set() if torch.cuda.is_available() else {"native-cuda", "triton"}
 EMULATED_MODELS = ("span", "span_tiny", "rlfn")
+# Those with pooled branches and resized gates.
+POOLED = ("egfmn", "gfmn", "smfan", "safmn_pp", "pfdn_lite")
 # No weights were published: the golden outputs were made with synthetic ones.
 SYNTHETIC = ("efficient_srgan", "magicsr")
 # Enough of a network where its outputs are not compared with published ones.
@@ -141,6 +143,17 @@ def test_golden(shared_models: Path, optimized: Any, name: str, case: str, backe
         if name in EMULATED_MODELS:
             x = x.contiguous(memory_format=torch.channels_last)
             assert float((model(x) - expected).abs().max()) <= allowed
+
+
+@pytest.mark.skipif(not EMULATED, reason="a GPU runs every network on every backend")
+@pytest.mark.parametrize("name", POOLED)
+def test_golden_of_pooled_branches_in_the_emulator(shared_models: Path, name: str) -> None:
+    if "native-cuda" not in BACKENDS:
+        pytest.skip("native-cuda is not available here")
+    x, expected = golden(shared_models, name, "B")
+    model = published(shared_models, name)
+    with torch.no_grad(), esr_kernels.use_backend("native-cuda"):
+        assert float((model(x) - expected).abs().max()) <= 1e-4 * model.data_range
 
 
 @pytest.mark.parametrize("name", ["efficient_srgan", "egfmn", "msn"])

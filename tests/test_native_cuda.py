@@ -15,12 +15,14 @@ from torch.nn import functional as F
 import esr_kernels
 from esr_kernels.backends.native import cuda
 from esr_kernels.functional import (
+    adaptive_max_pool,
     bsconv,
     conv1x1,
     conv3x3,
     conv3x3_pixel_shuffle,
     depthwise_conv,
     layer_norm2d,
+    modulate,
     spab,
 )
 from esr_kernels.plan import PlanBuilder
@@ -189,6 +191,32 @@ def random_layer_norm(r, dtype):
     return fused, plain, (x, weight, bias)
 
 
+def random_adaptive_max_pool(r, dtype):
+    x = rand(r.randint(1, 2), r.randint(1, 90), r.randint(1, 30), r.randint(1, 50), dtype=dtype)
+    size = r.choice([(1, 1), (r.randint(1, 40), r.randint(1, 40)), (r.randint(1, 4), r.randint(1, 4))])
+
+    def plain(x):  # exact in every dtype, but PyTorch does not take all of them on the CPU
+        return F.adaptive_max_pool2d(x.double(), size).to(x.dtype)
+
+    return lambda x: adaptive_max_pool(x, size), plain, (lay_out(x, r.choice(LAYOUTS)),)
+
+
+def random_modulate(r, dtype):
+    n, channels, h, w = r.randint(1, 2), r.randint(1, 90), r.randint(1, 30), r.randint(1, 50)
+    sizes = [r.choice([(h, w), (r.randint(1, 40), r.randint(1, 60))]) for _ in range(r.choice([1, 2, 4, 8]))]
+    x, *maps = (lay_out(rand(n, channels, *size, dtype=dtype), r.choice(LAYOUTS)) for size in ((h, w), *sizes))
+    mode = r.choice(["nearest", "bilinear"])
+
+    def plain(x, *maps):
+        corners = False if mode == "bilinear" else None
+        return x * F.gelu(sum(F.interpolate(t, size=(h, w), mode=mode, align_corners=corners) for t in maps))
+
+    def fused(x, *maps):
+        return modulate(x, maps, mode=mode, activation="gelu")
+
+    return fused, plain, (x, *maps)
+
+
 RANDOM = {
     "conv3x3": random_conv3x3,
     "conv3x3_pixel_shuffle": random_pixel_shuffle,
@@ -196,6 +224,8 @@ RANDOM = {
     "bsconv": random_bsconv,
     "depthwise_conv": random_depthwise,
     "layer_norm2d": random_layer_norm,
+    "adaptive_max_pool": random_adaptive_max_pool,
+    "modulate": random_modulate,
 }
 
 
@@ -627,6 +657,8 @@ def test_offsets_beyond_32_bits(dimension):
     weight = kernel(4, c, dtype=torch.float16)
     got = conv3x3(x, weight)
     assert torch.equal(got, conv3x3(values, weight))
+    assert torch.equal(adaptive_max_pool(x, (2, 3)), adaptive_max_pool(values, (2, 3)))
+    assert torch.equal(modulate(x, [x, x[:, :, :2]]), modulate(values, [values, values[:, :, :2]]))
 
 
 # --- misuse -------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from esr_kernels import functional
 from esr_kernels.backends.native import cuda
 
+CASES = [*CASE_NAMES, "adaptive_max_pool", "modulate", "modulate bilinear"]
 PRECISIONS = {"float32": (torch.float32, 1e-5), "tf32": (torch.float32, 5e-3), "float16": (torch.float16, 4e-3),
               "bfloat16": (torch.bfloat16, 3e-2)}  # fmt: skip
 
@@ -27,7 +28,7 @@ def on_device():
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASE_NAMES)
+@pytest.mark.parametrize("case", CASES)
 def test_backward(case, layout, precision):
     torch.manual_seed(4)
     dtype, tolerance = PRECISIONS[precision]
@@ -98,7 +99,8 @@ def test_more_inputs_than_one_launch_reads():
 
 
 @pytest.mark.parametrize(
-    "name", ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "bsconv", "depthwise_conv", "layer_norm2d"]
+    "name",
+    ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "bsconv", "depthwise_conv", "layer_norm2d", "modulate"],
 )
 def test_unwanted_gradients_are_empty(name):
     torch.manual_seed(8)
@@ -108,6 +110,7 @@ def test_unwanted_gradients_are_empty(name):
     }
     cases["conv1x1"] = ["conv1x1", "conv1x1 residual"]
     cases["depthwise_conv"] = ["depthwise_conv gelu", "depthwise_conv gated"]
+    cases["modulate"] = ["modulate", "modulate bilinear"]
     for case in cases.get(name, [name]):
         arguments = gradient_cases(torch.float32, "channels_last")[case]
         (place,) = (i for i, a in enumerate(arguments) if isinstance(a, list) and isinstance(a[0], bool))
@@ -144,6 +147,9 @@ def test_weight_gradients_are_the_same_on_every_gpu(precision, gpu):  # noqa: F8
         "bsconv reflect",
         "depthwise_conv gated",
         "layer_norm2d",
+        "adaptive_max_pool",
+        "modulate",
+        "modulate bilinear",
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -154,7 +160,7 @@ def test_other_gpus(case, dtype, gpu):  # noqa: F811
 
 @only_emulated
 @pytest.mark.parametrize("order", ["reverse", "random:1"])
-@pytest.mark.parametrize("case", CASE_NAMES)
+@pytest.mark.parametrize("case", CASES)
 def test_order_of_threads(case, order, monkeypatch):
     torch.manual_seed(11)
     arguments = gradient_cases(torch.float16, "nchw")[case]
@@ -166,7 +172,7 @@ def test_order_of_threads(case, order, monkeypatch):
 
 def test_repeats_are_bit_equal():
     torch.manual_seed(12)
-    for case in CASE_NAMES:
+    for case in CASES:
         arguments = gradient_cases(torch.float32, "channels_last")[case]
         for a, b in zip(backward(case, arguments), backward(case, arguments), strict=True):
             assert torch.equal(a, b)
@@ -197,6 +203,62 @@ def test_normalised_channels(channels, layout):
     check("layer_norm2d", (grad, x, None, rand(channels), 1e-3, [channels > 70, False, True]), 1e-5)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("channels", "size", "pooled"),
+    [
+        (9, (16, 24), (8, 12)),
+        (24, (36, 53), (3, 4)),
+        (70, (29, 31), (1, 1)),
+        (3, (11, 7), (13, 30)),
+        (40, (9, 9), (8, 2)),
+    ],
+)
+def test_pooled_windows(channels, size, pooled, layout):
+    """One thread or a team for a window; windows that overlap, more of them than pixels; ties, infinities and NaN."""
+    torch.manual_seed(19)
+    for dtype in (torch.float32, torch.float16):
+        grad, x = (lay_out(rand(2, channels, *s, dtype=dtype), layout) for s in (pooled, size))
+        tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+        check("adaptive_max_pool", (grad, x, [True]), tolerance)
+        tied = x.round()
+        tied[0, 1] = -torch.inf
+        tied[1, 0, ::2, ::3] = torch.nan
+        check("adaptive_max_pool", (grad, lay_out(tied, layout), [True]), tolerance)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize(
+    ("channels", "size", "sizes"),
+    [
+        (36, (32, 48), [(32, 48), (16, 24), (8, 12), (4, 6)]),
+        (70, (33, 29), [(5, 4), (1, 1)]),
+        (9, (7, 11), [(7, 30), (23, 5), (7, 11), (9, 11)]),
+        (8, (1, 1), [(3, 2)]),
+    ],
+)
+def test_resized_maps(channels, size, sizes, mode):
+    """Multiples and none, smaller and larger maps, windows for one thread or a team; with and without a whole map."""
+    torch.manual_seed(20)
+    for dtype, layout in ((torch.float32, "nchw"), (torch.float16, "channels_last"), (torch.float32, "channels_last")):
+        x, grad, *maps = (lay_out(rand(2, channels, *s, dtype=dtype), layout) for s in (size, size, *sizes))
+        for mask in ([True] * (1 + len(maps)), [False] + [t.shape[2:] != x.shape[2:] for t in maps]):
+            arguments = (grad, x, maps, mode, "gelu", 0.0, mask)
+            check("modulate", arguments, 1e-5 if dtype == torch.float32 else 4e-3)
+
+
+@only_emulated
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_gradients_to_maps_are_the_same_on_every_gpu(mode, gpu):  # noqa: F811
+    torch.manual_seed(21)
+    x, grad, *maps = (rand(2, 20, *s) for s in ((40, 37), (40, 37), (3, 2), (20, 19)))
+    arguments = (grad, x, maps, mode, "silu", 0.0, [True] * 3)
+    here = backward("modulate", arguments)
+    cuda.library().set_properties([86, 3, 99 * 1024, 100 * 1024])
+    for g, e in zip(here, backward("modulate", arguments), strict=True):
+        assert torch.equal(g, e)
+
+
 @pytest.mark.parametrize("strides", ["every other element", "expanded", "channels_last"])
 @pytest.mark.parametrize("case", ONE_OF_EACH)
 def test_parameters_of_any_strides(case, strides):
@@ -225,7 +287,19 @@ def test_gradient_without_a_stride():
 
 
 @pytest.mark.parametrize(
-    "name", ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv", "depthwise_conv", "layer_norm2d"]
+    "name",
+    [
+        "conv3x3",
+        "spab",
+        "conv3x3_pixel_shuffle",
+        "conv1x1",
+        "esa",
+        "bsconv",
+        "depthwise_conv",
+        "layer_norm2d",
+        "adaptive_max_pool",
+        "modulate",
+    ],
 )
 def test_empty_batch(name):
     case = MAIN_CASE.get(name, name)
@@ -291,3 +365,41 @@ def test_wrong_arguments_of_direct_operators_are_refused():
     gradients = [torch.empty_like(x), rand(4), rand(5)]
     with pytest.raises(RuntimeError, match="the gradient to bias is"):
         cuda.library().layer_norm2d_backward(out, x, rand(4), 1e-6, 3, gradients)
+
+
+def test_wrong_arguments_of_pooling_and_modulation_are_refused():
+    x, small, out = rand(1, 4, 5, 6), rand(1, 4, 2, 3), rand(1, 4, 5, 6)
+    library = cuda.library()
+    for outputs, message in (
+        ([], "0 results given"),
+        ([rand(1, 5, 2, 3)], "the result has 5 channels of 2x3 pixels, must have those of x"),
+        ([rand(1, 4, 0, 3)], "must have those of x and at least one pixel"),
+        ([rand(2, 4, 2, 3)], "the result has 2 images"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            library.adaptive_max_pool(x, 3, outputs)
+    with pytest.raises(RuntimeError, match="x has no pixels"):
+        library.adaptive_max_pool(x[:, :, :0], 3, [small])
+    with pytest.raises(RuntimeError, match="x has no pixels"):
+        library.modulate(x[:, :, :0], [small], True, 0, 0.0, 3, [out[:, :, :0]])
+    with pytest.raises(RuntimeError, match="the gradient to x is"):
+        library.adaptive_max_pool_backward(small, x, 3, [small])
+    wide = torch.zeros(1, dtype=torch.float16).expand(1, 1, 65536, 65536)
+    with pytest.raises(RuntimeError, match=r"windows have 2\^31 pixels or more"):
+        library.adaptive_max_pool_backward(wide[:, :, :1, :1], wide, 0, [wide])
+    for change, message in (
+        ({"maps": []}, "0 maps given, must be 1 to 8"),
+        ({"maps": [small] * 9}, "9 maps given"),
+        ({"maps": [small, rand(1, 3, 2, 2)]}, "map 1 has 3 channels of 2x2 pixels"),
+        ({"maps": [small.half()]}, "dtype"),
+        ({"activation": 6}, "activation is 6"),
+        ({"outputs": [small]}, "the result is"),
+    ):
+        given = {"x": x, "maps": [small], "bilinear": True, "activation": 0, "slope": 0.0, "precision": 3}
+        given |= {"outputs": [out]} | change
+        with pytest.raises(RuntimeError, match=message):
+            library.modulate(*given.values())
+    with pytest.raises(RuntimeError, match="1 gradients given, must be 2"):
+        library.modulate_backward(out, x, [small], True, 0, 0.0, 3, [out])
+    with pytest.raises(RuntimeError, match="the gradient to a map is"):
+        library.modulate_backward(out, x, [small], True, 0, 0.0, 3, [out, out])

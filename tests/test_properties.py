@@ -32,7 +32,7 @@ from torch import Tensor
 
 import esr_kernels
 from esr_kernels.cases import OperatorCase
-from esr_kernels.library import ACTIVATIONS, PADDING_MODES, RESIDUAL_MODES
+from esr_kernels.library import ACTIVATIONS, PADDING_MODES, RESIDUAL_MODES, RESIZE_MODES
 from esr_kernels.timing import thread_count
 
 EXAMPLES = int(os.environ.get("ESR_KERNELS_EXAMPLES", "40"))
@@ -148,6 +148,17 @@ def _layer_norm2d(draw: Draw) -> OperatorCase:
     return OperatorCase("layer_norm2d", "", {"x": c}, absent | shapes, {"eps": draw(st.sampled_from([1e-6, 1e-3]))})  # type: ignore[operator]
 
 
+def _adaptive_max_pool(draw: Draw) -> OperatorCase:
+    side = st.integers(1, 12)
+    return OperatorCase("adaptive_max_pool", "", {"x": draw(channels)}, {}, {"output_size": (draw(side), draw(side))})
+
+
+def _modulate(draw: Draw) -> OperatorCase:
+    c, parts = draw(channels), draw(st.lists(st.integers(1, 8), min_size=1, max_size=4))
+    chosen = {"mode": draw(st.sampled_from(RESIZE_MODES)), **_activation(draw)}
+    return OperatorCase("modulate", "", {"x": c, "maps": (c,) * len(parts)}, {}, chosen, tuple(parts))
+
+
 CASES: dict[str, Callable[[Draw], OperatorCase]] = {
     "conv3x3": _conv3x3,
     "spab": _spab,
@@ -157,6 +168,8 @@ CASES: dict[str, Callable[[Draw], OperatorCase]] = {
     "bsconv": _bsconv,
     "depthwise_conv": _depthwise_conv,
     "layer_norm2d": _layer_norm2d,
+    "adaptive_max_pool": _adaptive_max_pool,
+    "modulate": _modulate,
 }
 
 
@@ -168,7 +181,7 @@ def calls(draw: Draw, operator: str) -> tuple[OperatorCase, dict[str, Any]]:
     sides = st.integers(smallest, smallest + 20)
     absent = {name: None for name, shape in case.parameters.items() if shape is None}
     present = {name: shape for name, shape in case.parameters.items() if shape is not None}
-    case = OperatorCase(case.operator, "", case.features, present, case.settings)
+    case = OperatorCase(case.operator, "", case.features, present, case.settings, case.divisors)
     dtype, layout = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(LAYOUTS))
     size = draw(st.sampled_from([1, 1, 2, 3, 0])), draw(sides), draw(sides)
     arguments = absent | case.arguments(*size, dtype=torch.float32, seed=draw(st.integers(0, 2**31 - 1)))
@@ -238,7 +251,7 @@ def size_of_terms(case: OperatorCase, arguments: dict[str, Any]) -> float:
         tensors = [x / (x.var(1, correction=0, keepdim=True) + case.settings["eps"]).sqrt()]
     largest = max(float(torch.where(torch.isfinite(t), t, 0).abs().max()) for t in tensors)
     # Gates multiply, and a sigmoid's argument is as inexact as it is large.
-    multiplies = case.operator in ("spab", "esa") or case.settings.get("residual_mode") == "attention"
+    multiplies = case.operator in ("spab", "esa", "modulate") or case.settings.get("residual_mode") == "attention"
     return max(largest, largest**2) if multiplies or case.settings.get("gated") else largest
 
 

@@ -1,3 +1,5 @@
+#include <torch/csrc/stable/ops.h>
+
 #include "backward.h"
 #include "capability.h"
 #include "direct.h"
@@ -68,6 +70,8 @@ void adaptive_max_pool_backward(const Tensor& grad, const Tensor& x, const std::
   a.pool = pooling(in.shape, pooled_shape(kName, g, in.shape));
   const bool planar = in.is_planar();
   STD_TORCH_CHECK(g.can_be(planar) && to_x.can_be(planar), kName, ": the gradients have another memory format than x");
+  Tensor zeros = gradients[0];  // kernels add to it
+  torch::stable::zero_(zeros);
   const int64_t width = planar ? 1 : kDepthwiseGroup, groups = ceil_div(in.shape.channels, width);
   const int64_t floats = planar ? kernels.adaptive_max_pool_planes_floats(a.pool) : 0;
   // Windows overlap, so that no two threads may have the same channel.

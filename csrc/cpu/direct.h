@@ -33,7 +33,7 @@ void layer_norm2d_backward(const torch::stable::Tensor& grad, const torch::stabl
 // Adaptive max pooling to the size of `out`, documented in esr_kernels/functional.py.
 void adaptive_max_pool(const torch::stable::Tensor& x, const torch::stable::Tensor& out);
 
-// Adds to the one gradient, which the caller has filled with zeros.
+// The gradient to x; an empty tensor where it is not wanted.
 void adaptive_max_pool_backward(const torch::stable::Tensor& grad, const torch::stable::Tensor& x,
                                 const std::vector<torch::stable::Tensor>& gradients);
 

@@ -124,15 +124,17 @@ inline void sum_maps(const ModulateArgs& a, ModulateTile& tile, int64_t y, float
       const float* values = modulate_line(a, map.map, tile.channel, row, 0, map.width, memory);
       enlarge_line(map.columns, a.blend, values, a.step, tile.x0, tile.pixels, lines.line[k]);
     });
-    if (high == low) {
+    if (!a.blend) {
       for (int64_t i = 0; i < n; i += kLanes) {
         const Vec value = load(lines.line[0] + i);
         store(sum + i, m == 0 ? value : add(load(sum + i), value));
       }
     } else {
+      // The last row is mixed with itself: zero times an infinity is NaN in PyTorch too.
+      const float* const other = lines.line[high == low ? 0 : 1];
       const Vec weight = set1(map.rows.weight[y]), rest = set1(1.0f - map.rows.weight[y]);
       for (int64_t i = 0; i < n; i += kLanes) {
-        const Vec value = fma(weight, load(lines.line[1] + i), mul(rest, load(lines.line[0] + i)));
+        const Vec value = fma(weight, load(other + i), mul(rest, load(lines.line[0] + i)));
         store(sum + i, m == 0 ? value : add(load(sum + i), value));
       }
     }

@@ -4,10 +4,12 @@
 
 #include <algorithm>
 
+#include "adaptive_max_pool.h"
 #include "backward.h"
 #include "depthwise.h"
 #include "layer_norm.h"
 #include "library.h"
+#include "modulate.h"
 
 namespace esr::cuda {
 namespace {
@@ -182,6 +184,144 @@ void layer_norm2d_backward(Tensor grad, Tensor x, std::optional<Tensor> weight, 
   });
 }
 
+// x, which windows and resized maps refer to.
+Map map_with_pixels(Tensors& t, const Tensor& x) {
+  const Map m = t.map(x, "x");
+  STD_TORCH_CHECK(m.shape.height > 0 && m.shape.width > 0, t.name(), ": x has no pixels");
+  return m;
+}
+
+// A map that has the channels of `like` and a pixel at least.
+Map resized_map(Tensors& t, const Tensor& tensor, const std::string& what, const Shape& like, Access access) {
+  const Map m = t.map(tensor, what.c_str(), access);
+  STD_TORCH_CHECK(m.shape.channels == like.channels && m.shape.height > 0 && m.shape.width > 0, t.name(), ": ", what,
+                  " has ", m.shape.channels, " channels of ", m.shape.height, "x", m.shape.width,
+                  " pixels, must have those of x and at least one pixel");
+  return m;
+}
+
+// The pooling of `x` to `pooled`, the result or its gradient.
+AdaptiveMaxPoolArgs pooling(const Map& x, const Shape& pooled) {
+  AdaptiveMaxPoolArgs a = {};
+  a.input = x.view;
+  a.height = static_cast<int32_t>(x.shape.height);
+  a.width = static_cast<int32_t>(x.shape.width);
+  a.channels = static_cast<int32_t>(x.shape.channels);
+  a.pooled_height = static_cast<int32_t>(pooled.height);
+  a.pooled_width = static_cast<int32_t>(pooled.width);
+  return a;
+}
+
+void adaptive_max_pool(Tensor x, int64_t precision, std::vector<Tensor> outputs) {
+  Tensors t("adaptive_max_pool", precision);
+  const Map in = map_with_pixels(t, x);
+  const Map out = resized_map(t, only(t.name(), outputs), "the result", in.shape, Access::kWrite);
+  AdaptiveMaxPoolArgs a = pooling(in, out.shape);
+  a.output = out.view;
+  if (t.batch() == 0) return;
+  const DeviceScope scope(x);
+  launch_adaptive_max_pool(a, t.precision(), t.batch(), scope.stream(), false);
+}
+
+void adaptive_max_pool_backward(Tensor grad, Tensor x, int64_t precision, std::vector<Tensor> gradients) {
+  Tensors t("adaptive_max_pool_backward", precision);
+  t.check_count(gradients, 1);
+  const Map in = map_with_pixels(t, x);
+  const Map g = resized_map(t, grad, "grad", in.shape, Access::kRead);
+  AdaptiveMaxPoolGradientArgs a = {};
+  a.forward = pooling(in, g.shape);
+  a.forward.output = t.to_map(gradients[0], "the gradient to x", in.shape).view;
+  a.given = g.view;
+  STD_TORCH_CHECK(
+      (ceil_div(in.shape.height, g.shape.height) + 1) * (ceil_div(in.shape.width, g.shape.width) + 1) < INT32_MAX,
+      t.name(), ": windows have 2^31 pixels or more");
+  if (t.batch() == 0 || a.forward.output.data == nullptr) return;
+  Sequence::run(x, t.precision(), t.batch(), t.memory(), [&](Sequence& s) {
+    unsigned char* const workspace = s.take(adaptive_max_pool_gradient_bytes(a, s.batch()));
+    s.launch([&](device::Stream stream, bool overlap) {
+      launch_adaptive_max_pool_gradient(a, s.precision(), s.batch(), workspace, stream, overlap);
+    });
+  });
+}
+
+// What `x` is multiplied with; its shape goes into `shape`.
+ModulateArgs modulation(Tensors& t, const Tensor& x, const std::vector<Tensor>& maps, bool bilinear, int64_t activation,
+                        double slope, Shape& shape) {
+  const Map in = map_with_pixels(t, x);
+  shape = in.shape;
+  STD_TORCH_CHECK(!maps.empty() && maps.size() <= size_t{kMostModulateMaps}, t.name(), ": ", maps.size(),
+                  " maps given, must be 1 to ", kMostModulateMaps);
+  ModulateArgs a = {};
+  a.input = in.view;
+  for (const Tensor& tensor : maps) {
+    const Map m = resized_map(t, tensor, "map " + std::to_string(a.count), shape, Access::kRead);
+    ModulateMap& map = a.maps[a.count++];
+    map.view = m.view;
+    map.height = static_cast<int32_t>(m.shape.height);
+    map.width = static_cast<int32_t>(m.shape.width);
+  }
+  a.bilinear = bilinear;
+  a.height = static_cast<int32_t>(shape.height);
+  a.width = static_cast<int32_t>(shape.width);
+  a.channels = static_cast<int32_t>(shape.channels);
+  a.activation = activation_of(t.name(), activation);
+  a.slope = static_cast<float>(slope);
+  return a;
+}
+
+void modulate(Tensor x, std::vector<Tensor> maps, bool bilinear, int64_t activation, double slope, int64_t precision,
+              std::vector<Tensor> outputs) {
+  Tensors t("modulate", precision);
+  Shape shape;
+  ModulateArgs a = modulation(t, x, maps, bilinear, activation, slope, shape);
+  a.output = t.map(only(t.name(), outputs), "the result", shape, Access::kWrite).view;
+  if (t.batch() == 0) return;
+  const DeviceScope scope(x);
+  launch_modulate(a, t.precision(), t.batch(), scope.stream(), false);
+}
+
+void modulate_backward(Tensor grad, Tensor x, std::vector<Tensor> maps, bool bilinear, int64_t activation, double slope,
+                       int64_t precision, std::vector<Tensor> gradients) {
+  Tensors t("modulate_backward", precision);
+  t.check_count(gradients, maps.size() + 1);
+  Shape shape;
+  ModulateGradientArgs a = {};
+  a.forward = modulation(t, x, maps, bilinear, activation, slope, shape);
+  a.given = t.map(grad, "grad", shape).view;
+  a.forward.output = t.to_map(gradients[0], "the gradient to x", shape).view;
+  ResizeGradientArgs resize = {};
+  for (int m = 0; m < a.forward.count; ++m) {
+    ModulateMap map = a.forward.maps[m];
+    const Shape size{shape.channels, map.height, map.width};
+    map.view = t.to_map(gradients[m + 1], "the gradient to a map", size).view;
+    if (map.view.data == nullptr) continue;
+    if (size.height == shape.height && size.width == shape.width) {
+      a.to_sum[a.sums++] = map.view;
+    } else {
+      resize.to[resize.count++] = map;
+    }
+  }
+  if (t.batch() == 0 || (a.forward.output.data == nullptr && a.sums == 0 && resize.count == 0)) return;
+  resize.bilinear = bilinear;
+  resize.height = a.forward.height;
+  resize.width = a.forward.width;
+  resize.channels = a.forward.channels;
+  Sequence::run(x, t.precision(), t.batch(), t.memory(), [&](Sequence& s) {
+    ModulateGradientArgs mine = a;
+    // Where no map has the size of x, the gradient to their sum is nobody's.
+    if (resize.count > 0 && mine.sums == 0) mine.to_sum[mine.sums++] = s.map(shape).view;
+    s.launch([&](device::Stream stream, bool overlap) {
+      launch_modulate_gradient(mine, s.precision(), s.batch(), stream, overlap);
+    });
+    if (resize.count == 0) return;
+    ResizeGradientArgs adjoint = resize;
+    adjoint.given = mine.to_sum[0];
+    s.launch([&](device::Stream stream, bool overlap) {
+      launch_resize_gradient(adjoint, s.precision(), s.batch(), stream, overlap);
+    });
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ESR_LIBRARY, m) {
@@ -195,6 +335,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ESR_LIBRARY, m) {
   m.def(
       "layer_norm2d_backward(Tensor grad, Tensor x, Tensor? weight, float eps, int precision, "
       "Tensor(a!)[] gradients) -> ()");
+  m.def("adaptive_max_pool(Tensor x, int precision, Tensor(a!)[] outputs) -> ()");
+  m.def("adaptive_max_pool_backward(Tensor grad, Tensor x, int precision, Tensor(a!)[] gradients) -> ()");
+  m.def(
+      "modulate(Tensor x, Tensor[] maps, bool bilinear, int activation, float negative_slope, int precision, "
+      "Tensor(a!)[] outputs) -> ()");
+  m.def(
+      "modulate_backward(Tensor grad, Tensor x, Tensor[] maps, bool bilinear, int activation, float negative_slope, "
+      "int precision, Tensor(a!)[] gradients) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ESR_LIBRARY, CompositeExplicitAutograd, m) {
@@ -202,6 +350,10 @@ STABLE_TORCH_LIBRARY_IMPL(ESR_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("depthwise_conv_backward", TORCH_BOX(&depthwise_conv_backward));
   m.impl("layer_norm2d", TORCH_BOX(&layer_norm2d));
   m.impl("layer_norm2d_backward", TORCH_BOX(&layer_norm2d_backward));
+  m.impl("adaptive_max_pool", TORCH_BOX(&adaptive_max_pool));
+  m.impl("adaptive_max_pool_backward", TORCH_BOX(&adaptive_max_pool_backward));
+  m.impl("modulate", TORCH_BOX(&modulate));
+  m.impl("modulate_backward", TORCH_BOX(&modulate_backward));
 }
 
 }  // namespace esr::cuda

@@ -41,5 +41,4 @@ OPERATORS: dict[str, Callable[..., Any]] = (
     | {"run_plan": run_plan}
     | backward.operators(_run)
     | direct.operators(_run, direct.dense_rows)
-    | direct.cpu_operators(_run, direct.dense_rows)
 )

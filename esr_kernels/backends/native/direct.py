@@ -116,8 +116,8 @@ def adaptive_max_pool_backward(
     call: Call, lay_out: LayOut, grad: Tensor, x: Tensor, output_mask: list[bool]
 ) -> list[Tensor]:
     """The gradient to x; where the maxima are is found again, not stored."""
-    gradients = [gradient(x, output_mask[0]).zero_()]
-    if x.shape[0] > 0:
+    gradients = [gradient(x, output_mask[0])]
+    if not is_empty(x, gradients):
         call("adaptive_max_pool_backward", x, (lay_out(grad, x), lay_out(x, x)), gradients)
     return gradients
 
@@ -164,15 +164,18 @@ def modulate_backward(
     return gradients
 
 
-_OPERATORS = (depthwise_conv, depthwise_conv_backward, layer_norm2d, layer_norm2d_backward)
-_CPU_OPERATORS = (adaptive_max_pool, adaptive_max_pool_backward, modulate, modulate_backward)
+_OPERATORS = (
+    depthwise_conv,
+    depthwise_conv_backward,
+    layer_norm2d,
+    layer_norm2d_backward,
+    adaptive_max_pool,
+    adaptive_max_pool_backward,
+    modulate,
+    modulate_backward,
+)
 
 
 def operators(call: Call, lay_out: LayOut) -> dict[str, Callable[..., Any]]:
-    """The operators that every engine has, computed by `call` on what `lay_out` returns."""
+    """These operators, computed by `call` on what `lay_out` returns."""
     return {f.__name__: partial(f, call, lay_out) for f in _OPERATORS}
-
-
-def cpu_operators(call: Call, lay_out: LayOut) -> dict[str, Callable[..., Any]]:
-    """Those that the CPU engine has beside them."""
-    return {f.__name__: partial(f, call, lay_out) for f in _CPU_OPERATORS}

@@ -372,6 +372,39 @@ def _layer_norm_backward(channels: int, size: int = 256) -> Layer:
     return Layer(f"gradients of layer_norm2d {channels}", run)
 
 
+def _adaptive_max_pool(channels: int, pooled: int, size: int = 256) -> Layer:
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        x = tensor(1, channels, size, size)
+        _call(direct.adaptive_max_pool, precision, direct.as_it_is, x, (pooled, pooled))
+
+    return Layer(f"adaptive_max_pool {channels}, {size}→{pooled}", run)
+
+
+def _adaptive_max_pool_backward(channels: int, pooled: int, size: int = 256) -> Layer:
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        x, grad = tensor(1, channels, size, size), tensor(1, channels, pooled, pooled)
+        _call(direct.adaptive_max_pool_backward, precision, direct.as_it_is, grad, x, [True])
+
+    return Layer(f"gradient of adaptive_max_pool {channels}, {size}→{pooled}", run)
+
+
+def _modulate(channels: int, sizes: Sequence[int], mode: str, size: int = 256) -> Layer:
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        x, *maps = (tensor(1, channels, s, s) for s in (size, *sizes))
+        _call(direct.modulate, precision, direct.as_it_is, x, maps, mode, "gelu", 0.0)
+
+    return Layer(f"modulate {channels}, {mode} {'+'.join(map(str, sizes))}→{size}", run)
+
+
+def _modulate_backward(channels: int, sizes: Sequence[int], mode: str, size: int = 256) -> Layer:
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        grad, x, *maps = (tensor(1, channels, s, s) for s in (size, size, *sizes))
+        settings = (mode, "gelu", 0.0, [True] * (1 + len(sizes)))
+        _call(direct.modulate_backward, precision, direct.as_it_is, grad, x, maps, *settings)
+
+    return Layer(f"gradients of modulate {channels}, {mode} {'+'.join(map(str, sizes))}→{size}", run)
+
+
 # Those of the networks in python_models and of published ones like them.
 TYPICAL = (
     _conv3x3(3, 28),
@@ -384,6 +417,8 @@ TYPICAL = (
     _esa(46, 16),
     _depthwise(144, 3, True),
     _layer_norm(40),
+    _adaptive_max_pool(24, 16),
+    _modulate(36, (256, 64, 32, 16), "nearest"),
 )
 # A layer for every instantiation.
 _EVERY = (
@@ -398,6 +433,8 @@ _EVERY = (
     *(_depthwise(64, 7, gated) for gated in (False, True)),
     _depthwise_backward(64, 7),
     _layer_norm_backward(40),
+    _adaptive_max_pool_backward(24, 16),
+    _modulate_backward(36, (256, 64, 32, 16), "bilinear"),
 )
 
 
