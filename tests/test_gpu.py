@@ -612,7 +612,7 @@ def test_opcheck(case: OperatorCase, backend: str, device: str) -> None:
 def test_opcheck_of_a_plan(backend: str, device: str) -> None:
     fast = esr_kernels.optimize(Small().requires_grad_(False), dtype=torch.float16).to(device)
     assert fast.plan is not None, fast.report()
-    weights = [t for _, t in sorted(fast.named_buffers(), key=lambda item: int(item[0].rpartition("_")[2]))]
+    weights = [t for _, t in sorted(fast.named_parameters(), key=lambda item: int(item[0].rpartition("_")[2]))]
     x = torch.rand(2, 3, 16, 17).to(device, torch.float16)
     torch.library.opcheck(torch.ops.esr.run_plan.default, ([x], weights, fast.plan.to_json()))
 
