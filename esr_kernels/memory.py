@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable
-from contextlib import suppress
+import mmap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
 from . import native
+from .backends.native import cuda, engine
 
 _M_MMAP_THRESHOLD = -3  # malloc.h; setting it also stops glibc from raising it
 
@@ -39,12 +41,29 @@ def out_of_memory(error: BaseException) -> bool:
 def release_unused() -> None:
     """Give back to the system what this process has freed and kept for later calls."""
     gc.collect()
+    engine.release_unreferenced()
+    cuda.release_unreferenced()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     if native.load() is None:
         torch.ops.esr_native.release_workspaces()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def reserved(size: int) -> Iterator[None]:
+    """Keep so many bytes of address space for what comes after.
+
+    Raises:
+        MemoryError: there are not as many.
+    """
+    try:
+        block = mmap.mmap(-1, max(size, 1))
+    except OSError as error:
+        raise MemoryError(f"{size} bytes cannot be reserved: {error.strerror}") from None
+    with block:
+        yield
 
 
 def peak(call: Callable[[], object], device: str = "cpu") -> int | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .memory import out_of_memory, release_unused
+from .memory import out_of_memory, release_unused, reserved
 
 # Tiles begin at multiples of this, as kernels may treat a pixel by its position modulo 4 (Winograd).
 ALIGNMENT = 8
@@ -107,10 +107,15 @@ def plan_tiles(height: int, width: int, tile: tuple[int, int], overlap: int) -> 
 
 
 def _halves(t: Tile, overlap: int, height: int, width: int) -> tuple[Tile, Tile] | None:
-    """A tile in two, divided across its longer side; None where its window is small enough, or it cannot be."""
+    """A tile in two; None where its window is small enough, or it cannot be divided.
+
+    It is divided across its longer side. Rows of the whole picture stay that as long as more of them are kept than
+    overlap.
+    """
     if (t.window_bottom - t.window_top) * (t.window_right - t.window_left) < SMALLEST_WINDOW:
         return None
-    tall = t.bottom - t.top >= t.right - t.left
+    rows, columns = t.bottom - t.top, t.right - t.left
+    tall = rows >= (min(columns, max(overlap, 2 * ALIGNMENT)) if columns == width else columns)
     begin, end = (t.top, t.bottom) if tall else (t.left, t.right)
     middle = begin + (end - begin) // 2 // ALIGNMENT * ALIGNMENT
     if middle == begin:
@@ -132,10 +137,12 @@ def upscale_windows(
     overlap: int | None = None,
     progress: Callable[[int, int], Any] | None = None,
     scarce: Callable[[int, int], Any] | None = None,
+    room: Callable[[int, int], int] | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Upscale a picture tile by tile, of which no more than a tile need exist at a time.
 
-    Where memory runs out and `tile` leaves the choice, the tile is computed in halves, and so are all that follow.
+    Where memory runs out and `tile` leaves the choice, the tile is computed in halves, and so are all that follow;
+    halves that are as wide as the picture are yielded one by one.
 
     Args:
         model: with the attributes `scale`, `minimum_size` and `receptive_radius`.
@@ -145,6 +152,7 @@ def upscale_windows(
         overlap: pixels a side (a multiple of 8); None: enough for a result that does not depend on the tiling.
         progress: called with the tiles done and all tiles.
         scarce: called with the height and width of a window for which memory was not enough.
+        room: gives the bytes that taking a part needs, by its height and width; they count as needed for its tile.
 
     Yields:
         top and left of a part of the result, and that part [N, C, h, w]; row by row, left to right.
@@ -170,45 +178,63 @@ def upscale_windows(
             raise ValueError(f"tile: tiles and their overlap must reach {smallest} pixels, which the network needs")
     most = height * width  # pixels of a window that memory may be enough for
 
-    def compute(t: Tile) -> Tensor:
-        """The kept part of a tile."""
+    def attempt(t: Tile, may_fail: bool) -> Tensor | None:
+        """The kept part of a tile; None where memory is not enough."""
+        try:
+            rows, columns = (t.bottom - t.top) * scale, (t.right - t.left) * scale
+            with torch.inference_mode(), reserved(0 if room is None else room(rows, columns)):
+                y = model(window(t))
+            if most < height * width:
+                release_unused()  # who takes the result needs memory too
+            top, left = (t.top - t.window_top) * scale, (t.left - t.window_left) * scale
+            return y[:, :, top : top + rows, left : left + columns]
+        except (MemoryError, RuntimeError) as error:
+            if not may_fail or not out_of_memory(error):
+                raise
+        # Outside of the handler, whose exception holds what the network had made so far.
+        return None
+
+    def compute(t: Tile) -> Iterator[tuple[Tile, Tensor]]:
+        """A tile with its kept part, or tiles as wide as the picture that it consists of.
+
+        Nothing here refers to a part once the next one is asked for: the memory of two would be needed.
+        """
         nonlocal most
         h, w = t.window_bottom - t.window_top, t.window_right - t.window_left
         halves = None if tile not in ("auto", None) else _halves(t, overlap, height, width)
         if halves is not None and min(min(x.bottom - x.top, x.right - x.left) + overlap for x in halves) < smallest:
             halves = None
+        out: Tensor | None = None
         if halves is None or h * w <= most:
-            try:
-                with torch.inference_mode():
-                    y = model(window(t))
-                top, left = (t.top - t.window_top) * scale, (t.left - t.window_left) * scale
-                return y[:, :, top : top + (t.bottom - t.top) * scale, left : left + (t.right - t.left) * scale]
-            except (MemoryError, RuntimeError) as error:
-                if halves is None or not out_of_memory(error):
-                    raise
-        # Outside of the handler, whose exception holds what the network had made so far.
-        if h * w <= most:
+            out = attempt(t, halves is not None)
+            if out is not None:
+                yield t, out
+                return
             most = h * w - 1
             release_unused()
             if scarce is not None:
                 scarce(h, w)
         assert halves is not None
-        out: Tensor | None = None
+        if t.right - t.left == width and halves[0].bottom < t.bottom:
+            for half in halves:
+                yield from compute(half)
+            return
         for half in halves:
-            part = compute(half)
-            if out is None:
-                out = part.new_empty((*part.shape[:2], (t.bottom - t.top) * scale, (t.right - t.left) * scale))
-            y, x = (half.top - t.top) * scale, (half.left - t.left) * scale
-            out[:, :, y : y + part.shape[2], x : x + part.shape[3]] = part
-            del part
+            for piece, part in compute(half):
+                if out is None:
+                    out = part.new_empty((*part.shape[:2], (t.bottom - t.top) * scale, (t.right - t.left) * scale))
+                y, x = (piece.top - t.top) * scale, (piece.left - t.left) * scale
+                out[:, :, y : y + part.shape[2], x : x + part.shape[3]] = part
+                del part
         assert out is not None
-        return out
+        yield t, out
 
     for done, t in enumerate(tiles, 1):
-        part = compute(t)
-        if progress is not None:
-            progress(done, len(tiles))
-        yield t.top * scale, t.left * scale, part
+        for piece, part in compute(t):
+            if progress is not None and piece.bottom == t.bottom:
+                progress(done, len(tiles))
+            yield piece.top * scale, piece.left * scale, part
+            del part
 
 
 def upscale_tiles(
@@ -255,5 +281,6 @@ def upscale_tensor(
         if out is None:
             out = part.new_empty((*part.shape[:2], x.shape[2] * scale, x.shape[3] * scale))
         out[:, :, top : top + part.shape[2], left : left + part.shape[3]] = part
+        del part  # before the next one is made
     assert out is not None
     return out

@@ -1,6 +1,9 @@
 """The CPU backend's tests with the library compiled for a sanitizer: what `make sanitize` does.
 
-    python tests/sanitize.py [address] [thread] [-- arguments of pytest]
+    python tests/sanitize.py [--quick] [address] [thread] [-- arguments of pytest]
+
+`--quick`, which `make test` runs: AddressSanitizer and UndefinedBehaviorSanitizer only, a few drawn calls of every
+operator and its gradients in many threads, with the plain kernels and with the fastest that this CPU has.
 
 "address" stands for AddressSanitizer and UndefinedBehaviorSanitizer, "thread" for ThreadSanitizer. Python and PyTorch
 are not compiled for them, so the sanitizers' libraries are loaded before everything else. For each sanitizer a planted
@@ -19,7 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "sanitize"
 TESTS = ("conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv", "depthwise_conv", "layer_norm2d")
 TESTS += ("adaptive_max_pool", "modulate")
-TESTS += ("native_cpu", "native_cpu_direct", "native_cpu_backward")
+TESTS += ("native_cpu", "native_cpu_direct", "native_cpu_backward", "properties", "processes")
+CHOSEN = "native-cpu or native_cpu or many_threads or winograd_keeps"
+QUICK_TESTS = ("properties", "processes")
+QUICK_CHOSEN = "native-cpu or one_operator_in_many_threads or winograd_keeps"
+QUICK_EXAMPLES = 8
 FOUND = 66  # exit status of a program in which something was found
 
 OVERFLOW = """
@@ -127,26 +134,47 @@ def check_planted(sanitizer: Sanitizer, env: dict[str, str]) -> None:
         print(f"planted bug found: {report}")
 
 
+def run(sanitizer: Sanitizer, env: dict[str, str], tests: tuple[str, ...], chosen: str, *options: str) -> int:
+    """Exit status of the chosen tests."""
+    files = [f for test in tests if (f := ROOT / "tests" / f"test_{test}.py").is_file()]
+    # -P: the folder of the sanitized build stands before this one.
+    command = [*sanitizer.launcher, sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-k", chosen, *map(str, files), *options]
+    return subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
+
+
+def quick(*options: str) -> int:
+    """Exit status of the first run that fails, else 0."""
+    sanitizer, folder = SANITIZERS["address"], FOLDER / "address"
+    build("address", sanitizer, folder)
+    env = environment(sanitizer, folder) | {"ESR_KERNELS_EXAMPLES": str(QUICK_EXAMPLES)}
+    check_planted(sanitizer, env)
+    for capability in ("plain", ""):
+        print(f"--- {sanitizer.flags}, {capability or 'the fastest'} kernels", flush=True)
+        env["ESR_KERNELS_CPU_CAPABILITY"] = capability
+        if status := run(sanitizer, env, QUICK_TESTS, QUICK_CHOSEN, *options):
+            return status
+    return 0
+
+
 def main(arguments: list[str]) -> int:
     at = arguments.index("--") if "--" in arguments else len(arguments)
-    chosen, options = arguments[:at] or list(SANITIZERS), arguments[at + 1 :]
+    given, options = arguments[:at], arguments[at + 1 :]
+    chosen = [name for name in given if name != "--quick"] or list(SANITIZERS)
     for name in chosen:
         if name not in SANITIZERS:
             sys.exit(f"{name!r} is no sanitizer, allowed are {', '.join(SANITIZERS)}")
     FOLDER.mkdir(parents=True, exist_ok=True)
+    if "--quick" in given:
+        return quick(*options)
     for name in chosen:
         sanitizer, folder = SANITIZERS[name], FOLDER / name
         print(f"--- {sanitizer.flags}", flush=True)
         build(name, sanitizer, folder)
         env = environment(sanitizer, folder)
         check_planted(sanitizer, env)
-        files = [f for test in TESTS if (f := ROOT / "tests" / f"test_{test}.py").is_file()]
-        # -P: the folder of the sanitized build stands before this one.
-        command = [*sanitizer.launcher, sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        command += ["-k", "native-cpu or native_cpu", *map(str, files), *options]
-        finished = subprocess.run(command, cwd=ROOT, env=env, check=False)
-        if finished.returncode != 0:
-            return finished.returncode
+        if status := run(sanitizer, env, TESTS, CHOSEN, *options):
+            return status
     return 0
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import png
 import pytest
 import torch
+from helpers import environment
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -217,6 +218,43 @@ def test_where_memory_ends_tiles_are_halved(tmp_path, weights, monkeypatch, caps
     # Tiles of a given size are not divided.
     assert main([*argv, str(tmp_path / "given.png"), "--tile", "160"]) == 1
     assert "not enough memory; smaller tiles need less (--tile)" in capsys.readouterr().err
+
+
+LIMITED = """
+import resource, sys
+from esr_kernels.cli import main
+
+more, *options = sys.argv[1:]
+# What a process makes once is there before the limit is.
+assert main(["upscale", "small.png", "-o", "small_x4.png", *options]) == 0
+with open("/proc/self/status") as file:
+    size = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmSize"))
+limit = size + int(more) * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+sys.exit(main(["upscale", "a.png", "-o", "limited.png", *options]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell how much memory is used")
+@pytest.mark.parametrize("megabytes", [80, 160])
+def test_a_process_under_a_real_limit_goes_on_in_smaller_tiles(tmp_path, weights, megabytes):
+    """A picture that needs about 250 MB as a whole; its result alone has 23."""
+    write_image(tmp_path / "a.png", picture(600, 800))
+    write_image(tmp_path / "small.png", picture(40, 40))
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(megabytes), "--weights", str(weights)],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("not enough memory for 800 x 600 pixels at once; going on in smaller tiles") == 1
+    assert main(["upscale", str(tmp_path / "a.png"), "--weights", str(weights), "-o", str(tmp_path / "whole.png")]) == 0
+    whole = read_image(tmp_path / "whole.png").pixels
+    np.testing.assert_array_equal(read_image(tmp_path / "limited.png").pixels, whole)
 
 
 def start(folder, weights, *argv, before=""):

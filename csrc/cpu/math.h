@@ -1,10 +1,11 @@
 // exp, sigmoid and the activations on vectors. Included after vec.h in every path_*.cpp.
 
-// Relative error 1.5e-7. Overflows to infinity from 88.4 on, stays at 1.2e-38 below -87.3; NaN stays NaN.
+// Relative error 1.5e-7. Overflows to infinity from 88.4 on and is 0 below -87.7, where the exponent's bits are 0; NaN
+// stays NaN.
 ESR_INLINE Vec exp(Vec x) {
   // Adding 1.5 * 2^23 + 127 rounds to an integer n and leaves n + 127, the biased exponent, in the lowest bits.
   const Vec magic = set1(12582912.0f + 127.0f);
-  x = vmin(set1(88.75f), vmax(set1(-87.33654f), x));
+  x = vmin(set1(88.75f), vmax(set1(-88.0f), x));
   const Vec t = fma(x, set1(1.44269504f), magic);
   const Vec n = sub(t, magic);
   Vec r = fnma(n, set1(0.693359375f), x);

@@ -32,8 +32,9 @@ class Pool {
       const std::lock_guard<std::mutex> lock(mutex_);
       auto best = kept_.end();
       for (auto b = kept_.begin(); b != kept_.end(); ++b) {
-        // A far larger block is left for those who need it.
-        if (b->bytes < bytes || b->bytes > 2 * bytes) continue;
+        // A far larger block is left for those who need it. One for twice as many maps is not that: a network of
+        // several plans would keep a block for each of them.
+        if (b->bytes < bytes || b->bytes > 4 * bytes) continue;
         if (best == kept_.end() || b->bytes < best->bytes) best = b;
       }
       if (best != kept_.end()) {
@@ -43,7 +44,13 @@ class Pool {
         return block;
       }
     }
-    const Block block{::operator new(bytes, std::align_val_t{alignment}), bytes};
+    void* data = ::operator new(bytes, std::align_val_t{alignment}, std::nothrow);
+    if (data == nullptr) {
+      // What is kept may be what is missing.
+      clear();
+      data = ::operator new(bytes, std::align_val_t{alignment});
+    }
+    const Block block{data, bytes};
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     // Feature maps are read with large strides: fewer misses in the address translation.
     if (alignment == kHugePage) madvise(block.data, bytes, MADV_HUGEPAGE);

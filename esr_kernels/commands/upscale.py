@@ -27,7 +27,9 @@ from ..tiling import ALIGNMENT, AUTO_PIXELS, Tile, exact_overlap, plan_tiles, ti
 from ..timing import thread_count
 from ._arguments import ALL, backend_name, dtype_name, model_name, positive, weights_file
 
-QUANTIZED = 2**20  # pixels at once
+# Pixels that are made integers at once, and the bytes that each of them needs on the way.
+QUANTIZED = 2**18
+QUANTIZED_BYTES = 64
 
 PUBLISHED = "the challenge's repository, github.com/Amazingren/NTIRE2024_ESR, has them in its folder model_zoo"
 
@@ -195,10 +197,23 @@ def upscale_rows(
         resized = imaging.resize_alpha(part[above - first :], (below - above) * scale, width)
         return resized[(top - above) * scale : (bottom - above) * scale]
 
-    parts = upscale_windows(
-        model, picture.height, picture.width, window, tile=tile, overlap=overlap, progress=progress, scarce=scarce
-    )
     colours = 1 if picture.grey else 3
+    pixel = (colours + picture.has_alpha) * picture.depth // 8  # bytes
+
+    def room(rows: int, columns: int) -> int:
+        return rows * width * pixel + max(QUANTIZED, columns) * QUANTIZED_BYTES
+
+    parts = upscale_windows(
+        model,
+        picture.height,
+        picture.width,
+        window,
+        tile=tile,
+        overlap=overlap,
+        progress=progress,
+        scarce=scarce,
+        room=room,
+    )
     for top, left, part in parts:
         check_interruption()
         rows, columns = int(part.shape[2]), int(part.shape[3])
@@ -209,6 +224,7 @@ def upscale_rows(
         for y in range(0, rows, step):
             done = imaging.quantize(part[:, :, y : y + step], data_range, picture.depth, picture.grey)
             band[y : y + step, left : left + columns, :colours] = done
+        del part  # before the next one is made
         if left + columns == width:
             if picture.has_alpha:
                 band[..., -1] = alpha(top // scale, top // scale + len(band) // scale)

@@ -44,12 +44,17 @@ def precision(dtype: torch.dtype) -> int:
 _unreferenced: deque[int] = deque()
 
 
+def release_unreferenced() -> None:
+    """Free the plans inside the library that nothing refers to."""
+    while _unreferenced:
+        library().release_plan(_unreferenced.popleft())
+
+
 class _Compiled:
     """A plan compiled for weights and inputs of some shapes, without the weights' values."""
 
     def __init__(self, plan: Plan, weights: list[Tensor], channels: list[int], precision: int, network: bool) -> None:
-        while _unreferenced:
-            library().release_plan(_unreferenced.popleft())
+        release_unreferenced()
         program, constants = encode(plan)
         self.handle: int = library().compile_plan(program, constants, weights, channels, precision, network)
         weakref.finalize(self, _unreferenced.append, self.handle).atexit = False

@@ -71,16 +71,22 @@ def encode(plan: Plan) -> tuple[list[int], list[float]]:
 
 
 # Handles whose plan is gone. Garbage may be collected in the middle of a trace, which would record a call of the
-# operator that releases them; so they wait for the next plan to be compiled, which never happens inside one.
+# operator that releases them; so they wait for the next plan to be compiled, which never happens inside one, or for
+# `esr_kernels.memory.release_unused`.
 _unreferenced: deque[int] = deque()
+
+
+def release_unreferenced() -> None:
+    """Free the plans inside the library that nothing refers to."""
+    while _unreferenced:
+        torch.ops.esr_native.release_plan(_unreferenced.popleft())
 
 
 class CompiledPlan:
     """A plan with its weights packed inside the library; released after the last reference."""
 
     def __init__(self, plan: Plan, weights: list[Tensor]) -> None:
-        while _unreferenced:
-            torch.ops.esr_native.release_plan(_unreferenced.popleft())
+        release_unreferenced()
         program, constants = encode(plan)
         self.handle: int = torch.ops.esr_native.compile_plan(program, constants, weights)
         weakref.finalize(self, _unreferenced.append, self.handle).atexit = False
