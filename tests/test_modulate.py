@@ -101,6 +101,20 @@ def test_rows_longer_than_a_tile(backend):
             )
 
 
+@pytest.mark.parametrize("mode", RESIZE_MODES)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_infinities_and_nan(backend, layout, mode):
+    """Where PyTorch has them: zero times an infinity is NaN, also where a map has no row below; of powers of two, whose
+    weights every dtype has."""
+    for size in ((1, 4), (4, 1), (2, 2), (4, 2)):
+        x, small = rand(1, 9, 8, 8), rand(1, 9, *size)
+        small[0, 0, 0, 0], small[0, 1, -1, -1], small[0, 8, 0, -1] = torch.inf, -torch.inf, torch.nan
+        got = modulate(lay_out(x, layout), lay_out(small, layout), mode=mode)
+        exact = plain(x.double(), [small.double()], mode)
+        assert torch.equal(got.isnan(), exact.isnan())
+        assert torch.equal(got.isinf(), exact.isinf())
+
+
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 def test_a_part_of_the_channels(backend, layout):
     """Read where it is, maps of other memory formats too; the result has the memory format of the whole."""
