@@ -178,8 +178,11 @@ CASES: dict[str, Callable[[Draw], OperatorCase]] = {
 
 
 @st.composite
-def calls(draw: Draw, operator: str) -> tuple[OperatorCase, dict[str, Any]]:
-    """A case and its tensors."""
+def calls(draw: Draw, operator: str, *, folds: bool = False) -> tuple[OperatorCase, dict[str, Any]]:
+    """A case and its tensors.
+
+    `folds`: ESA's first two convolutions are one, as on a GPU; an infinity in one is another value than in both.
+    """
     case = CASES[operator](draw)
     smallest = 15 if operator == "esa" else 2 if case.settings.get("padding_mode") == "reflect" else 1
     sides = st.integers(smallest, smallest + 20)
@@ -191,7 +194,7 @@ def calls(draw: Draw, operator: str) -> tuple[OperatorCase, dict[str, Any]]:
     arguments = absent | case.arguments(*size, dtype=torch.float32, seed=draw(st.integers(0, 2**31 - 1)))
     magnitude = MAGNITUDES[draw(st.sampled_from([*MAGNITUDES, "usual"]))]
     allowed = [float("nan"), 0.0, -0.0]
-    if not multiplies_infinity(case):
+    if not multiplies_infinity(case) and not (folds and operator == "esa"):
         allowed += [float("inf"), -float("inf")]
     specials = draw(st.lists(st.sampled_from(allowed), max_size=2))
 
@@ -295,7 +298,7 @@ def test_against_float64(operator: str, backend: str) -> None:
     @settings(
         max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
     )
-    @given(call=calls(operator))
+    @given(call=calls(operator, folds=backend not in REAL))
     def holds(call: tuple[OperatorCase, dict[str, Any]]) -> None:
         check(*call, backend)
 
