@@ -92,56 +92,57 @@ inline void winograd_weight(const float* sums, int64_t plane, float* out, int64_
   }
 }
 
+// Tiles are collected over rows, until there are enough for a product.
+constexpr int64_t kCollected = 2 * kTiles;
+
+// Of a block of a row.
 ESR_INLINE int64_t most_tiles(int64_t width) {
   const int64_t columns = (width + 3) / 4;
-  return columns < kTiles ? kTiles / columns * columns : kTiles;
+  return columns < kTiles ? columns : kTiles;
 }
 
 inline int64_t winograd_weight_scratch_floats(int64_t cin, int64_t x_step, int64_t g_step, int64_t width) {
-  const int64_t tiles = most_tiles(width);
+  const int64_t tiles = kCollected / most_tiles(width) * most_tiles(width);
   const int64_t planes = plane_stride(tiles * x_step) + plane_stride(tiles * g_step) + plane_stride(cin * g_step);
-  return kPositions * planes + 6 * kRunColumns * (x_step > g_step ? x_step : g_step);
+  return kPositions * planes + 6 * kTileColumns * (x_step > g_step ? x_step : g_step);
 }
 
 inline void winograd_weight_gradient(const WeightGradientArgs& a, int64_t tile_row0, int64_t tile_row1) {
   const int64_t tile_columns = (a.width + 3) / 4, most = most_tiles(a.width);
-  const int64_t plane_x = plane_stride(most * a.x_step), plane_g = plane_stride(most * a.g_step);
+  const int64_t room = kCollected / most * most;
+  const int64_t plane_x = plane_stride(room * a.x_step), plane_g = plane_stride(room * a.g_step);
   const int64_t plane = plane_stride(a.cin * a.g_step);
   float* const x = a.scratch;
   float* const g = x + kPositions * plane_x;
   float* const sums = g + kPositions * plane_g;
   float* const patch = sums + kPositions * plane;
-  // Tiles are collected over rows, until there are enough for a product.
   int64_t collected = 0;
   bool first = true;
   for (int64_t tile_row = tile_row0; tile_row < tile_row1; ++tile_row) {
     const int64_t y = 4 * tile_row;
     for (int64_t t0 = 0; t0 < tile_columns; t0 += kTiles) {
       const int64_t tiles = tile_columns - t0 < kTiles ? tile_columns - t0 : kTiles;
-      for (int64_t t = 0; t < tiles; t += kRun) {
-        const int64_t run = tiles - t < kRun ? tiles - t : kRun;
-        const int64_t column = 4 * (t0 + t), slot = collected + t;
-        const bool edge = y + 4 > a.height || column + 4 * run > a.width;
-        const float* from = a.x + y * a.x_row_step + column * a.x_pixel_step;
-        int64_t pitch = a.x_pitch;
-        if (edge) {
-          copy_patch(a.x, a.x_pitch, a.x_step, y, column, 6, 4 * run + 2, a.height + 2, a.width + 2, patch);
-          from = patch;
-          pitch = (4 * run + 2) * a.x_step;
-        }
-        winograd_in(from, pitch, a.x_step, run, x + slot * a.x_step, plane_x);
-        from = a.g + y * a.g_pitch + column * a.g_step;
-        pitch = a.g_pitch;
-        if (edge) {
-          copy_patch(a.g, a.g_pitch, a.g_step, y, column, 4, 4 * run, a.height, a.width, patch);
-          from = patch;
-          pitch = 4 * run * a.g_step;
-        }
-        winograd_gradient(from, pitch, a.g_step, run, g + slot * a.g_step, plane_g);
+      const int64_t column = 4 * t0;
+      const bool edge = y + 4 > a.height || column + 4 * tiles > a.width;
+      const float* from = a.x + y * a.x_row_step + column * a.x_pixel_step;
+      int64_t pitch = a.x_pitch;
+      if (edge) {
+        copy_patch(a.x, a.x_pitch, a.x_step, y, column, 6, 4 * tiles + 2, a.height + 2, a.width + 2, patch);
+        from = patch;
+        pitch = (4 * tiles + 2) * a.x_step;
       }
+      winograd_in(from, pitch, a.x_step, tiles, x + collected * a.x_step, plane_x);
+      from = a.g + y * a.g_pitch + column * a.g_step;
+      pitch = a.g_pitch;
+      if (edge) {
+        copy_patch(a.g, a.g_pitch, a.g_step, y, column, 4, 4 * tiles, a.height, a.width, patch);
+        from = patch;
+        pitch = 4 * tiles * a.g_step;
+      }
+      winograd_gradient(from, pitch, a.g_step, tiles, g + collected * a.g_step, plane_g);
       collected += tiles;
       const bool last = tile_row + 1 == tile_row1 && t0 + tiles == tile_columns;
-      if (collected + (tile_columns < kTiles ? tile_columns : kTiles) <= most && !last) continue;
+      if (collected + most <= room && !last) continue;
       for (int64_t k = 0; k < kPositions; ++k) {
         outer_products(x + k * plane_x, a.x_step, a.cin, g + k * plane_g, a.g_step, collected, first, sums + k * plane);
       }

@@ -3,10 +3,14 @@
 //
 // A row of 4x4 tiles is done in blocks of kTiles: all input tiles of a block are transformed, then, for each block of
 // output channels, 36 small matrix products follow and the transformation back. A block's data stays in the
-// second-level cache. Tiles are counted from the image's corner, so a tile's result does not depend on the block it is
-// in. Tiles in which something is not finite are computed again, directly.
+// second-level cache, and while the products are computed, what comes before and after them is fetched into it. Tiles
+// are counted from the image's corner, so a tile's result does not depend on the block it is in. Tiles in which
+// something is not finite are computed again, directly.
 
-constexpr int64_t kTiles = 24;  // a multiple of every pixel block
+// A multiple of most pixel blocks: fewer, and the weights are read too often; more, and the
+// products leave the first-level cache.
+constexpr int64_t kTiles = 12;
+constexpr int64_t kTileColumns = 4 * kTiles + 2;  // the input columns under a block
 constexpr int64_t kPositions = 36;
 
 // Distance between the 36 planes of a block: an odd number of cache lines, or they would fall on the same cache sets.
@@ -38,17 +42,14 @@ ESR_INLINE void transform_out(const Vec (&m)[6], Vec (&y)[4]) {
   y[3] = add(fma(set1(8.0f), difference2, difference1), m[5]);
 }
 
-// Tiles that are transformed together, and the input columns they reach over: neighbours share the vertical half.
-constexpr int64_t kRun = 12;
-constexpr int64_t kRunColumns = 4 * kRun + 2;
 // Vectors that fill a cache line: written together.
 constexpr int kLineVectors = 16 / kLanes;
 
-// V vectors of channels of a run of tiles, each from the N x N pixels of which the first start at `in`, to plane
-// positions `out` + k * plane. N - 4 columns are shared by neighbours.
+// V vectors of channels of up to kTiles tiles, each from the N x N pixels of which the first start at `in`, to plane
+// positions `out` + k * plane. N - 4 columns are shared by neighbours, and with them the vertical half.
 template <int N, void (*kTransform)(const Vec (&)[N], Vec (&)[6]), int V>
 void winograd_tile_channels(const float* in, int64_t pitch, int64_t step, int64_t tiles, float* out, int64_t plane) {
-  alignas(64) float half[6 * (4 * kRun + N - 4) * V * kLanes];  // [transformed row][column][V * lanes]
+  alignas(64) float half[6 * (4 * kTiles + N - 4) * V * kLanes];  // [transformed row][column][V * lanes]
   const int64_t columns = 4 * tiles + N - 4, row = columns * V * kLanes;
   for (int64_t x = 0; x < columns; ++x) {
     ESR_UNROLL for (int v = 0; v < V; ++v) {
@@ -89,12 +90,12 @@ inline void winograd_in(const float* in, int64_t pitch, int64_t step, int64_t ti
   winograd_tiles<6, transform_in>(in, pitch, step, tiles, out, plane);
 }
 
-// The pixels under a run of tiles that reaches beyond the ring: what lies there counts as zero, and only pixels that
-// are not stored depend on it. [6][kRunColumns][step]
+// The pixels under a block of tiles that reaches beyond the ring: what lies there counts as zero, and only pixels that
+// are not stored depend on it. [6][kTileColumns][step]
 inline void copy_edge(const WinogradArgs& a, int64_t y, int64_t x, int64_t tiles, float* patch) {
   for (int64_t i = 0; i < 6; ++i) {
     const float* row = a.in + (y - 1 + i) * a.in_pitch;
-    float* out = patch + i * kRunColumns * a.in_step;
+    float* out = patch + i * kTileColumns * a.in_step;
     for (int64_t column = x - 1; column < x + 4 * tiles + 1; ++column) {
       const bool inside = y - 1 + i <= a.height && column <= a.width;
       for (int64_t c = 0; c < a.in_step; c += kLanes) {
@@ -142,9 +143,38 @@ void winograd_product(const float* in, int64_t step, int64_t cin, const float* w
   }
 }
 
+// Rows of floats that are needed soon: `next` fetches some lines of them, a step's share, into the second-level cache.
+class Prefetcher {
+ public:
+  Prefetcher(const float* first, int64_t pitch, int64_t rows, int64_t floats, int64_t steps)
+      : row_(first),
+        pitch_(pitch),
+        rows_(rows),
+        lines_((floats + 15) / 16),
+        share_((lines_ * rows + steps - 1) / steps) {}
+
+  ESR_INLINE void next() {
+    for (int64_t left = share_; left > 0 && rows_ > 0;) {
+      const int64_t end = lines_ - line_ < left ? lines_ : line_ + left;
+      left -= end - line_;
+      for (; line_ < end; ++line_) __builtin_prefetch(row_ + line_ * 16, 0, 2);
+      if (line_ == lines_) {
+        line_ = 0;
+        row_ += pitch_;
+        --rows_;
+      }
+    }
+  }
+
+ private:
+  const float* row_;
+  int64_t pitch_, rows_, lines_, share_;
+  int64_t line_ = 0;
+};
+
 template <int V>
 void winograd_products(const WinogradArgs& a, const float* transformed, int64_t plane_in, int64_t tiles,
-                       int64_t first_vector, float* products, int64_t plane_out) {
+                       int64_t first_vector, float* products, int64_t plane_out, Prefetcher (&ahead)[3]) {
   constexpr int P = pixel_block<V>();
   const float* weights = a.weights + first_vector * kLanes * kPositions * a.cin;
   for (int64_t k = 0; k < kPositions; ++k) {
@@ -161,6 +191,7 @@ void winograd_products(const WinogradArgs& a, const float* transformed, int64_t 
       });
     }
     weights += a.cin * V * kLanes;
+    for (Prefetcher& p : ahead) p.next();
   }
 }
 
@@ -208,7 +239,32 @@ ESR_INLINE bool any_nan(Vec v) {
 
 inline int64_t winograd_scratch_floats(int64_t in_step, int64_t width) {
   const int64_t tiles = (width + 3) / 4 < kTiles ? (width + 3) / 4 : kTiles;
-  return kPositions * (plane_stride(tiles * in_step) + plane_stride(tiles * 3 * kLanes)) + 6 * kRunColumns * in_step;
+  return kPositions * (plane_stride(tiles * in_step) + plane_stride(tiles * 3 * kLanes)) + 6 * kTileColumns * in_step;
+}
+
+// What the products of the first block of channels hide: the block's results, which are about to be written, and its
+// residual; and what all of them hide: the input of the next block, to the right or at the start of the next tile row.
+ESR_INLINE Prefetcher results_of(const WinogradArgs& a, int64_t y, int64_t x, int64_t rows, int64_t tiles) {
+  const int64_t columns = a.width - x < 4 * tiles ? a.width - x : 4 * tiles;
+  const float* first = a.out + (y - a.out_first_row) * a.out_pitch + x * a.out_step;
+  return {first, a.out_pitch, rows, columns * a.out_step, kPositions};
+}
+
+ESR_INLINE Prefetcher residual_of(const WinogradArgs& a, int64_t y, int64_t x, int64_t rows, int64_t tiles) {
+  const Epilogue& e = a.epilogue;
+  if (e.residual == nullptr) return {nullptr, 0, 0, 0, 1};
+  const int64_t columns = a.width - x < 4 * tiles ? a.width - x : 4 * tiles;
+  return {e.residual + y * e.residual_pitch + x * a.out_step, e.residual_pitch, rows, columns * a.out_step, kPositions};
+}
+
+ESR_INLINE Prefetcher input_after(const WinogradArgs& a, int64_t y, int64_t t0, int64_t tile_columns) {
+  const bool right = t0 + kTiles < tile_columns;
+  const int64_t x = right ? 4 * (t0 + kTiles) : 0;
+  const int64_t top = right ? y - 1 : y + 5, bottom = right ? y + 5 : y + 9;  // the next tile row shares two rows
+  const int64_t rows = (bottom < a.height ? bottom : a.height) - top;
+  const int64_t columns = a.width - x < 4 * kTiles ? a.width - x : 4 * kTiles;
+  return {a.in + top * a.in_pitch + x * a.in_step, a.in_pitch, rows, columns * a.in_step,
+          kPositions * ((a.out_vectors + 2) / 3)};
 }
 
 inline void winograd(const WinogradArgs& a, int64_t tile_row0, int64_t tile_row1) {
@@ -223,23 +279,22 @@ inline void winograd(const WinogradArgs& a, int64_t tile_row0, int64_t tile_row1
     const int64_t y = 4 * tile_row;
     for (int64_t t0 = 0; t0 < tile_columns; t0 += kTiles) {
       const int64_t tiles = tile_columns - t0 < kTiles ? tile_columns - t0 : kTiles;
-      for (int64_t t = 0; t < tiles; t += kRun) {
-        const int64_t run = tiles - t < kRun ? tiles - t : kRun;
-        const int64_t x = 4 * (t0 + t);
-        const float* in = a.in + (y - 1) * a.in_pitch + (x - 1) * a.in_step;
-        int64_t pitch = a.in_pitch;
-        if (y + 4 > a.height || x + 4 * run > a.width) {
-          copy_edge(a, y, x, run, patch);
-          in = patch;
-          pitch = kRunColumns * a.in_step;
-        }
-        winograd_in(in, pitch, a.in_step, run, transformed + t * a.in_step, plane_in);
+      const int64_t x0 = 4 * t0;
+      const float* in = a.in + (y - 1) * a.in_pitch + (x0 - 1) * a.in_step;
+      int64_t pitch = a.in_pitch;
+      if (y + 4 > a.height || x0 + 4 * tiles > a.width) {
+        copy_edge(a, y, x0, tiles, patch);
+        in = patch;
+        pitch = kTileColumns * a.in_step;
       }
+      winograd_in(in, pitch, a.in_step, tiles, transformed, plane_in);
+      const int64_t rows = a.height - y < 4 ? a.height - y : 4;
+      Prefetcher ahead[3] = {results_of(a, y, x0, rows, tiles), residual_of(a, y, x0, rows, tiles),
+                             input_after(a, y, t0, tile_columns)};
       for_blocks(a.out_vectors, [&](auto vectors, int64_t first_vector) {
         constexpr int V = decltype(vectors)::kValue;
         const int64_t plane_out = plane_stride(most * V * kLanes);
-        winograd_products<V>(a, transformed, plane_in, tiles, first_vector, products, plane_out);
-        const int64_t rows = a.height - y < 4 ? a.height - y : 4;
+        winograd_products<V>(a, transformed, plane_in, tiles, first_vector, products, plane_out, ahead);
         const auto finish_tile = [&](int64_t t, const float* pixels) {
           const int64_t x = 4 * (t0 + t);
           const int columns = static_cast<int>(a.width - x < 4 ? a.width - x : 4);
