@@ -115,6 +115,10 @@ def dense(m, x):
     return x + 0.2 * m.c(torch.cat((x, y, z), 1))
 
 
+def repeated(m, x):
+    return x + m.b(F.relu(m.a(torch.cat([x, x, F.relu(x), x], 1))))
+
+
 def pair(function, **more):
     return Net(function, a=conv(16, 16), b=conv(16, 16), **more)
 
@@ -123,6 +127,11 @@ ATTENTION = ["conv3x3 silu", "conv3x3"]
 # Blocks, what a plan has for them between head and tail (None: not looked at), and what stays plain.
 BLOCKS = {
     "RepVGG": (lambda: RepVgg(16), ["conv3x3 relu post"], []),
+    "the same map several times": (
+        lambda: Net(repeated, a=conv(64, 16), b=conv(16, 16)),
+        ["activate relu", "conv3x3", "conv3x3 relu pre", "conv3x3 post"],
+        [],
+    ),
     "partial convolution": (
         lambda: Net(partial_convolution, c=conv(4, 4), mlp=nn.Sequential(conv(16, 32, 1), nn.GELU(), conv(32, 16, 1))),
         None,

@@ -737,6 +737,20 @@ def test_batch_normalization_before_the_activation_goes_into_a_depthwise_convolu
     assert alone(fast) == ["depthwise_conv: 3x3, 12 channels, relu"]
 
 
+def test_what_no_rewrite_foresaw_runs_as_it_was(monkeypatch):
+    from esr_kernels.optimize import model as optimizer
+
+    def rewrite(*_):
+        raise ValueError("no such pattern")
+
+    monkeypatch.setattr(optimizer, "rewrite", rewrite)
+    network = Net(lambda m, x: F.relu(m.c(x)), c=conv(3, 16))
+    fast = optimize(network)
+    x = torch.rand(1, 3, 9, 8)
+    assert torch.equal(fast(x), network(x))
+    assert "the whole network: its graph cannot be rewritten (ValueError: no such pattern)" in fast.report().left
+
+
 def test_networks_that_take_too_long_to_trace_are_taken_module_by_module(monkeypatch):
     from esr_kernels.optimize import model as optimizer
 

@@ -332,15 +332,19 @@ def build(
     Args: as of `capture`, and `scale_limit` of `match`.
 
     Raises:
-        CaptureError: it cannot be captured.
+        CaptureError: it cannot be captured, or its graph not be rewritten.
     """
     captured = capture(network, example, deadline)
     ws = Workspace(captured.graph, captured.values)
     for target, value in captured.written.items():
         if value not in ws.values or _reads(value, target):
             raise CaptureError(f"the forward pass changes {target.name}, which later passes read")
-    rewrite(ws, captured.image, example, scale_limit)
-    return lower(ws, captured.image), *captured.guard.without_minimum(network, example)
+    try:
+        rewrite(ws, captured.image, example, scale_limit)
+        lowered = lower(ws, captured.image)
+    except Exception as error:  # a network of a kind that no rewrite foresaw still runs as it was
+        raise CaptureError(f"its graph cannot be rewritten ({type(error).__name__}: {reason(error)})") from error
+    return lowered, *captured.guard.without_minimum(network, example)
 
 
 def _reads(node: fx.Node, source: fx.Node) -> bool:

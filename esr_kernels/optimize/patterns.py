@@ -80,16 +80,19 @@ def _is_shuffled(node: fx.Node) -> bool:
 
 def _sum_over(ws: Workspace, conv: Conv, xs: list[fx.Node]) -> None:
     """The convolution of a concatenation: the sum of those of its parts, each the residual of the next."""
+    parts: dict[fx.Node, Tensor] = {}  # a map that is there twice is read once
     first = 0
-    total: fx.Node | None = None
     for x in xs:
         part = conv.weight[:, first : first + dims(x)[1]]
         first += dims(x)[1]
-        fused = _Fused("conv3x3", conv.node, [x], part, conv.bias if total is None else None, total)
-        if x is xs[-1]:
-            _write(ws, fused, conv.node)
-        else:
-            total = _insert(ws, fused, conv.node)
+        parts[x] = parts[x] + part if x in parts else part
+    total: fx.Node | None = None
+    *before, last = parts.items()
+    for x, weight in before:
+        bias = conv.bias if total is None else None
+        total = _insert(ws, _Fused("conv3x3", conv.node, [x], weight, bias, total), conv.node)
+    x, weight = last
+    _write(ws, _Fused("conv3x3", conv.node, [x], weight, conv.bias if total is None else None, total), conv.node)
 
 
 def _whole(ws: Workspace, xs: list[fx.Node], weight: Tensor) -> tuple[list[fx.Node], Tensor]:
