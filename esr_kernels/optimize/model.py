@@ -43,6 +43,8 @@ _SIZES = 256
 _BROKEN = 0.1
 # Operations of at least this part of the arithmetic are hot.
 _HOT_SHARE = 0.01
+# A module of a network that is taken module by module stays plain below this: the conversions would cost more.
+_LEAST_SHARE = 0.1
 
 
 class Program(nn.Module):
@@ -491,15 +493,12 @@ class _Optimizer:
 
     def _count(self, candidate: nn.Module) -> None:
         """The fused part of the arithmetic, and what of the rest is hot."""
-        with FlopCounterMode(display=False) as counter, use_backend("reference"):
-            candidate(self.example)
-        counts = {str(op): flops for op, flops in counter.get_flop_counts().get("Global", {}).items()}
-        total = sum(counts.values())
-        if not total:
+        shares = _shares(candidate, self.example)
+        if not shares:
             return
-        plain = {op: flops for op, flops in counts.items() if not op.startswith("esr")}
-        self.report.share = 1 - sum(plain.values()) / total
-        hot = [f"{op} {flops / total:.1%}" for op, flops in plain.items() if flops >= _HOT_SHARE * total]
+        plain = {op: share for op, share in shares.items() if not op.startswith("esr")}
+        self.report.share = 1 - sum(plain.values())
+        hot = [f"{op} {share:.1%}" for op, share in plain.items() if share >= _HOT_SHARE]
         self.plain = [*hot, *self.report.left] if hot else []
 
     # --- module by module
@@ -510,6 +509,7 @@ class _Optimizer:
         calls = _record(network, self.example)
         done: dict[nn.Module, nn.Module] = {}
         names: list[str] = []
+        left: dict[str, list[str]] = {}  # what stayed plain, and in which modules
         deadline = time.process_time() + PATIENCE
 
         def visit(parent: nn.Module, path: str) -> None:
@@ -525,16 +525,25 @@ class _Optimizer:
                     except CaptureError as error:
                         self.report.left.append(f"{full}: {error}")
                     else:
+                        lines = lowered.left
                         if lowered.fused:
-                            done[child] = Program(lowered.module, guard, child)
-                            parent.register_module(name, done[child])
-                            names.append(full)
-                            self.report.fused += [f"{full}: {line}" for line in lowered.fused]
-                        self.report.left += [f"{full}: {line}" for line in lowered.left]
+                            program = Program(lowered.module, guard, child)
+                            plain = sum(s for op, s in _shares(program, x).items() if not op.startswith("esr"))
+                            if plain <= 1 - _LEAST_SHARE:
+                                done[child] = program
+                                parent.register_module(name, program)
+                                names.append(full)
+                                self.report.fused += [f"{full}: {line}" for line in lowered.fused]
+                            else:
+                                lines = [f"less than {_LEAST_SHARE:.0%} of its arithmetic has a fused form"]
+                        for line in lines:
+                            left.setdefault(line, []).append(full)
                         continue
                 visit(child, full)
 
         visit(network, "")
+        for line, where in left.items():
+            self.report.left.append(f"{where[0]}{f' and {len(where) - 1} more' if where[1:] else ''}: {line}")
         if not names:
             return None
         self.report.notes.append(f"captured module by module: {', '.join(names)}")
@@ -607,6 +616,15 @@ class _Optimizer:
         check = cases.compare(result, exact, cases.network_tolerance(dtype, error))
         self.report.difference, self.report.tolerance = check.relative, check.tolerance
         return check.ok
+
+
+def _shares(module: nn.Module, x: Tensor) -> dict[str, float]:
+    """Operator -> its part of the arithmetic of a call; empty where nothing is counted."""
+    with FlopCounterMode(display=False) as counter, use_backend("reference"):
+        module(x)
+    counts = {str(op): flops for op, flops in counter.get_flop_counts().get("Global", {}).items()}
+    total = sum(counts.values())
+    return {op: flops / total for op, flops in counts.items()} if total else {}
 
 
 def _in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
