@@ -204,6 +204,27 @@ def test_conv3x3_sizes(capability: str, size: tuple[int, int], batch: int, chann
         assert error(y, conv3x3_reference(x, w, None, "leaky_relu", r, "pre")) < tolerance(cin, cout)
 
 
+EVERY_SIZE = [(height, width) for height in range(1, 41) for width in range(1, 41)]
+# Over the ends of a block of Winograd tiles, and of two.
+WIDE = [(height, width) for height in (1, 4, 5) for width in range(41, 110)]
+
+
+@pytest.mark.parametrize("sizes", [EVERY_SIZE, WIDE], ids=["up to 40 x 40", "wide"])
+@pytest.mark.parametrize("channels", [(16, 17), (5, 7)], ids=["winograd", "direct"])
+def test_conv3x3_every_size(capability: str, channels: tuple[int, int], sizes: list[tuple[int, int]]) -> None:
+    cin, cout = channels
+    w, b = conv_weight(cout, cin, 3), torch.randn(cout)
+    p = Program(2)
+    handle = p.compile(p.conv3x3(0, w, b, residual=1, mode="attention"))
+    for i, (height, width) in enumerate(sizes):
+        x, r = torch.randn(1, cin, height, width), torch.randn(1, cout, height, width)
+        y = nan((1, cout, height, width), channels_last=bool(i % 2))
+        torch.ops.esr_native.execute_plan(handle, [x, r], [y])
+        want = conv3x3_reference(x, w, b, r=r, mode="attention")
+        assert error(y, want) < tolerance(cin, cout), (height, width)
+    torch.ops.esr_native.release_plan(handle)
+
+
 @pytest.mark.parametrize("channels", [(4, 20), (28, 28), (48, 46)])
 def test_conv3x3_epilogues(capability: str, channels: tuple[int, int]) -> None:
     cin, cout = channels
