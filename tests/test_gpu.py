@@ -116,6 +116,14 @@ FURTHER = [
         {"mode": "bilinear", "activation": "gelu_tanh"},
         (1, 3, 7),
     ),
+    OperatorCase(
+        "modulate",
+        "5 8 maps bilinear gelu_tanh",
+        {"x": 5, "maps": (5,) * 8},
+        {},
+        {"mode": "bilinear", "activation": "gelu_tanh"},
+        (1, 2, 3, 4, 1, 7, 8, 16),
+    ),
 ]
 
 

@@ -30,6 +30,7 @@ import esr_kernels
 from esr_kernels import functional
 from esr_kernels.backends import reference
 from esr_kernels.dispatch import list_backends
+from esr_kernels.library import RESIZE_MODES
 from esr_kernels.modules.conv import Conv3x3
 from esr_kernels.plan import ESA_WEIGHTS
 
@@ -38,7 +39,18 @@ pytestmark = pytest.mark.skipif(not _STATUS.available, reason=f"triton: {_STATUS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 if _STATUS.available:
-    from esr_kernels.backends.triton import _convolution, configs, depthwise_conv, esa, launch, maps, packing
+    from esr_kernels.backends.triton import (
+        _convolution,
+        _resize,
+        adaptive_max_pool,
+        configs,
+        depthwise_conv,
+        esa,
+        launch,
+        maps,
+        modulate,
+        packing,
+    )
     from esr_kernels.backends.triton.configs import SPACE, Config
 
 
@@ -248,6 +260,108 @@ def test_without_eps_pixels_outside_of_the_image_spoil_no_gradient():
     check(got[:2], reference.OPERATORS["layer_norm2d_backward"](*to(arguments, torch.float64))[:2])
 
 
+@pytest.mark.parametrize("config", configurations("adaptive_max_pool"))
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_pooling_configurations(config, layout):
+    """Windows of as many pixels as lanes, of more and of fewer, some of several sizes."""
+    torch.manual_seed(26)
+    choose, seen = only("adaptive_max_pool", config)
+    x = lay_out(rand(2, 3, 11, 19), layout).round(decimals=1)
+    for size in ([1, 1], [3, 2], [5, 9], [12, 20]):
+        with configs.chosen_by(choose):
+            got = [torch.ops.esr.adaptive_max_pool(x, size)]
+            grad = rand(*got[0].shape)
+            got += torch.ops.esr.adaptive_max_pool_backward(grad, x, [True])
+        exact = reference.OPERATORS["adaptive_max_pool"](x, size)
+        assert torch.equal(got[0], exact)
+        check(got[1:], reference.OPERATORS["adaptive_max_pool_backward"](*to((grad, x), torch.float64), [True]))
+    assert seen
+
+
+@pytest.mark.parametrize("name", ["adaptive_max_pool_gradient", "modulate", "modulate_gradient"])
+@pytest.mark.parametrize("config", configurations("modulate"))
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_row_configurations(name, config, layout):
+    torch.manual_seed(27)
+    assert config in SPACE[name]
+    choose, seen = only(name, config)
+    grad, x = (lay_out(rand(1, 5, config.tile[0] + 1, config.tile[1] // 4 + 3), layout) for _ in range(2))
+    small = [lay_out(rand(1, 5, 3, 7), layout), grad]
+    with configs.chosen_by(choose):
+        if name == "modulate":
+            arguments = (x, small, "nearest", "gelu", 0.0)
+        elif name == "modulate_gradient":
+            arguments = (grad, x, small, "bilinear", "silu", 0.0, [True] * 3)
+        else:
+            arguments = (lay_out(rand(1, 5, 3, 4), layout), x, [True])
+        operator = name.replace("_gradient", "_backward")
+        got = getattr(torch.ops.esr, operator)(*arguments)
+    assert seen
+    check(got, reference.OPERATORS[operator](*to(arguments, torch.float64)))
+
+
+@pytest.mark.parametrize("config", configurations("resize_gradient"))
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("mode", RESIZE_MODES)
+def test_resize_gradient_configurations(config, layout, mode):
+    torch.manual_seed(28)
+    choose, seen = only("resize_gradient", config)
+    grad, x = (lay_out(rand(2, 3, 11, 19), layout) for _ in range(2))
+    small = [lay_out(rand(2, 3, *size), layout) for size in ((1, 1), (2, 5), (11, 7), (13, 20))]
+    arguments = (grad, x, small, mode, "none", 0.0, [False] + [True] * 4)
+    with configs.chosen_by(choose):
+        got = torch.ops.esr.modulate_backward(*arguments)
+    assert len(seen) == 4
+    check(got, reference.OPERATORS["modulate_backward"](*to(arguments, torch.float64)))
+
+
+@pytest.mark.parametrize("mode", RESIZE_MODES)
+def test_every_pixel_of_a_map_finds_its_readers(mode):
+    """For any pair of sizes: which pixels read one is computed backwards, with the quotient that PyTorch rounds."""
+    torch.manual_seed(29)
+    for size in (1, 2, 3, 7, 48, 97, 255, 1000):
+        x = rand(1, 1, 1, size)
+        low = [rand(1, 1, 1, n) for n in (1, 2, 3, 5, 11, 33, 41, 61)]
+        arguments = (torch.ones_like(x), x.abs() + 0.1, low, mode, "none", 0.0, [False] + [True] * 8)
+        got = torch.ops.esr.modulate_backward(*arguments)
+        check(got, reference.OPERATORS["modulate_backward"](*to(arguments, torch.float64)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_maps_of_other_memory_formats(layout):
+    """Each map and each gradient in a format of its own, whatever that of x."""
+    torch.manual_seed(30)
+    x = lay_out(rand(2, 20, 9, 13), layout)
+    other = LAYOUTS[1 - LAYOUTS.index(layout)]
+    maps_of = [lay_out(rand(2, 20, *size), form) for size in ((9, 13), (3, 4)) for form in LAYOUTS]
+    for mode in RESIZE_MODES:
+        arguments = (lay_out(rand(2, 20, 9, 13), other), x, maps_of, mode, "silu", 0.0, [True] * 9)
+        got = torch.ops.esr.modulate_backward(*arguments)
+        check(got, reference.OPERATORS["modulate_backward"](*to(arguments, torch.float64)))
+        check(
+            torch.ops.esr.modulate(*arguments[1:-1]),
+            reference.OPERATORS["modulate"](*to(arguments[1:-1], torch.float64)),
+        )
+
+
+def test_pooling_a_slice_whose_rows_have_gaps():
+    """Its results are channels_last, its copy is not."""
+    torch.manual_seed(31)
+    x = lay_out(rand(2, 12, 9, 14), "channels_last")[:, 2:9, :, :11]
+    got = torch.ops.esr.adaptive_max_pool(x, [3, 4])
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(got, F.adaptive_max_pool2d(x, (3, 4)))
+    arguments = (rand(2, 7, 3, 4), x, [True])
+    exact = reference.OPERATORS["adaptive_max_pool_backward"](*to(arguments, torch.float64))
+    check(torch.ops.esr.adaptive_max_pool_backward(*arguments), exact)
+
+
+def test_more_maps_than_a_launch_reads_are_refused():
+    x = rand(1, 4, 5, 6)
+    with pytest.raises(ValueError, match="maps: expected 1 to 8 tensors, got 9"):
+        torch.ops.esr.modulate(x, [x] * 9, "nearest", "none", 0.0)
+
+
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
@@ -297,7 +411,8 @@ def gradient_cases(dtype, layout):
 
 CASE_NAMES = ["conv3x3 silu", "conv3x3 pre", "conv3x3 post", "conv3x3 attention", "spab", "conv3x3_pixel_shuffle",
               "conv1x1", "conv1x1 residual", "esa", "esa rfdn", "bsconv zeros", "bsconv reflect", "bsconv residual",
-              "depthwise_conv gelu", "depthwise_conv gated", "layer_norm2d"]  # fmt: skip
+              "depthwise_conv gelu", "depthwise_conv gated", "layer_norm2d", "adaptive_max_pool", "modulate",
+              "modulate bilinear"]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
@@ -326,9 +441,21 @@ MAIN_CASE = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "bsconv", "depthwise_conv", "layer_norm2d"]
-)
+OPERATORS = [
+    "conv3x3",
+    "spab",
+    "conv3x3_pixel_shuffle",
+    "conv1x1",
+    "esa",
+    "bsconv",
+    "depthwise_conv",
+    "layer_norm2d",
+    "adaptive_max_pool",
+    "modulate",
+]
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "esa"])
 def test_unwanted_gradients_are_empty(name):
     torch.manual_seed(5)
     case = MAIN_CASE.get(name, name)
@@ -341,9 +468,7 @@ def test_unwanted_gradients_are_empty(name):
         check(got[i], exact[i])
 
 
-@pytest.mark.parametrize(
-    "name", ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv", "depthwise_conv", "layer_norm2d"]
-)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_backward_of_an_empty_batch(name):
     case = MAIN_CASE.get(name, name)
     arguments = gradient_cases(torch.float32, "nchw")[case]
@@ -365,7 +490,9 @@ def test_through_autograd():
     check_gradients(lambda *a: functional.conv3x3(*a, activation="silu"), plain, [x, w, b])
 
 
-@pytest.mark.parametrize("name", ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv"])
+@pytest.mark.parametrize(
+    "name", ["conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv", "adaptive_max_pool", "modulate"]
+)
 def test_compiled_whole_for_every_size(name):
     """fullgraph, dynamic height and width, forward and backward."""
     torch.manual_seed(11)
@@ -378,7 +505,10 @@ def test_compiled_whole_for_every_size(name):
         "conv1x1": (lambda x, w: functional.conv1x1([x, x * 2], w, activation="relu"), [kernel(8, 16, 1)]),
         "esa": (functional.esa, named),
         "bsconv": (functional.bsconv, [kernel(8, 8, 1), kernel(8, 1)]),
-    }[name]
+        "adaptive_max_pool": (lambda x: functional.adaptive_max_pool(x, (x.shape[2] // 4, x.shape[3] // 2)), []),
+        "modulate": (lambda x, low: functional.modulate(x, [x, low], mode="bilinear", activation="gelu"),
+                     [rand(1, 8, 3, 5)]),
+    }[name]  # fmt: skip
     check_compiled(function, [(rand(1, 8, *size), *weights) for size in ((17, 19), (18, 21))])
 
 
@@ -461,13 +591,14 @@ def test_64_bit_offsets(monkeypatch, layout):
     torch.manual_seed(8)
     for case, arguments in gradient_cases(torch.float32, layout).items():
         name = case.split()[0] + "_backward"
-        if name in _STATUS.operators:
-            check(getattr(torch.ops.esr, name)(*arguments), reference.OPERATORS[name](*to(arguments, torch.float64)))
+        check(getattr(torch.ops.esr, name)(*arguments), reference.OPERATORS[name](*to(arguments, torch.float64)))
     x = lay_out(rand(1, 20, 17, 19), layout)
     for name, arguments in (
         ("conv3x3_pixel_shuffle", (x, kernel(12, 20), rand(12), None, 2)),
         ("conv1x1", ([x], kernel(12, 20, 1), rand(12), "relu", 0.0)),
         ("esa", (x, *esa_weights(20, 8))),
+        ("adaptive_max_pool", (x, [5, 4])),
+        ("modulate", (x, [x, lay_out(rand(1, 20, 5, 4), layout)], "bilinear", "relu", 0.0)),
     ):
         check(getattr(torch.ops.esr, name)(*arguments), reference.OPERATORS[name](*to(arguments, torch.float64)))
 
@@ -562,8 +693,25 @@ def test_every_shipped_file_is_in_the_space_of_the_tuner_or_smaller():
             assert (
                 config.warps in (1, 2, 4, 8)
                 and config.pipeline in (1, 2, 3)
-                and config.pixels in (16, 32, 64, 128, 256, 512)
+                and config.pixels in (16, 32, 64, 128, 256, 512, 1024)
             )
+
+
+def test_selecting_keeps_what_an_architecture_has_of_its_own(monkeypatch, tmp_path):
+    from esr_kernels.backends.triton import resources
+
+    old, chosen = Config((4, 16), 4, 2), {"a": Config((4, 16), 4, 2), "b": Config((8, 16), 4, 2)}
+    monkeypatch.setattr(resources, "select", lambda *args: chosen)
+    for arch, own in ((86, {}), (80, {"a": Config((4, 16), 4, 2, 255), "b": Config((2, 16), 4, 2)})):
+        data = table(f"sm_{arch}", list(divmod(arch, 10)), False)
+        data["configurations"] = {k: configs.entry(c) for k, c in ({"a": old, "b": old, "c": old} | own).items()}
+        (tmp_path / f"sm_{arch}.json").write_text(json.dumps(data))
+    resources.write(86, tmp_path, kernels=["convolution"])
+    found = {a: configs.parse(configs.read(tmp_path / f"sm_{a}.json")) for a in (80, 86, 89)}
+    assert found[86] == found[89] == chosen | {"c": old}
+    assert found[80] == found[86] | {"a": Config((4, 16), 4, 2, 255)}
+    resources.write(86, tmp_path)
+    assert set(configs.parse(configs.read(tmp_path / "sm_80.json"))) == {"a", "b"}
 
 
 def test_the_nearest_file_is_found():
@@ -636,6 +784,17 @@ def test_another_size_compiles_nothing():
     for size in ((1, 1), (9, 31), (16, 32)):
         functional.conv3x3(rand(2, 12, *size), w, b)
     assert _convolution._kernel.cache_info().misses == before
+
+
+def test_another_size_with_windows_as_large_compiles_nothing():
+    def run(height, width):
+        x, low = rand(1, 6, height, width).requires_grad_(), rand(1, 6, height // 8, width // 4).requires_grad_()
+        pooled = functional.adaptive_max_pool(x, (height // 8, width // 4))
+        functional.modulate(x, low + pooled).sum().backward()
+        kernels = (adaptive_max_pool._kernel, adaptive_max_pool._gradient_kernel, modulate._kernel, _resize._kernel)
+        return [kernel.cache_info().misses for kernel in kernels]
+
+    assert run(16, 16) == run(24, 40) == run(33, 47)
 
 
 def test_a_launch_passes_pointers_then_constants(monkeypatch):

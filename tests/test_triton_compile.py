@@ -53,7 +53,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[st
 def test_no_kernel_spills_or_asks_for_too_much(compiled: dict[int, list[dict[str, Any]]], arch: int) -> None:
     assert len(compiled[arch]) > (20 if arch in (80, 89) else 45)
     assert not [r for r in compiled[arch] if r["problem"]]
-    assert {r["operator"].split()[0] for r in compiled[arch]} >= {"span", "spab", "esa", "bsconv"}
+    found = {r["operator"].split()[0] for r in compiled[arch]}
+    assert found >= {"span", "spab", "esa", "bsconv", "adaptive_max_pool", "modulate"}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -170,6 +171,47 @@ for name, size in (("span", (9, 13)), ("rlfn", (20, 17))):
     inputs = [torch.rand(2, 3, *size).half()[..., ::2]]  # a copy is made of it
     plan.execute(inputs, run_plan_outputs(inputs, weights, text))
     assert len(plan._programs) == 1
+print("same")
+"""
+    )
+    done = run("-c", code)
+    assert done.stdout.strip() == "same", done.stderr[-3000:]
+
+
+def test_repeated_operators_launch_what_their_first_calls_did() -> None:
+    """Lists of numbers and of maps are arguments too."""
+    code = (
+        _STAND_IN
+        + """
+from esr_kernels.backends.triton.adaptive_max_pool import adaptive_max_pool
+from esr_kernels.backends.triton.modulate import modulate
+programs = []
+make = launch.Program.__init__
+def noted(self, recording, tensors, constants):
+    make(self, recording, tensors, constants)
+    programs.append(tensors)
+launch.Program.__init__ = noted
+last = torch.channels_last
+def maps():
+    return [torch.rand(2, 12, *size).to(memory_format=last) for size in ((20, 24), (20, 24), (5, 6))]
+for call in (
+    lambda x: adaptive_max_pool(x[0], [5, 6]),
+    lambda x: adaptive_max_pool(x[0], [10, 12]),
+    lambda x: modulate(x[0], x[1:], "nearest", "gelu", 0.0),
+    lambda x: modulate(x[0], x[1:], "bilinear", "gelu", 0.0),
+):
+    launches = []
+    before = len(programs)
+    for _ in range(2):
+        x = maps()
+        calls.clear()
+        out = call(x)
+        assert out.is_contiguous(memory_format=last)
+        known = {t.data_ptr(): name for t, name in zip([*x, out], ("x", "same", "small", "out"), strict=True)}
+        launches.append([(kernel, [known.get(v, v) for v in args]) for kernel, args in calls])
+    assert len(programs) == before + 1
+    assert launches[0] == launches[1] and len(launches[0]) == 1
+    assert {"x", "out"} <= {v for v in launches[0][0][1] if isinstance(v, str)}
 print("same")
 """
     )

@@ -36,6 +36,10 @@ _MODULES = {
     "depthwise_conv_backward": "depthwise_conv",
     "layer_norm2d": "layer_norm2d",
     "layer_norm2d_backward": "layer_norm2d",
+    "adaptive_max_pool": "adaptive_max_pool",
+    "adaptive_max_pool_backward": "adaptive_max_pool",
+    "modulate": "modulate",
+    "modulate_backward": "modulate",
     "run_plan": "run_plan",
 }
 

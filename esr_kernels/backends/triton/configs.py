@@ -48,6 +48,10 @@ class Config(NamedTuple):
 
 # Everything the tuner tries. Tests run every entry in the interpreter.
 TILES = ((2, 16), (4, 16), (8, 16), (4, 32), (16, 16))
+# Lanes of a window at most, and results of a program with windows that have as many.
+WINDOWS = ((16, 8), (16, 32), (64, 8), (64, 16))
+# Rows, and elements of each.
+ROWS = ((2, 128), (4, 64), (1, 512), (4, 128), (4, 256))
 SPACE: dict[str, tuple[Config, ...]] = {
     "convolution": tuple(Config(tile, warps, pipeline) for tile in TILES for warps in (4, 8) for pipeline in (1, 2, 3)),
     "conv1x1": tuple(
@@ -70,6 +74,11 @@ SPACE: dict[str, tuple[Config, ...]] = {
     ),
     "layer_norm": tuple(Config((1, pixels), warps, 1) for pixels in (16, 32, 64, 128) for warps in (2, 4, 8)),
     "layer_norm_gradient": tuple(Config((1, pixels), warps, 1) for pixels in (16, 32, 64) for warps in (2, 4, 8)),
+    "adaptive_max_pool": tuple(Config(tile, warps, 1) for tile in WINDOWS for warps in (2, 4, 8)),
+    "adaptive_max_pool_gradient": tuple(Config(tile, warps, 1) for tile in ROWS for warps in (2, 4, 8)),
+    "modulate": tuple(Config(tile, warps, 1) for tile in ROWS for warps in (2, 4, 8)),
+    "modulate_gradient": tuple(Config(tile, warps, 1) for tile in ROWS for warps in (2, 4, 8)),
+    "resize_gradient": tuple(Config(tile, warps, 1) for tile in WINDOWS for warps in (2, 4, 8)),
 }
 
 
@@ -86,6 +95,11 @@ _INTERPRETED = {
     "depthwise_gradient_planes": Config((16, 32), 4, 1),
     "layer_norm": Config((1, 512), 4, 1),
     "layer_norm_gradient": Config((1, 512), 4, 1),
+    "adaptive_max_pool": Config((64, 256), 4, 1),
+    "adaptive_max_pool_gradient": Config((16, 512), 4, 1),
+    "modulate": Config((16, 512), 4, 1),
+    "modulate_gradient": Config((16, 512), 4, 1),
+    "resize_gradient": Config((64, 256), 4, 1),
 }
 
 
@@ -151,8 +165,10 @@ def default(kernel: str, dtype: torch.dtype, columns: int) -> Config:
         return Config((2, 16), 4, 1)
     if kernel == "esa_reduce":
         return Config((4, 4), 4, 2)
-    if kernel.endswith("_planes"):
-        return Config((4, 64), 4, 1)
+    if kernel in ("adaptive_max_pool", "resize_gradient"):
+        return Config((64, 8), 4, 1)
+    if kernel.endswith("_planes") or kernel.startswith(("adaptive_max_pool", "modulate")):
+        return Config((4, 64 if kernel.endswith("_planes") else 128), 4, 1)
     if kernel.startswith("depthwise"):
         return Config((4, 16) if kernel == "depthwise" else (2, 16), 4, 1)
     return Config((1, 32 if kernel.startswith("layer_norm") else 64), 4, 1)

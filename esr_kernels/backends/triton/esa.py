@@ -22,6 +22,7 @@ from ...library import esa_gradients, feature_map
 from ._conv1x1 import multiply
 from ._convolution import convolve
 from ._epilogue import channel_offsets, image_start, pixel_offsets, sigmoid
+from ._resize import coordinates
 from ._weight_gradient import weight_gradient
 from .configs import Config, choose
 from .conv3x3 import wanted
@@ -178,15 +179,6 @@ def reduce_kernel(
 
 
 @triton.jit
-def _coordinates(i, scale, size):
-    """Both rows (or columns) that bilinear resizing without aligned corners reads for `i`, and the second's weight."""
-    source = tl.maximum((i + 0.5) * scale - 0.5, 0.0)
-    first = tl.minimum(source.to(tl.int32), size - 1)
-    second = tl.minimum(first + 1, size - 1)
-    return first, second, source - first
-
-
-@triton.jit
 def _gate_sums(
     x, wf1, bf1, low, n, x_batch, pixel, inside, pixels, width, low_height, low_width, scale_y, scale_x,
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, PIXELS: tl.constexpr,
@@ -194,8 +186,8 @@ def _gate_sums(
 ):  # fmt: skip
     """The [PIXELS, ROWS] float32 input of the last convolution: resized low-resolution map plus skip."""
     f = tl.arange(0, ROWS)[None, :]
-    y0, y1, wy = _coordinates((pixel // width).to(tl.int32), scale_y, low_height)
-    x0, x1, wx = _coordinates((pixel % width).to(tl.int32), scale_x, low_width)
+    y0, y1, wy = coordinates((pixel // width).to(tl.int32), scale_y, low_height)
+    x0, x1, wx = coordinates((pixel % width).to(tl.int32), scale_x, low_width)
     low += n * low_height * low_width * ROWS
     if WIDE:
         y0 = y0.to(tl.int64)
@@ -325,7 +317,7 @@ def resize_adjoint_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for i in range(0, reach):
         position = first + i
-        i0, i1, weight_1 = _coordinates(position, scale, low)
+        i0, i1, weight_1 = coordinates(position, scale, low)
         weight = tl.where(i0 == at, 1.0 - weight_1, 0.0) + tl.where(i1 == at, weight_1, 0.0)
         mine = ok & (position < length) & (weight > 0)
         value = tl.load(g + start + position.to(tl.int64) * inner, mask=mine, other=0.0)

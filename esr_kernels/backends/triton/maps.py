@@ -77,9 +77,9 @@ def padded(channels: int) -> int:
     return -(-channels // 16) * 16
 
 
-def wide(*maps: Map | None) -> bool:
-    """Whether offsets inside an image need 64 bits."""
-    return any(m is not None and m.span > LARGEST_OFFSET for m in maps)
+def wide(*maps: Map | None, largest: int = 0) -> bool:
+    """Whether offsets inside an image, or numbers up to `largest`, need 64 bits."""
+    return largest > LARGEST_OFFSET or any(m is not None and m.span > LARGEST_OFFSET for m in maps)
 
 
 def precision(dtype: torch.dtype) -> str:

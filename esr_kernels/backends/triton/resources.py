@@ -28,9 +28,10 @@ from triton.backends.compiler import GPUTarget
 
 from ... import dispatch
 from ...cases import CASES, OperatorCase, model_pair
+from ...library import ACTIVATIONS
 from ...optimize import optimize
 from ...timing import write_json
-from . import call, configs, implementations, launch
+from . import _pointwise, call, configs, launch, maps
 
 ARCHITECTURES = (80, 86, 89, 90)
 # Shared memory that one program can have, in bytes.
@@ -179,6 +180,8 @@ def inspect(item: Launch, arch: int) -> Resources:
     assert counts is not None, usage
     constants = _constants(item)
     shape = f"{constants['TILE_H']}x{constants['TILE_W']}" if "TILE_H" in constants else ""
+    if "RESULTS" in constants:
+        shape = f"{constants['RESULTS']} of {constants['ROWS']}x{constants['COLUMNS']}"
     shape = shape or str(constants.get("PIXELS", constants.get("BLOCK", "")))
     stages = constants.get("PIPELINE", 1)
     config = f"{shape}, {item.kernel.num_warps} warps" + (f", {stages} stages" if stages > 1 else "")
@@ -214,7 +217,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 def layouts(case: OperatorCase) -> tuple[torch.memory_format, ...]:
     """The memory formats in which an operator has kernels of its own; others differ in the strides only."""
-    planes = case.operator == "depthwise_conv"
+    planes = case.operator in ("depthwise_conv", "adaptive_max_pool", "modulate")
     return (torch.channels_last, torch.contiguous_format) if planes else (torch.channels_last,)
 
 
@@ -228,7 +231,9 @@ def case_launches(
     config: Choice | None = None,
 ) -> list[Launch]:
     """The launches of an operator case in one dtype of `DTYPES`; with `backward` those of its gradients too."""
-    arguments = case.arguments(1, 16, 16, dtype=DTYPES[name], memory_format=layout)
+    # Windows are as large as in the networks' images; other kernels are the same for any size.
+    side = 256 if case.operator == "adaptive_max_pool" else 16
+    arguments = case.arguments(1, side, side, dtype=DTYPES[name], memory_format=layout)
     with tf32(name == "tf32"), collect(f"{case.name} {name}", arch, config) as launches:
         if backward:
             out = case.fused({k: _leaf(v) for k, v in arguments.items()})
@@ -238,18 +243,12 @@ def case_launches(
     return launches
 
 
-def cases() -> list[OperatorCase]:
-    """The operator cases (`esr_kernels.cases`) that this backend has kernels for."""
-    own = implementations()
-    return [case for case in CASES if case.operator in own]
-
-
 def operator_launches(arch: int, name: str, *, config: Choice | None = None) -> list[Launch]:
     """The launches of every operator case and its gradients, each once."""
     return unique(
         [
             item
-            for case in cases()
+            for case in CASES
             for layout in layouts(case)
             for item in case_launches(case, arch, name, backward=True, layout=layout, config=config)
         ]
@@ -280,24 +279,47 @@ def model_launches(
     return unique(found)
 
 
+# What a plan computes of every element.
+_OPERATIONS = (
+    *("add", "multiply", "normalize", "clamp", "sigmoid", "hardswish", "mish"),
+    *(activation for activation in ACTIVATIONS if activation != "none"),
+)
+
+
+def pointwise_launches(arch: int, name: str) -> list[Launch]:
+    """The launches of a plan's sums, products and functions, on buffers with padding and without, and on images."""
+    dtype = DTYPES[name]
+    with collect(f"plan {name}", arch) as launches:
+        for operation in _OPERATIONS:
+            for channels, pitch in ((36, 48), (48, 48), (3, 0)):
+                x = maps.Map(torch.zeros(1, 256 * (pitch or channels), dtype=dtype), pitch, 0, channels, 16, 16)
+                if operation in ("add", "multiply"):
+                    _pointwise.combine(x, x, operation, x)
+                else:
+                    _pointwise.apply(x, operation, torch.zeros(2, channels), x)
+    return unique(launches)
+
+
 def networks(arch: int) -> list[Launch]:
     """The launches of whole networks in every dtype, with their shipped configurations."""
     return [item for name in DTYPES for item in model_launches(arch, name)]
 
 
 def shipped(arch: int, *, quick: bool = False) -> list[Launch]:
-    """Networks, operators and their gradients in every dtype, with their shipped configurations.
+    """Networks, operators, their gradients and plans' functions in every dtype, with their shipped configurations.
 
     With `quick` networks in float16, and of operators and gradients in float16 and float32 each kernel with each of its
     tiles once per mode, on most channels. Where the instructions are those of another architecture, SPAN in float16 and
     each kernel once per mode.
     """
     if not quick:
-        return unique(networks(arch) + [item for name in DTYPES for item in operator_launches(arch, name)])
+        alone = [item for name in DTYPES for item in operator_launches(arch, name) + pointwise_launches(arch, name)]
+        return unique(networks(arch) + alone)
+    alone = operator_launches(arch, "float16") + pointwise_launches(arch, "float16")
     if arch in _LIKE:
-        return unique(model_launches(arch, "float16", ("span",)) + _demanding(operator_launches(arch, "float16")))
+        return unique(model_launches(arch, "float16", ("span",)) + _demanding(alone))
     groups: dict[Any, list[Launch]] = {}
-    for item in operator_launches(arch, "float16") + operator_launches(arch, "float32"):
+    for item in alone + operator_launches(arch, "float32"):
         kind = item.config and (item.config.rpartition("/")[0], item.kernel.num_warps, *_tile(item))
         groups.setdefault(kind, []).append(item)
     found = model_launches(arch, "float16")
@@ -310,7 +332,8 @@ def _constants(item: Launch) -> dict[str, Any]:
 
 
 def _tile(item: Launch) -> tuple[Any, ...]:
-    return tuple(_constants(item).get(name) for name in ("TILE_H", "TILE_W", "PIXELS", "PIPELINE"))
+    names = ("TILE_H", "TILE_W", "PIXELS", "PIPELINE", "RESULTS", "ROWS", "COLUMNS")
+    return tuple(_constants(item).get(name) for name in names)
 
 
 # --- configurations from resources ------------------------------------------------------------------------------------
@@ -350,6 +373,11 @@ _CANDIDATES: dict[str, tuple[configs.Config, ...]] = {
     ),
     "layer_norm": tuple(configs.Config((1, pixels), 4, 1) for pixels in (32, 16)),
     "layer_norm_gradient": tuple(configs.Config((1, pixels), 4, 1) for pixels in (32, 16)),
+    "adaptive_max_pool": tuple(configs.Config((64, results), 4, 1) for results in (16, 8)),
+    "adaptive_max_pool_gradient": tuple(configs.Config((4, elements), 4, 1) for elements in (128, 64)),
+    "modulate": tuple(configs.Config((4, elements), 4, 1) for elements in (128, 64)),
+    "modulate_gradient": tuple(configs.Config((4, elements), 4, 1) for elements in (128, 64)),
+    "resize_gradient": tuple(configs.Config((lanes, 8), 4, 1) for lanes in (64, 16)),
 }
 _ENOUGH_WARPS = 8
 
@@ -366,7 +394,9 @@ def _demanding(launches: Sequence[Launch]) -> list[Launch]:
     found: dict[Any, Launch] = {}
     for item in sorted(launches, key=demand):
         function = item.kernel.function  # two modules have a `reduce_kernel`
-        found[function.__module__, function.__name__, _constants(item).get("MODE")] = item
+        constants = _constants(item)
+        mode = constants.get("MODE", constants.get("OPERATION"))
+        found[function.__module__, function.__name__, mode] = item
     return list(found.values())
 
 
@@ -432,23 +462,26 @@ _LIKE = {80: 86, 89: 86}
 def write(arch: int, folder: Path, log: Callable[[str], None] = print, kernels: Sequence[str] = ()) -> None:
     """Write `sm_<arch>.json`, the configurations of GPUs that nobody has measured yet, and those of its like.
 
-    With `kernels` only theirs are chosen; the others stay what the file says.
+    With `kernels` only theirs are chosen; the others stay what the file says. Where an architecture has a configuration
+    of its own in place of one that is chosen again, it keeps it.
     """
-    table: dict[str, Any] = {}
-    if kernels:
-        table |= configs.read(folder / f"sm_{arch}.json")["configurations"]
+    paths = {a: folder / f"sm_{a}.json" for a in (arch, *(a for a, like in _LIKE.items() if like == arch))}
+    before = {a: configs.read(path)["configurations"] if path.is_file() else {} for a, path in paths.items()}
+    table: dict[str, Any] = dict(before[arch]) if kernels else {}
     for name in DTYPES:
         for key, config in select(arch, name, log, kernels).items():
             table[key] = configs.entry(config)
-    for same in (arch, *(a for a, like in _LIKE.items() if like == arch)):
+    for same, path in paths.items():
+        chosen = before[arch]
+        own = {k: c for k, c in before[same].items() if c != chosen.get(k) and k in table and table[k] == chosen.get(k)}
         data = {
             "device": f"sm_{same}",
             "capability": list(divmod(same, 10)),
             "measured": False,
             "triton": triton.__version__,
-            "configurations": dict(sorted(table.items())),
+            "configurations": dict(sorted((table | own).items())),
         }
-        write_json(folder / f"sm_{same}.json", data)
+        write_json(path, data)
 
 
 def markdown(results: Sequence[Resources]) -> str:
