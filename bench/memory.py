@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,12 +54,11 @@ def main() -> int:
         rows.append(measure(name, args.size))
         if sys.stderr.isatty():
             print(name, file=sys.stderr)
+        if args.json not in (None, "-"):  # after each: all of them take a quarter of an hour
+            Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     if args.json == "-":
         print(json.dumps(rows))
         return 0
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(rows, file, indent=1)
 
     def line(row: dict[str, Any]) -> list[str]:
         values = row["fused"], row["eager"]
