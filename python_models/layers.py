@@ -19,6 +19,7 @@ from esr_kernels.modules import (
     ESA,
     RLFB,
     BSConv,
+    BSConvS,
     Conv1x1,
     Conv3x3,
     Conv3x3PixelShuffle,
@@ -32,6 +33,7 @@ from esr_kernels.reparam import Reparameterized
 
 from .plain_blocks import (
     PlainBSConv,
+    PlainBSConvS,
     PlainConv1x1,
     PlainConv3x3,
     PlainConv3x3PixelShuffle,
@@ -60,6 +62,7 @@ class Layers:
     conv3x3: Make
     conv1x1: Make
     bsconv: Make
+    bsconv_s: Make
     depthwise_conv: Make
     layer_norm2d: Make
     pixel_norm: Make
@@ -89,6 +92,7 @@ FUSED = Layers(
     conv3x3=Conv3x3,
     conv1x1=Conv1x1,
     bsconv=BSConv,
+    bsconv_s=BSConvS,
     depthwise_conv=DepthwiseConv,
     layer_norm2d=LayerNorm2d,
     pixel_norm=PixelNorm,
@@ -106,6 +110,7 @@ PLAIN = Layers(
     conv3x3=PlainConv3x3,
     conv1x1=PlainConv1x1,
     bsconv=PlainBSConv,
+    bsconv_s=PlainBSConvS,
     depthwise_conv=PlainDepthwiseConv,
     layer_norm2d=PlainLayerNorm2d,
     pixel_norm=PlainPixelNorm,

@@ -11,7 +11,7 @@ et al.).
     +  <-----------------------------------------------------'
     upsampler       C -> 3 r r, pixel shuffle, + mean
 
-    BSConv-S    1x1, depthwise 3x1, depthwise 1x3; with a stride, both have it
+    BSConv-S    `BSConvS`: 1x1, depthwise 3x1, depthwise 1x3; with a stride, both have it
     attentions  t + n * `MultiscaleGate`(n) with n = layer norm of t, then `EnhancedCCA`
 
 Particular: the blocks' outputs are summed, not concatenated; convolutions reflect at the border.
@@ -20,10 +20,10 @@ Particular: the blocks' outputs are summed, not concatenated; convolutions refle
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from esr_kernels.modules import Level, MultiscaleGate
 from esr_kernels.modules.arguments import positive
@@ -36,34 +36,16 @@ from .registry import ModelCard, register
 _LEVELS = (Level(0, pool=3, padding=1), Level(1, pool=5, padding=0), Level(2, pool=7, padding=1, variance_number=3))
 
 
-class _BSConvS(nn.Module):
-    def __init__(
-        self,
-        layers: Layers,
-        cin: int,
-        cout: int,
-        *,
-        stride: int = 1,
-        activation: str = "none",
-        padding_mode: str = "reflect",
-    ) -> None:
-        super().__init__()
-        assert padding_mode == "reflect"
-        self.pw = layers.conv1x1(cin, cout, bias=False)
-        self.dw1 = nn.Conv2d(cout, cout, (3, 1), stride, (1, 0), groups=cout, padding_mode="reflect")
-        self.dw2 = nn.Conv2d(cout, cout, (1, 3), stride, (0, 1), groups=cout, padding_mode="reflect")
-        self.gelu = activation == "gelu"
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.dw2(self.dw1(self.pw(x)))
-        return F.gelu(y) if self.gelu else y
+def _reflecting(layers: Layers, *channels: int, padding_mode: str, **options: Any) -> Any:
+    assert padding_mode == "reflect"
+    return layers.bsconv_s(*channels, **options)
 
 
 class _MDSA(MultiscaleGate):
     """Multi-level dispersion spatial attention of the normalised input."""
 
     def __init__(self, layers: Layers, c: int) -> None:
-        super().__init__(c, c // 4, _LEVELS, conv1x1=layers.conv1x1, conv=partial(_BSConvS, layers))
+        super().__init__(c, c // 4, _LEVELS, conv1x1=layers.conv1x1, conv=partial(_reflecting, layers))
         self.ln = layers.layer_norm2d(c)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,10 +55,13 @@ class _MDSA(MultiscaleGate):
 
 class _Block(Distillation):
     def __init__(self, layers: Layers, c: int) -> None:
-        last = _BSConvS(layers, c, c // 2, activation="gelu")
-        super().__init__(layers, c, lambda _: _BSConvS(layers, c, c), last)
+        last = layers.bsconv_s(c, c // 2, activation="gelu")
+        super().__init__(layers, c, lambda _: layers.bsconv_s(c, c, activation="gelu"), last)
         self.esa = nn.ModuleDict({"body": nn.Sequential(_MDSA(layers, c))})
         self.cca = EnhancedCCA(layers, c)
+
+    def refine(self, conv: nn.Module, t: Tensor) -> Tensor:
+        return conv(t, t, "pre")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.cca(self.esa["body"](self.distill(x))) + x
@@ -107,7 +92,7 @@ class MSN(Network):
         for i in range(1, num_blocks + 1):
             self.add_module(f"B{i}", _Block(self.kit, channels))
         self.c1 = self.kit.conv1x1(channels, channels, activation="gelu")
-        self.c2 = _BSConvS(self.kit, channels, channels)
+        self.c2 = self.kit.bsconv_s(channels, channels)
         self.upsampler = nn.ModuleDict({"upsampleOneStep": self.kit.upsampler(channels, 3, upscale)})
 
     def forward(self, x: Tensor) -> Tensor:

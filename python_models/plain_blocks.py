@@ -101,6 +101,21 @@ class PlainBSConv(nn.Module):
         return self.dw(self.pw(x), residual, residual_mode)
 
 
+class PlainBSConvS(nn.Module):
+    def __init__(self, cin: int, cout: int, *, stride: int = 1, activation: str = "none") -> None:
+        super().__init__()
+        self.pw = nn.Conv2d(cin, cout, 1, bias=False)
+        self.dw1 = nn.Conv2d(cout, cout, (3, 1), stride, (1, 0), groups=cout, padding_mode="reflect")
+        self.dw2 = nn.Conv2d(cout, cout, (1, 3), stride, (0, 1), groups=cout, padding_mode="reflect")
+        self._act = _ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, residual_mode: str = "post") -> Tensor:
+        h = self.dw2(self.dw1(self.pw(x)))
+        if residual is None:
+            return self._act(h)
+        return self._act(h + residual) if residual_mode == "pre" else self._act(h) + residual
+
+
 class PlainDepthwiseConv(nn.Conv2d):
     """Convolution, activation, product of the halves: a step each."""
 

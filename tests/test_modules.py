@@ -19,6 +19,7 @@ from esr_kernels.modules import (
     GDFN,
     SAFM,
     BSConv,
+    BSConvS,
     Conv1x1,
     Conv3x3,
     DepthwiseConv,
@@ -328,6 +329,13 @@ def plain_bsconv(m: BSConv, x: Tensor) -> Tensor:
     return F.gelu(y) if m.activation == "gelu" else y
 
 
+def plain_bsconv_s(m: BSConvS, x: Tensor) -> Tensor:
+    y = F.pad(F.conv2d(x, m.pw.weight), (0, 0, 1, 1), mode="reflect")
+    y = F.conv2d(y, m.dw1.weight, m.dw1.bias, stride=m.stride, groups=y.shape[1])
+    y = F.conv2d(F.pad(y, (1, 1, 0, 0), mode="reflect"), m.dw2.weight, m.dw2.bias, stride=m.stride, groups=y.shape[1])
+    return F.gelu(y) if m.activation == "gelu" else y
+
+
 def plain_layer_norm(m: LayerNorm2d, x: Tensor) -> Tensor:
     return F.layer_norm(x.permute(0, 2, 3, 1), m.weight.shape, m.weight, m.bias, m.eps).permute(0, 3, 1, 2)
 
@@ -358,6 +366,8 @@ PLAIN_BLOCKS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], A
     "bsconv": (lambda: BSConv(12, 9), plain_bsconv, 12),
     "bsconv-reflect": (lambda: BSConv(12, 9, padding_mode="reflect", activation="gelu"), plain_bsconv, 12),
     "bsconv-stride": (lambda: BSConv(6, 7, padding_mode="reflect", stride=2), plain_bsconv, 6),
+    "bsconv-s": (lambda: BSConvS(12, 9, activation="gelu"), plain_bsconv_s, 12),
+    "bsconv-s-stride": (lambda: BSConvS(6, 7, stride=2), plain_bsconv_s, 6),
     "depthwise": (lambda: DepthwiseConv(7, (5, 3), activation="gelu"), lambda m, x: F.gelu(plain_depthwise(m, x)), 7),
     "depthwise-dilated": (lambda: DepthwiseConv(7, 5, dilation=3, bias=False), lambda m, x: plain_depthwise(m, x), 7),
     "depthwise-reflect": (lambda: DepthwiseConv(6, padding_mode="reflect"), lambda m, x: plain_depthwise(m, x), 6),
@@ -438,3 +448,31 @@ def test_bad_arguments_of_pointwise_blocks() -> None:
     for make in (lambda: CCA(0, 1), lambda: GDFN(4, 0), lambda: LayerNorm2d(0), lambda: ElementScale(0)):
         with pytest.raises(ValueError, match="must be at least 1, got 0"):
             make()
+
+
+def test_the_product_of_two_depthwise_convolutions() -> None:
+    """In eval mode it is kept until a parameter changes; with a residual and traced it is the same function."""
+    torch.manual_seed(0)
+    module = BSConvS(5, 6, activation="gelu").eval().requires_grad_(False)
+    x, r = torch.randn(1, 5, 2, 9), torch.randn(1, 6, 2, 9)
+
+    def two_steps(m: BSConvS, x: Tensor, r: Tensor) -> Tensor:
+        none = copy.copy(m)
+        none.activation = "none"
+        return F.gelu(plain_bsconv_s(none, x) + r)
+
+    exact = copy.deepcopy(module).double()
+    for _ in range(2):
+        with torch.no_grad():
+            got = module(x, r, "pre")
+            assert module.depthwise()[0] is module.depthwise()[0]
+            assert error(got, two_steps(exact, x.double(), r.double())) < 1e-5
+            traced = torch.jit.trace(lambda x, r: module(x, r, "pre"), (x, r))
+            assert error(traced(x, r), two_steps(exact, x.double(), r.double())) < 1e-5
+            for m in (module, exact):
+                m.dw1.weight.mul_(2)
+                m.dw2.bias.add_(1)
+    with pytest.raises(ValueError, match="residual: stride 2 takes none"):
+        BSConvS(5, 6, stride=2)(torch.randn(1, 5, 8, 8), residual=r)
+    with pytest.raises(ValueError, match="activation: stride 2 allows only \"none\", got 'gelu'"):
+        BSConvS(5, 6, stride=2, activation="gelu")

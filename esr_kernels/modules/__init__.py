@@ -1,6 +1,6 @@
 """Building blocks of the challenge's networks, with the published state-dict names."""
 
-from .bsconv import BSConv
+from .bsconv import BSConv, BSConvS
 from .cca import CCA
 from .collapsible import RBSB, CollapsibleConv
 from .conv import Conv1x1, Conv3x3, DepthwiseConv
@@ -34,6 +34,7 @@ __all__ = [
     "SAFM",
     "SPAB",
     "BSConv",
+    "BSConvS",
     "CollapsibleConv",
     "Conv1x1",
     "Conv3XC",
