@@ -225,6 +225,37 @@ POINT_RESIDUALS = {
 }
 
 
+def strips(channels, bias=True, mode="reflect"):
+    options = {"groups": channels, "bias": bias, "padding_mode": mode}
+    column = nn.Conv2d(channels, channels, (3, 1), padding=(1, 0), **options)
+    return column, nn.Conv2d(channels, channels, (1, 3), padding=(0, 1), **options)
+
+
+STRIPS = {
+    "reflected": (strips(12), ["bsconv gelu pre"], []),
+    "row first": (strips(12)[::-1], ["bsconv gelu pre"], []),
+    "zeros": (strips(12, False, "zeros"), ["bsconv gelu pre"], []),
+    "zeros around a bias": (strips(12, True, "zeros"), None, ["depthwise_conv: 3x1, 12 channels"]),
+    "two columns": (
+        (strips(12, False, "zeros")[0], strips(12, False, "zeros")[0]),
+        None,
+        ["depthwise_conv: 3x1, 12 channels"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRIPS)
+def test_depthwise_convolutions_of_one_row_and_one_column(name):
+    (first, second), expected, apart = STRIPS[name]
+    point = nn.Conv2d(12, 12, 1, bias=False)
+    fast = check(
+        Net(lambda m, x: F.gelu(m.b(m.a(m.p(h := m.head(x)))) + h), head=conv(3, 12), p=point, a=first, b=second)
+    )
+    if expected is not None:
+        assert ops_of(fast) == ["conv3x3", *expected]
+    assert alone(fast)[: len(apart)] == apart
+
+
 SEPARABLE_RESIDUALS = {
     "post": (lambda m, x: m.s(x) + x, ["bsconv post"]),
     "pre": (lambda m, x: F.gelu(m.s(x) + x), ["bsconv gelu pre"]),

@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 
 from ..backends.reference._common import activate, apply, attention
 from ..functional import DEPTHWISE_SIDES
-from .simplify import Conv, conv_of, function_of, within
+from .simplify import Conv, conv_of, function_of, within, write_conv
 from .workspace import _CASTS, Workspace, aten, dims, getitem, is_map, is_pointwise
 
 ops = torch.ops.esr
@@ -36,6 +36,7 @@ def match(ws: Workspace, scale_limit: float | None = None) -> None:
         scale_limit: as of `merge_linear`.
     """
     _convolutions(ws)
+    _strips(ws)
     _separable(ws)
     _depthwise(ws)
     _normalizations(ws)
@@ -262,6 +263,58 @@ def _insert(ws: Workspace, fused: _Fused, at: fx.Node) -> fx.Node:
     node = ws.call(at, getattr(ops, fused.op).default, args, at)
     node.meta |= {k: fused.node.meta[k] for k in ("stack_trace", "nn_module_stack") if k in fused.node.meta}
     return node
+
+
+# --- depthwise convolutions of one row and one column
+
+
+@dataclass
+class _Strip:
+    conv: Conv
+    x: fx.Node  # without the padding
+    padding_mode: str
+
+
+def _strips(ws: Workspace) -> None:
+    """Depthwise 3x1 and 1x3, in either order, as one depthwise 3x3 with the product of their weights."""
+    for node in list(ws.graph.nodes):
+        second = None if node._erased else _strip_of(ws, node)
+        first = None if second is None else _strip_of(ws, second.x)
+        if second is None or first is None or len(second.x.users) != 1 or first.padding_mode != second.padding_mode:
+            continue
+        if first.conv.kernel == second.conv.kernel:
+            continue
+        bias = second.conv.bias
+        if first.conv.bias is not None and bool(first.conv.bias.any()):
+            if second.padding_mode == "zeros":
+                continue  # beside the image the second reads zeros, not the first's bias
+            through = first.conv.bias * second.conv.weight.sum((1, 2, 3))
+            bias = through if bias is None else bias + through
+        x, padding = first.x, (1, 1)
+        if second.padding_mode == "reflect":
+            x, padding = ws.call(node, aten.reflection_pad2d.default, (x, [1, 1, 1, 1]), node), (0, 0)
+            value = node.meta["val"]
+            x.meta["val"] = value.new_empty((*value.shape[:2], value.shape[2] + 2, value.shape[3] + 2))
+        weight = first.conv.weight * second.conv.weight
+        both = write_conv(ws, Conv(node, x, weight, bias, padding=padding, groups=second.conv.groups), node)
+        ws.replace(node, both)
+        ws.clean()
+
+
+def _strip_of(ws: Workspace, node: fx.Node) -> _Strip | None:
+    """A node as a depthwise convolution of 3x1 or 1x3 that keeps the size, if it is one."""
+    conv = conv_of(ws, node)
+    if conv is None or conv.kernel not in ((3, 1), (1, 3)) or conv.stride != (1, 1) or conv.dilation != (1, 1):
+        return None
+    if conv.groups == 1 or conv.weight.shape[:2] != (conv.groups, 1):
+        return None
+    up, left = (k // 2 for k in conv.kernel)
+    if conv.padding == (up, left):
+        return _Strip(conv, conv.x, "zeros")
+    pad: Any = conv.x
+    if conv.padding != (0, 0) or pad.target is not aten.reflection_pad2d.default or len(pad.users) != 1:
+        return None
+    return _Strip(conv, pad.args[0], "reflect") if list(pad.args[1]) == [left, left, up, up] else None
 
 
 # --- depthwise separable pairs
