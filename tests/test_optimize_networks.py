@@ -799,3 +799,26 @@ def test_networks_that_take_too_long_to_trace_are_taken_module_by_module(monkeyp
     fast = check(network)
     assert len(fast.report().fused) == 2
     assert "the whole network: torch.export failed: TimeoutError: tracing takes too long" in fast.report().left[0]
+
+
+def test_modules_with_little_to_fuse_stay_plain_and_are_traced_once(monkeypatch):
+    from esr_kernels.optimize import model as optimizer
+
+    def attend(m, x):
+        tokens = m.c(x).flatten(2)
+        return x + (tokens @ (tokens.transpose(1, 2) @ tokens).softmax(-1)).view(x.shape)
+
+    complete = optimizer.build
+    traced = []
+
+    def build(module, *args):
+        traced.append(module)
+        if len(traced) == 1:
+            raise optimizer.CaptureError("not today")
+        return complete(module, *args)
+
+    monkeypatch.setattr(optimizer, "build", build)
+    blocks = [Net(attend, c=conv(12, 12)) for _ in range(3)]
+    fast = check(nn.Sequential(conv(3, 12), *blocks, conv(12, 5)))
+    assert "1 and 2 more: less than 10% of its arithmetic has a fused form" in fast.report().left
+    assert len(traced) == 4 and len(fast.report().fused) == 2

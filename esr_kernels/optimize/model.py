@@ -510,6 +510,8 @@ class _Optimizer:
         done: dict[nn.Module, nn.Module] = {}
         names: list[str] = []
         left: dict[str, list[str]] = {}  # what stayed plain, and in which modules
+        little = f"less than {_LEAST_SHARE:.0%} of its arithmetic has a fused form"
+        not_worth: set[tuple[Any, ...]] = set()  # kinds of modules for which that holds: tracing them takes long
         deadline = time.process_time() + PATIENCE
 
         def visit(parent: nn.Module, path: str) -> None:
@@ -519,6 +521,10 @@ class _Optimizer:
                     parent.register_module(name, done[child])
                     continue
                 x = calls.get(child)
+                kind = (type(child), *((key, p.shape) for key, p in child.named_parameters()))
+                if x is not None and kind in not_worth:
+                    left[little].append(full)
+                    continue
                 if x is not None:
                     try:
                         lowered, guard, _minimum = build(child, x, self._scale_limit, deadline)
@@ -535,7 +541,8 @@ class _Optimizer:
                                 names.append(full)
                                 self.report.fused += [f"{full}: {line}" for line in lowered.fused]
                             else:
-                                lines = [f"less than {_LEAST_SHARE:.0%} of its arithmetic has a fused form"]
+                                not_worth.add(kind)
+                                lines = [little]
                         for line in lines:
                             left.setdefault(line, []).append(full)
                         continue
