@@ -117,7 +117,8 @@ def test_what_needs_no_gradient_is_not_computed(case: OperatorCase, backend: str
     own tests ask for every gradient alone, a few."""
     arguments = inputs(case)
     everything = gradients(case.fused, arguments)
-    few = {0, 1, len(everything) - 1} if backend in ("triton", "native-cuda") else set(range(len(everything)))
+    every = range(len(everything))
+    few = {0, 1, len(everything) - 1}.intersection(every) if backend in ("triton", "native-cuda") else every
     for i in sorted(few):
         wanted = [k == i for k in range(len(everything))]
         with Masks() as masks:
