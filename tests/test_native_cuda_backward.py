@@ -285,21 +285,7 @@ def test_gradient_without_a_stride():
         check("conv3x3", (ones, x, weight, None, None, activation, 0.0, "post", [True, True, True, False]), 1e-5)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "conv3x3",
-        "spab",
-        "conv3x3_pixel_shuffle",
-        "conv1x1",
-        "esa",
-        "bsconv",
-        "depthwise_conv",
-        "layer_norm2d",
-        "adaptive_max_pool",
-        "modulate",
-    ],
-)
+@pytest.mark.parametrize("name", functional.__all__)
 def test_empty_batch(name):
     case = MAIN_CASE.get(name, name)
     arguments = gradient_cases(torch.float32, "nchw")[case]

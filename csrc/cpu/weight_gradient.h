@@ -101,15 +101,18 @@ ESR_INLINE int64_t most_tiles(int64_t width) {
   return columns < kTiles ? columns : kTiles;
 }
 
+// That whole blocks of a row leave room for.
+ESR_INLINE int64_t most_collected(int64_t width) { return kCollected / most_tiles(width) * most_tiles(width); }
+
 inline int64_t winograd_weight_scratch_floats(int64_t cin, int64_t x_step, int64_t g_step, int64_t width) {
-  const int64_t tiles = kCollected / most_tiles(width) * most_tiles(width);
+  const int64_t tiles = most_collected(width);
   const int64_t planes = plane_stride(tiles * x_step) + plane_stride(tiles * g_step) + plane_stride(cin * g_step);
   return kPositions * planes + 6 * kTileColumns * (x_step > g_step ? x_step : g_step);
 }
 
 inline void winograd_weight_gradient(const WeightGradientArgs& a, int64_t tile_row0, int64_t tile_row1) {
   const int64_t tile_columns = (a.width + 3) / 4, most = most_tiles(a.width);
-  const int64_t room = kCollected / most * most;
+  const int64_t room = most_collected(a.width);
   const int64_t plane_x = plane_stride(room * a.x_step), plane_g = plane_stride(room * a.g_step);
   const int64_t plane = plane_stride(a.cin * a.g_step);
   float* const x = a.scratch;

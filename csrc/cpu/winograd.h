@@ -7,8 +7,8 @@
 // are counted from the image's corner, so a tile's result does not depend on the block it is in. Tiles in which
 // something is not finite are computed again, directly.
 
-// A multiple of most pixel blocks: fewer, and the weights are read too often; more, and the
-// products leave the first-level cache.
+// A multiple of most pixel blocks: fewer, and the weights are read too often; more, and the products leave the
+// first-level cache.
 constexpr int64_t kTiles = 12;
 constexpr int64_t kTileColumns = 4 * kTiles + 2;  // the input columns under a block
 constexpr int64_t kPositions = 36;
@@ -244,16 +244,14 @@ inline int64_t winograd_scratch_floats(int64_t in_step, int64_t width) {
 
 // What the products of the first block of channels hide: the block's results, which are about to be written, and its
 // residual; and what all of them hide: the input of the next block, to the right or at the start of the next tile row.
-ESR_INLINE Prefetcher results_of(const WinogradArgs& a, int64_t y, int64_t x, int64_t rows, int64_t tiles) {
-  const int64_t columns = a.width - x < 4 * tiles ? a.width - x : 4 * tiles;
+ESR_INLINE Prefetcher results_of(const WinogradArgs& a, int64_t y, int64_t x, int64_t rows, int64_t columns) {
   const float* first = a.out + (y - a.out_first_row) * a.out_pitch + x * a.out_step;
   return {first, a.out_pitch, rows, columns * a.out_step, kPositions};
 }
 
-ESR_INLINE Prefetcher residual_of(const WinogradArgs& a, int64_t y, int64_t x, int64_t rows, int64_t tiles) {
+ESR_INLINE Prefetcher residual_of(const WinogradArgs& a, int64_t y, int64_t x, int64_t rows, int64_t columns) {
   const Epilogue& e = a.epilogue;
   if (e.residual == nullptr) return {nullptr, 0, 0, 0, 1};
-  const int64_t columns = a.width - x < 4 * tiles ? a.width - x : 4 * tiles;
   return {e.residual + y * e.residual_pitch + x * a.out_step, e.residual_pitch, rows, columns * a.out_step, kPositions};
 }
 
@@ -289,7 +287,8 @@ inline void winograd(const WinogradArgs& a, int64_t tile_row0, int64_t tile_row1
       }
       winograd_in(in, pitch, a.in_step, tiles, transformed, plane_in);
       const int64_t rows = a.height - y < 4 ? a.height - y : 4;
-      Prefetcher ahead[3] = {results_of(a, y, x0, rows, tiles), residual_of(a, y, x0, rows, tiles),
+      const int64_t block_columns = a.width - x0 < 4 * tiles ? a.width - x0 : 4 * tiles;
+      Prefetcher ahead[3] = {results_of(a, y, x0, rows, block_columns), residual_of(a, y, x0, rows, block_columns),
                              input_after(a, y, t0, tile_columns)};
       for_blocks(a.out_vectors, [&](auto vectors, int64_t first_vector) {
         constexpr int V = decltype(vectors)::kValue;

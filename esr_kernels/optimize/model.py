@@ -493,10 +493,9 @@ class _Optimizer:
 
     def _count(self, candidate: nn.Module) -> None:
         """The fused part of the arithmetic, and what of the rest is hot."""
-        shares = _shares(candidate, self.example)
-        if not shares:
+        plain = _plain_shares(candidate, self.example)
+        if plain is None:
             return
-        plain = {op: share for op, share in shares.items() if not op.startswith("esr")}
         self.report.share = 1 - sum(plain.values())
         hot = [f"{op} {share:.1%}" for op, share in plain.items() if share >= _HOT_SHARE]
         self.plain = [*hot, *self.report.left] if hot else []
@@ -534,8 +533,8 @@ class _Optimizer:
                         lines = lowered.left
                         if lowered.fused:
                             program = Program(lowered.module, guard, child)
-                            plain = sum(s for op, s in _shares(program, x).items() if not op.startswith("esr"))
-                            if plain <= 1 - _LEAST_SHARE:
+                            plain = _plain_shares(program, x) or {}
+                            if sum(plain.values()) <= 1 - _LEAST_SHARE:
                                 done[child] = program
                                 parent.register_module(name, program)
                                 names.append(full)
@@ -625,13 +624,13 @@ class _Optimizer:
         return check.ok
 
 
-def _shares(module: nn.Module, x: Tensor) -> dict[str, float]:
-    """Operator -> its part of the arithmetic of a call; empty where nothing is counted."""
+def _plain_shares(module: nn.Module, x: Tensor) -> dict[str, float] | None:
+    """Plain operator -> its part of the arithmetic of a call; None where nothing is counted."""
     with FlopCounterMode(display=False) as counter, use_backend("reference"):
         module(x)
     counts = {str(op): flops for op, flops in counter.get_flop_counts().get("Global", {}).items()}
     total = sum(counts.values())
-    return {op: flops / total for op, flops in counts.items()} if total else {}
+    return {op: flops / total for op, flops in counts.items() if not op.startswith("esr")} if total else None
 
 
 def _in(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -265,6 +265,12 @@ def _insert(ws: Workspace, fused: _Fused, at: fx.Node) -> fx.Node:
     return node
 
 
+def _bias_after(before: Tensor, depth: Conv) -> Tensor:
+    """The bias of a depthwise convolution of a reflected map with that of the map taken in."""
+    through = before * depth.weight.sum((1, 2, 3))
+    return through if depth.bias is None else depth.bias + through
+
+
 # --- depthwise convolutions of one row and one column
 
 
@@ -288,8 +294,7 @@ def _strips(ws: Workspace) -> None:
         if first.conv.bias is not None and bool(first.conv.bias.any()):
             if second.padding_mode == "zeros":
                 continue  # beside the image the second reads zeros, not the first's bias
-            through = first.conv.bias * second.conv.weight.sum((1, 2, 3))
-            bias = through if bias is None else bias + through
+            bias = _bias_after(first.conv.bias, second.conv)
         x, padding = first.x, (1, 1)
         if second.padding_mode == "reflect":
             x, padding = ws.call(node, aten.reflection_pad2d.default, (x, [1, 1, 1, 1]), node), (0, 0)
@@ -346,8 +351,7 @@ def _separable(ws: Workspace) -> None:
         if point.bias is not None and bool(point.bias.any()):
             if mode == "zeros":
                 continue  # the border ring has it, zero padding has not
-            through = depth.weight.sum((1, 2, 3)) * point.bias
-            bias = through if bias is None else bias + through
+            bias = _bias_after(point.bias, depth)
         fused = _Fused("bsconv", node, [source], point.weight, bias, depthwise=depth.weight, padding_mode=mode)
         _write(ws, fused, node, [x, *between])
     ws.clean()
