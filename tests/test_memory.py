@@ -2,6 +2,7 @@
 
 import multiprocessing
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,12 +14,27 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="resident memory
 MIB = 2**20
 
 
-def test_peak_of_a_call() -> None:
+def _result_of(function: Callable[[Any], None]) -> Any:
+    """What a function puts into a queue in a new process, whose heap has no holes from other tests."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    process = context.Process(target=function, args=(queue,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return queue.get()
+
+
+def _peak_of_a_call(queue: Any) -> None:
     def call() -> torch.Tensor:
         torch.ones(64 * MIB, dtype=torch.uint8)  # freed before the next one
         return torch.ones(32 * MIB, dtype=torch.uint8)
 
-    found = memory.peak(call)
+    queue.put(memory.peak(call))
+
+
+def test_peak_of_a_call() -> None:
+    found = _result_of(_peak_of_a_call)
     assert found is not None
     assert 60 * MIB < found < 90 * MIB
 
@@ -35,10 +51,4 @@ def _freed_between_others(queue: Any) -> None:
 
 
 def test_freed_blocks_are_returned_from_between_others() -> None:
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    process = context.Process(target=_freed_between_others, args=(queue,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    assert queue.get() > 28 * MIB
+    assert _result_of(_freed_between_others) > 28 * MIB
