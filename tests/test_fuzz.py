@@ -407,7 +407,7 @@ def fuzz(program: Path, runs: int, length: int = 512, **environment: str) -> sub
 
 
 def test_native_entry_points(fuzzer: Path) -> None:
-    """Plan parser, arena of buffers, weight packing: promises hold, and no sanitizer finds anything."""
+    """Plan parser, placement of maps, weight packing: promises hold, and no sanitizer finds anything."""
     done = fuzz(fuzzer, 25 * EXAMPLES)
     print(f"\nnative: {(done.stdout or done.stderr).strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -3,7 +3,7 @@
 #include <mutex>
 #include <utility>
 
-#include "../common/arena.h"
+#include "../common/placement.h"
 #include "../common/registry.h"
 #include "capability.h"
 #include "operator.h"
@@ -18,7 +18,7 @@ using torch::stable::Tensor;
 // Where everything lies in the workspace, for one size of the inputs.
 struct Geometry {
   std::vector<Shape> shapes;         // of every value
-  std::vector<int64_t> offsets;      // of every value's map, in floats, -1: it has none
+  std::vector<int64_t> offsets;      // of every value's map, in floats
   std::vector<int64_t> temporaries;  // of every layer
   int64_t floats = 0;
 };
@@ -158,22 +158,19 @@ class CompiledPlan {
   }
 
   void place(Geometry& g) const {
-    Arena arena(kAlignment);
-    g.offsets.assign(uses_.size(), -1);
-    for (size_t k = 0; k < operators_.size(); ++k) {
-      for (size_t v = 0; v < uses_.size(); ++v) {
-        if (uses_[v].needs_map && uses_[v].first == static_cast<int64_t>(k)) {
-          g.offsets[v] = arena.take(layout_of(g, v).floats());
-        }
-      }
-      const int64_t temporary = operators_[k]->temporary_floats(shapes_of(*operators_[k], g.shapes));
-      g.temporaries.push_back(temporary > 0 ? arena.take(temporary) : -1);
-      if (temporary > 0) arena.give(g.temporaries[k]);
-      for (size_t v = 0; v < uses_.size(); ++v) {
-        if (uses_[v].needs_map && uses_[v].last == static_cast<int64_t>(k)) arena.give(g.offsets[v]);
-      }
+    const int64_t layers = static_cast<int64_t>(operators_.size());
+    std::vector<Part> parts;
+    for (size_t v = 0; v < uses_.size(); ++v) {
+      parts.push_back({uses_[v].needs_map ? layout_of(g, v).floats() : 0, uses_[v].first, uses_[v].last});
     }
-    g.floats = arena.size();
+    for (int64_t k = 0; k < layers; ++k) {
+      const Operator& op = *operators_[static_cast<size_t>(k)];
+      parts.push_back({op.temporary_floats(shapes_of(op, g.shapes)), k, k});
+    }
+    Placement placement = place_parts(parts, kAlignment);
+    g.floats = placement.size;
+    g.offsets = std::move(placement.offsets);
+    g.temporaries.assign(g.offsets.begin() + static_cast<std::ptrdiff_t>(uses_.size()), g.offsets.end());
   }
 
   MapLayout layout_of(const Geometry& g, size_t v) const {
@@ -211,7 +208,7 @@ class CompiledPlan {
       }
       run.output = map_of(in.size() + k);
       run.exports = exports_of(in.size() + k);
-      if (g.temporaries[k] >= 0) run.temporary = workspace + g.temporaries[k];
+      run.temporary = workspace + g.temporaries[k];
       operators_[k]->run(run);
     }
   }

@@ -8,7 +8,7 @@
 #include <string>
 #include <utility>
 
-#include "../common/arena.h"
+#include "../common/placement.h"
 #include "../common/registry.h"
 #include "pointwise.h"
 #include "step.h"
@@ -25,8 +25,8 @@ using torch::stable::Tensor;
 // Where everything lies in the workspace, for one size of the inputs.
 struct Geometry {
   Shapes shapes;                     // of every value
-  std::vector<int64_t> offsets;      // of every value's map, -1: it has none
-  std::vector<int64_t> temporaries;  // of every layer, -1: it has none
+  std::vector<int64_t> offsets;      // of every value's map
+  std::vector<int64_t> temporaries;  // of every layer
   int64_t bytes = 0;
 };
 
@@ -265,19 +265,21 @@ class CompiledPlan {
     auto g = std::make_shared<Geometry>();
     g->shapes = inputs;
     for (const auto& step : steps_) g->shapes.push_back(step->result(shapes_of(step->layer(), g->shapes)));
-    Arena arena(kAlignment);
-    g->offsets.assign(uses_.size(), -1);
-    for (size_t k = 0; k < steps_.size(); ++k) {
-      const size_t value = inputs.size() + k;
-      if (uses_[value].needs_map) g->offsets[value] = arena.take(blocked_bytes(precision_, g->shapes[value], batch));
-      const int64_t temporary = steps_[k]->temporary_bytes(shapes_of(steps_[k]->layer(), g->shapes), batch);
-      g->temporaries.push_back(temporary > 0 ? arena.take(temporary) : -1);
-      if (temporary > 0) arena.give(g->temporaries[k]);
-      for (size_t v = inputs.size(); v <= value; ++v) {
-        if (uses_[v].needs_map && uses_[v].last == static_cast<int64_t>(k)) arena.give(g->offsets[v]);
-      }
+    std::vector<Part> parts;
+    for (size_t v = 0; v < uses_.size(); ++v) {
+      const int64_t first = static_cast<int64_t>(v) - static_cast<int64_t>(inputs.size());
+      const bool made = first >= 0 && uses_[v].needs_map;
+      parts.push_back(
+          {made ? blocked_bytes(precision_, g->shapes[v], batch) : 0, first, std::max(uses_[v].last, first)});
     }
-    g->bytes = arena.size();
+    for (size_t k = 0; k < steps_.size(); ++k) {
+      const int64_t bytes = steps_[k]->temporary_bytes(shapes_of(steps_[k]->layer(), g->shapes), batch);
+      parts.push_back({bytes, static_cast<int64_t>(k), static_cast<int64_t>(k)});
+    }
+    Placement placement = place_parts(parts, kAlignment);
+    g->bytes = placement.size;
+    g->offsets = std::move(placement.offsets);
+    g->temporaries.assign(g->offsets.begin() + static_cast<std::ptrdiff_t>(uses_.size()), g->offsets.end());
     const std::lock_guard<std::mutex> lock(mutex_);
     if (geometries_.size() >= kMostGeometries) geometries_.erase(geometries_.begin());
     geometries_.emplace_back(std::move(key), g);
@@ -370,7 +372,7 @@ class CompiledPlan {
       }
       const Place result = place(value, use.needs_map);
       run.output = result.map;
-      if (g.temporaries[k] >= 0) run.temporary = workspace + g.temporaries[k];
+      run.temporary = workspace + g.temporaries[k];
       run.batch = batch;
       run.stream = stream;
       run.overlap = !first_launch;

@@ -5,11 +5,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <stdexcept>
 #include <vector>
 
-#include "common/arena.h"
+#include "common/placement.h"
 #include "common/plan.h"
 #include "cpu/packing.h"
 
@@ -75,26 +74,27 @@ void fuzz_program(Bytes in) {
   for (const int64_t v : p.outputs) PROMISE(v >= 0 && v < value);
 }
 
-void fuzz_arena(Bytes in) {
+void fuzz_placement(Bytes in) {
   const int64_t alignment = 1 + in.below(64);
-  esr::Arena arena(alignment);
-  std::map<int64_t, int64_t> live;  // offset -> end
-  while (!in.empty()) {
-    const uint8_t choice = in.byte();
-    if (choice % 2 == 0 || live.empty()) {
-      const int64_t size = 1 + choice / 2 * (1 + in.below(200));
-      const int64_t offset = arena.take(size);
-      PROMISE(offset >= 0 && offset % alignment == 0 && offset + size <= arena.size());
-      const auto next = live.lower_bound(offset);
-      PROMISE(next == live.end() || next->first >= offset + size);
-      PROMISE(next == live.begin() || std::prev(next)->second <= offset);
-      live[offset] = offset + size;
-    } else {
-      const auto part = std::next(live.begin(), choice / 2 % static_cast<int64_t>(live.size()));
-      arena.give(part->first);
-      live.erase(part);
+  std::vector<esr::Part> parts;
+  while (!in.empty() && parts.size() < 64) {
+    const int64_t size = in.byte() * (1 + in.below(200)), first = in.below(64);
+    parts.push_back({size, first, first + in.below(16)});
+  }
+  const esr::Placement placement = esr::place_parts(parts, alignment);
+  PROMISE(placement.offsets.size() == parts.size());
+  int64_t all = 0;
+  for (size_t p = 0; p < parts.size(); ++p) {
+    const int64_t begin = placement.offsets[p], end = begin + parts[p].size;
+    PROMISE(begin >= 0 && begin % alignment == 0 && end <= placement.size);
+    all += esr::round_up(parts[p].size, alignment);
+    for (size_t q = 0; q < p; ++q) {
+      const bool together = parts[q].first <= parts[p].last && parts[p].first <= parts[q].last;
+      const int64_t other = placement.offsets[q];
+      PROMISE(!together || parts[p].size == 0 || parts[q].size == 0 || end <= other || other + parts[q].size <= begin);
     }
   }
+  PROMISE(placement.size <= all);
 }
 
 // Where pack_dense puts a weight: [block][tap][input][vectors of the block * lanes].
@@ -181,7 +181,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (planted(data, size)) return 0;
   const Bytes rest(data + 1, size - 1);
   if (data[0] % 3 == 0) fuzz_program(rest);
-  if (data[0] % 3 == 1) fuzz_arena(rest);
+  if (data[0] % 3 == 1) fuzz_placement(rest);
   if (data[0] % 3 == 2) fuzz_packing(rest);
   return 0;
 }
