@@ -17,6 +17,8 @@ class Activate final : public Operator {
     return {channels_, in[0].height, in[0].width};
   }
 
+  bool overwrites(size_t) const override { return true; }
+
   void run(const Run& run) const override {
     const MapLayout& m = run.output.layout;
     ActivateArgs a;

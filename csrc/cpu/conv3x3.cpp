@@ -31,6 +31,7 @@ class Conv3x3 final : public Operator {
   }
 
   bool reads_tensor(size_t k) const override { return shuffles_ && k == 1; }
+  bool reads_strips(size_t) const override { return true; }
   bool exports_directly() const override { return true; }
 
   void run(const Run& run) const override {
@@ -43,15 +44,25 @@ class Conv3x3 final : public Operator {
     Epilogue epilogue;
     epilogue.activation = layer_.activation;
     epilogue.slope = layer_.slope;
-    if (layer_.has_residual && !shuffles_) {
+    const Map* residual = layer_.has_residual && !shuffles_ ? &run.inputs[1] : nullptr;
+    if (residual != nullptr) {
       epilogue.mode = layer_.residual_mode;
-      epilogue.residual = run.inputs[1].pixels();
-      epilogue.residual_pitch = run.inputs[1].layout.pitch;
+      epilogue.residual_pitch = residual->layout.pitch;
     }
+    const int64_t in_floats = in.ring == nullptr ? kImportedRows * in.layout.pitch : 0;
+    const bool imports_residual = residual != nullptr && residual->ring == nullptr;
+    const int64_t residual_floats = imports_residual ? Dense3x3::kStrip * epilogue.residual_pitch : 0;
     dense_.for_strips(in.layout, to_map ? 0 : out.pitch, [&](int64_t y0, int64_t y1, float* rows, float* scratch) {
       float* pixels = to_map ? run.output.pixels() : rows;
       const int64_t first_row = to_map ? 0 : y0;
-      dense_.convolve(in, epilogue, out, pixels, first_row, scratch, y0, y1);
+      const Workspace imported(in_floats + residual_floats);
+      Epilogue mine = epilogue;
+      if (residual != nullptr) {
+        mine.residual =
+            imports_residual ? import_residual(*residual, imported.data() + in_floats, y0, y1) : residual->pixels();
+      }
+      const Map source = in.ring == nullptr ? import_rows(in, imported.data(), y0, y1) : in;
+      dense_.convolve(source, mine, out, pixels, first_row, scratch, y0, y1);
       if (shuffles_) {
         shuffle(run, out, pixels, first_row, y0, y1);
       } else {
@@ -62,6 +73,27 @@ class Conv3x3 final : public Operator {
   }
 
  private:
+  // A strip's rows, those above and below it that the filter reads, and one more on both sides: where one of the former
+  // is the image's first or last, the ring beyond it is zeroed.
+  static constexpr int64_t kImportedRows = Dense3x3::kStrip + 4;
+
+  // The map of which the rows under rows [y0, y1) of the result exist.
+  Map import_rows(const Map& in, float* rows, int64_t y0, int64_t y1) const {
+    const MapLayout& m = in.layout;
+    Map strip = in;
+    strip.ring = rows - (y0 - 1) * m.pitch;
+    const int64_t first = std::max<int64_t>(y0 - 1, 0), last = std::min(y1 + 1, m.height);
+    import_strip(kernels_, in.tensor, m, strip.pixels() + first * m.pitch, first, last);
+    zero_ring(strip, first, last);
+    return strip;
+  }
+
+  // Pixel 0 of row 0 of a residual of which rows [y0, y1) exist.
+  const float* import_residual(const Map& residual, float* rows, int64_t y0, int64_t y1) const {
+    import_strip(kernels_, residual.tensor, residual.layout, rows, y0, y1);
+    return rows - y0 * residual.layout.pitch;
+  }
+
   void shuffle(const Run& run, const MapLayout& rows, const float* pixels, int64_t first_row, int64_t y0,
                int64_t y1) const {
     const int64_t r = layer_.upscale_factor;

@@ -116,12 +116,16 @@ class CompiledPlan {
       u.last = layer;
       u.needs_map = true;
     };
+    std::vector<int64_t> readers(uses_.size());
+    for (const auto& op : operators_) {
+      for (const int64_t v : op->layer().inputs) ++readers[static_cast<size_t>(v)];
+    }
     for (int64_t k = 0; k < layers; ++k) {
       const Operator& op = *operators_[static_cast<size_t>(k)];
       for (size_t i = 0; i < op.layer().inputs.size(); ++i) {
-        const int64_t v = op.layer().inputs[i];
-        Use& u = uses_[static_cast<size_t>(v)];
-        if (v >= program_.inputs || !op.reads_tensor(i)) use(u, k);
+        const size_t v = static_cast<size_t>(op.layer().inputs[i]);
+        const bool in_tensor = op.reads_tensor(i) || (op.reads_strips(i) && readers[v] == 1);
+        if (v >= static_cast<size_t>(program_.inputs) || !in_tensor) use(uses_[v], k);
       }
     }
     for (size_t i = 0; i < program_.outputs.size(); ++i) {
@@ -167,10 +171,33 @@ class CompiledPlan {
       const Operator& op = *operators_[static_cast<size_t>(k)];
       parts.push_back({op.temporary_floats(shapes_of(op, g.shapes)), k, k});
     }
-    Placement placement = place_parts(parts, kAlignment);
+    const std::vector<size_t> owners = share(parts);
+    const Placement placement = place_parts(parts, kAlignment);
     g.floats = placement.size;
-    g.offsets = std::move(placement.offsets);
+    g.offsets = placement.offsets;
+    for (size_t v = 0; v < owners.size(); ++v) g.offsets[v] = placement.offsets[owners[v]];
     g.temporaries.assign(g.offsets.begin() + static_cast<std::ptrdiff_t>(uses_.size()), g.offsets.end());
+  }
+
+  // Gives results the parts of inputs that nobody reads afterwards, where the operator allows it; the value of whose
+  // part each uses.
+  std::vector<size_t> share(std::vector<Part>& parts) const {
+    std::vector<size_t> owners(uses_.size());
+    for (size_t v = 0; v < owners.size(); ++v) owners[v] = v;
+    for (size_t k = 0; k < operators_.size(); ++k) {
+      const size_t result = static_cast<size_t>(program_.inputs) + k;
+      const std::vector<int64_t>& inputs = operators_[k]->layer().inputs;
+      for (size_t i = 0; i < inputs.size() && owners[result] == result; ++i) {
+        const size_t v = static_cast<size_t>(inputs[i]);
+        Part& owner = parts[owners[v]];
+        const bool ends = uses_[v].needs_map && uses_[v].last == static_cast<int64_t>(k);
+        if (!ends || !operators_[k]->overwrites(i) || owner.size != parts[result].size) continue;
+        owner.last = parts[result].last;
+        parts[result].size = 0;
+        owners[result] = owners[v];
+      }
+    }
+    return owners;
   }
 
   MapLayout layout_of(const Geometry& g, size_t v) const {

@@ -46,6 +46,8 @@ class Esa final : public Operator {
     return s.c1.floats() + s.strided.floats() + 2 * s.pooled.floats();
   }
 
+  bool overwrites(size_t) const override { return true; }
+
   void run(const Run& run) const override {
     const Map& x = run.inputs[0];
     const Sizes s(*this, x.layout.height, x.layout.width);

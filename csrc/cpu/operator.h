@@ -66,6 +66,10 @@ class Operator {
   virtual int64_t temporary_floats(const std::vector<Shape>&) const { return 0; }
   // Whether input k can be read from the tensor it came in.
   virtual bool reads_tensor(size_t) const { return false; }
+  // Whether input k, if no other layer reads it, is better brought in strip by strip than as a whole.
+  virtual bool reads_strips(size_t) const { return false; }
+  // Whether the result may lie where input k does: every element is read before its own is written.
+  virtual bool overwrites(size_t) const { return false; }
   // Whether the result may be exported without having a map of its own.
   virtual bool exports_directly() const { return false; }
   virtual void run(const Run& run) const = 0;

@@ -14,6 +14,8 @@ class Pair final : public Operator {
     return {std::max(in[0].channels, in[1].channels), in[0].height, in[0].width};
   }
 
+  bool overwrites(size_t) const override { return true; }
+
   void run(const Run& run) const override {
     const MapLayout& m = run.output.layout;
     PairArgs a;
