@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -79,6 +80,9 @@ class Program:
 
     def add(self, a: int, b: int) -> int:
         return self.layer(6, a, b)
+
+    def multiply(self, a: int, b: int) -> int:
+        return self.layer(7, a, b)
 
     def code(self, *outputs: int) -> list[int]:
         layers = [integer for record in self.records for integer in record]
@@ -562,6 +566,42 @@ def test_add(capability: str, channels: int) -> None:
     y, twice = p.run([a, b], {p.add(0, 1): tuple(a.shape), p.add(0, 0): tuple(a.shape)})
     assert torch.equal(y, a + b)
     assert torch.equal(twice, a + a)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_maps_are_used_again_only_when_nobody_reads_them(capability: str, seed: int) -> None:
+    """Ten layers that read any values before them, of which some are returned: results may lie where inputs did."""
+    choose = random.Random(seed)
+    size = (17, 22)
+    inputs = [torch.randn(2, 16, *size) for _ in range(2)]
+    p = Program(2)
+    want = [x.double() for x in inputs]
+    for _ in range(10):
+        a, b = (choose.randrange(len(want)) for _ in range(2))
+        kind = choose.choice(["add", "multiply", "esa", "conv1x1", "conv3x3", "conv3x3"])
+        if kind == "add":
+            p.add(a, b)
+            result = want[a] + want[b]
+        elif kind == "multiply":
+            p.multiply(a, b)
+            result = want[a] * want[b]
+        elif kind == "esa":
+            weights = esa_weights(16, 4, "full")
+            p.esa(a, weights)
+            result = esa_reference(want[a], weights, "full")
+        elif kind == "conv1x1":
+            w = conv_weight(16, 32, 1)
+            p.conv1x1([a, b], w)
+            result = F.conv2d(torch.cat([want[a], want[b]], 1), w.double())
+        else:
+            w = conv_weight(16, 16, 3)
+            p.conv3x3(a, w, None, "leaky_relu", b)
+            result = conv3x3_reference(want[a], w, None, "leaky_relu", want[b])
+        want.append(result)
+    returned = sorted({len(want) - 1, *(choose.randrange(len(want)) for _ in range(2))})
+    got = p.run(inputs, dict.fromkeys(returned, (2, 16, *size)))
+    for value, y in zip(returned, got, strict=True):
+        assert error(y, want[value]) < WINOGRAD, value
 
 
 # -------------------------------------------------------------------------------------------------------- networks
