@@ -344,13 +344,12 @@ def _(x: Shape, pointwise: Shape, *args: Any, out_shape: Any = None, **kwargs: A
 
 @register_flop_formula(torch.ops.esr.depthwise_conv)
 def _depthwise_flops(x: Shape, weight: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return 2 * math.prod(x) * weight[2] * weight[3]
+    return _count("depthwise_conv", x, [x[1]], x[1], kernel_size=weight[2:])
 
 
 @register_flop_formula(torch.ops.esr.layer_norm2d)
 def _norm_flops(x: Shape, weight: Any, bias: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """A sum, a difference, a square and its sum, a quotient; then weight and bias."""
-    return math.prod(x) * (5 + int(weight is not None) + int(bias is not None))
+    return _count("layer_norm2d", x, [x[1]], x[1], has_weight=weight is not None, has_bias=bias is not None)
 
 
 @register_flop_formula(torch.ops.esr.modulate)

@@ -7,6 +7,7 @@ a list of weights by index. It is immutable, prints as a table and serialises to
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -21,11 +22,13 @@ WEIGHTS = {
     "conv3x3_pixel_shuffle": ("weight", "bias"),
     "esa": ESA_WEIGHTS,
     "bsconv": ("pointwise", "depthwise", "bias"),
+    "depthwise_conv": ("weight", "bias"),
+    "layer_norm2d": ("weight", "bias"),
     "add": (),
     "multiply": (),
     "activate": (),
 }
-# Pixels a side that a layer's result depends on; None: the whole image.
+# Pixels a side that a layer's result depends on; None: the whole image. A depthwise_conv has its filter's.
 _HALO: dict[str, int | None] = {
     "normalize": 0,
     "conv3x3": 1,
@@ -33,6 +36,7 @@ _HALO: dict[str, int | None] = {
     "conv3x3_pixel_shuffle": 1,
     "esa": None,
     "bsconv": 1,
+    "layer_norm2d": 0,
     "add": 0,
     "multiply": 0,
     "activate": 0,
@@ -48,7 +52,7 @@ class Layer:
         inputs: the values it reads; a residual comes last.
         weights: weight name -> index into the plan's weights; a missing bias has no entry.
         attributes: the operator's other arguments (activation, residual_mode, upscale_factor, ...); a conv1x1 and a
-            bsconv have `residual_mode` where they have a residual.
+            bsconv have `residual_mode` where they have a residual, a depthwise_conv its weight's `kernel_size`.
         channels: channels of its result.
     """
 
@@ -60,6 +64,8 @@ class Layer:
 
     @property
     def halo(self) -> int | None:
+        if self.op == "depthwise_conv":
+            return int(self.attributes["dilation"]) * (max(self.attributes["kernel_size"]) // 2)
         return _HALO[self.op]
 
     @property
@@ -250,6 +256,10 @@ def _describe(layer: Layer) -> str:
         bounds = {"leaky_relu": ("low",), "clamp": ("low", "high")}.get(a["function"], ())
         words.append(a["function"])
         words += [f"{name} {' '.join(f'{v:g}' for v in dict.fromkeys(a[name]))}" for name in bounds]
+    if layer.op == "depthwise_conv":
+        words.append("x".join(map(str, a["kernel_size"])))
+        words += [f"dilation {a['dilation']}"] if a["dilation"] > 1 else []
+        words += ["gated"] if a["gated"] else []
     if a.get("activation", "none") != "none":
         words.append(a["activation"] + (f"({a['negative_slope']:g})" if a["activation"] == "leaky_relu" else ""))
     if layer.op in ("conv3x3", "conv1x1", "bsconv") and layer.residual is not None:
@@ -275,6 +285,11 @@ def layer_flops(op: str, cin: list[int], cout: int, attributes: dict[str, Any], 
         return 2 * sum(cin) * cout * pixels
     if op == "bsconv":
         return 2 * (cin[0] + 9) * cout * pixels
+    if op == "depthwise_conv":
+        return 2 * math.prod(attributes["kernel_size"]) * cin[0] * pixels
+    if op == "layer_norm2d":
+        # A sum, a difference, a square and its sum, a quotient; then weight and bias.
+        return (5 + attributes["has_weight"] + attributes["has_bias"]) * cout * pixels
     if op == "esa":
         f, n = attributes["hidden"], cin[0]
         h2, w2 = (height - 3) // 2 + 1, (width - 3) // 2 + 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import LAYOUTS, check_close, kernel, lay_out, rand, to
-from test_plan import elementwise_network
+from test_plan import CHANNELWISE, channelwise_network, elementwise_network
 from torch.nn import functional as F
 
 import esr_kernels
@@ -303,6 +303,24 @@ def test_elementwise_layers(dtype, layout):
     x = lay_out((5 * torch.randn(2, 5, 6, 9)).to(dtype), layout).to(DEVICE)
     for i, (got, exact) in enumerate(zip(run(plan, weights, [x]), oracle(x.double(), weights[0]), strict=True)):
         check_close(got, exact, lambda i=i: oracle(x, weights[0], dtype)[i], "native-cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CHANNELWISE[:5], ids=str)
+def test_layers_channel_by_channel(dtype, case):
+    """With weights that are packed once for many runs, and in the run itself."""
+    channels, size, *settings = case
+    torch.manual_seed(channels)
+    plan, weights, oracle = channelwise_network(channels, *settings)
+    weights = [w.to(dtype) for w in weights]
+    x = lay_out(rand(2, channels, *size, dtype=dtype), LAYOUTS[channels % 2])
+    exact = oracle(x.double(), [w.double() for w in weights])
+    on_device, image = to(weights, DEVICE), x.to(DEVICE)
+    outputs = [torch.empty_like(image) for _ in exact]
+    cuda.library().run_plan(cuda._compile(plan, on_device, [image]).handle, on_device, [image], outputs)
+    for i, (got, again) in enumerate(zip(run(plan, on_device, [image]), outputs, strict=True)):
+        check_close(got.cpu(), exact[i], lambda i=i: oracle(x, weights)[i], "native-cuda")
+        assert torch.equal(got, again)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

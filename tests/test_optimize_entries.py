@@ -166,7 +166,7 @@ BLOCKS = {
             down=nn.Linear(32, 16),
             gamma=torch.rand(16),
         ),
-        ["conv1x1 gelu", "conv1x1 post"],
+        ["depthwise_conv", "layer_norm2d", "conv1x1 gelu", "conv1x1 post"],
         [],
     ),
     "padded before": (

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import esr_kernels
 from esr_kernels import functional
 from esr_kernels.optimize import OptimizedModel, optimize
+from esr_kernels.plan import Layer, Plan
 
 BACKENDS = [b.name for b in esr_kernels.list_backends() if b.available and b.name in ("reference", "native-cpu")]
 
@@ -37,26 +38,28 @@ class Net(nn.Module):
         return self.function(self, x)
 
 
-def ops_of(fast: OptimizedModel) -> list[str]:
-    """Operators of its plans in order, with activation and residual mode."""
-    found = []
+def layers_of(fast: OptimizedModel) -> list[Layer]:
+    """The layers of its plans in order."""
     plans = [fast.plan]
     if fast.plan is None:
         plans = []
         for module in fast.modules():
             if isinstance(module, torch.fx.GraphModule):
-                plans += [
-                    esr_kernels.Plan.from_json(n.args[2]) for n in module.graph.nodes if "run_plan" in str(n.target)
-                ]
-    for plan in plans:
-        for layer in plan.layers:
-            a = layer.attributes
-            words = [layer.op, *([a["function"]] if layer.op == "activate" else [])]
-            if a.get("activation", "none") != "none":
-                words.append(a["activation"])
-            if layer.residual is not None:
-                words.append(a.get("residual_mode", "post"))
-            found.append(" ".join(words))
+                plans += [Plan.from_json(n.args[2]) for n in module.graph.nodes if "run_plan" in str(n.target)]
+    return [layer for plan in plans for layer in plan.layers]
+
+
+def ops_of(fast: OptimizedModel) -> list[str]:
+    """Operators of its plans in order, with activation and residual mode."""
+    found = []
+    for layer in layers_of(fast):
+        a = layer.attributes
+        words = [layer.op, *([a["function"]] if layer.op == "activate" else [])]
+        if a.get("activation", "none") != "none":
+            words.append(a["activation"])
+        if layer.residual is not None:
+            words.append(a.get("residual_mode", "post"))
+        found.append(" ".join(words))
     return found
 
 
@@ -253,7 +256,7 @@ def test_depthwise_convolutions_of_one_row_and_one_column(name):
     )
     if expected is not None:
         assert ops_of(fast) == ["conv3x3", *expected]
-    assert alone(fast)[: len(apart)] == apart
+    assert channelwise(fast)[: len(apart)] == apart
 
 
 SEPARABLE_RESIDUALS = {
@@ -630,7 +633,7 @@ def test_whole_networks(name):
     assert fast.report().exact_difference < 1e-5 and fast.report().samples
 
 
-# --- operators outside the plans: depthwise convolutions, gates, normalisation over channels
+# --- channel by channel: depthwise convolutions, gates, normalisation over channels
 
 
 class Norm(nn.Module):
@@ -676,9 +679,20 @@ NOT_NORMS = {
 }
 
 
-def alone(fast: OptimizedModel) -> list[str]:
-    """The operators that it calls by themselves, as its report has them."""
-    return [line.split(" (")[0] for line in fast.report().fused if line.startswith(("depthwise_conv", "layer_norm2d"))]
+CHANNELWISE = ("depthwise_conv", "layer_norm2d")
+
+
+def channelwise(fast: OptimizedModel) -> list[str]:
+    """What it computes channel by channel, in plans or by itself, as its report has the latter."""
+    found = [line.split(" (")[0] for line in fast.report().fused if line.startswith(CHANNELWISE)]
+    for layer in layers_of(fast):
+        if layer.op in CHANNELWISE:
+            a, words = layer.attributes, [f"{layer.channels} channels"]
+            if layer.op == "depthwise_conv":
+                words.insert(0, "x".join(map(str, a["kernel_size"])))
+                words += [a["activation"]] * (a["activation"] != "none") + ["gated"] * a["gated"]
+            found.append(f"{layer.op}: {', '.join(words)}")
+    return found
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -687,12 +701,12 @@ def test_normalization_over_channels(name):
         lambda m, x: m.tail((y := m.head(x)) + m.c(m.norm(y)) * torch.sigmoid(y.mean(1, True))), head=conv(3, 12)
     )
     network.norm, network.c, network.tail = Norm(NORMS[name]), conv(12, 12, 1), conv(12, 5)
-    assert alone(check(network)) == ["layer_norm2d: 12 channels"]
+    assert channelwise(check(network)) == ["layer_norm2d: 12 channels"]
 
 
 @pytest.mark.parametrize("name", NOT_NORMS)
 def test_what_only_looks_like_normalization_over_channels(name):
-    assert alone(check(nn.Sequential(conv(3, 12), Norm(NOT_NORMS[name]), conv(12, 5)))) == []
+    assert channelwise(check(nn.Sequential(conv(3, 12), Norm(NOT_NORMS[name]), conv(12, 5)))) == []
 
 
 def gated(act, halves):
@@ -734,7 +748,7 @@ GATES = {
 def test_gates(name):
     function, expected = GATES[name]
     network = Net(function, up=conv(3, 40, 1), dw=conv(40, 40, groups=40), down=conv(20, 7, 1))
-    found = alone(check(network))
+    found = channelwise(check(network))
     assert found == ([f"depthwise_conv: {expected}"] if expected else found)
     assert not any("gated" in line for line in found) or expected is not None
 
@@ -757,7 +771,7 @@ def test_depthwise_convolutions(options, after, expected):
     depthwise = conv(12, 12, options.pop("k"), groups=12, **options)
     # An activation before it, so that it is no part of a separable pair.
     fast = check(nn.Sequential(conv(3, 12, 1), nn.GELU(), depthwise, after, conv(12, 5)))
-    assert alone(fast) == ([f"depthwise_conv: {expected}"] if expected else [])
+    assert channelwise(fast) == ([f"depthwise_conv: {expected}"] if expected else [])
 
 
 def test_batch_normalization_before_the_activation_goes_into_a_depthwise_convolution():
@@ -765,7 +779,53 @@ def test_batch_normalization_before_the_activation_goes_into_a_depthwise_convolu
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.5, 2)
     fast = check(nn.Sequential(conv(3, 12, 1), nn.GELU(), conv(12, 12, groups=12), norm, nn.ReLU(), conv(12, 5)))
-    assert alone(fast) == ["depthwise_conv: 3x3, 12 channels, relu"]
+    assert channelwise(fast) == ["depthwise_conv: 3x3, 12 channels, relu"]
+
+
+def test_a_network_of_depthwise_convolutions_and_normalization_is_one_plan():
+    """ConvNeXt's block and a gated feed-forward network behind it, as RCN's and EGFMN's kin have them."""
+
+    def block(m, x):
+        y = x + m.down(F.gelu(m.up(m.norm1(m.wide(x)))))
+        a, b = m.dw(m.expand(m.norm2(y))).chunk(2, 1)
+        return y + m.project(F.gelu(a) * b)
+
+    network = Net(block, wide=conv(12, 12, 7, groups=12), up=conv(12, 30, 1), down=conv(30, 12, 1))
+    network.expand, network.dw, network.project = conv(12, 40, 1), conv(40, 40, groups=40), conv(20, 12, 1)
+    network.norm1, network.norm2 = Norm(norm_by_permuting), Norm(published_norm)
+    fast = check(nn.Sequential(conv(3, 12), network, conv(12, 5)))
+    assert fast.plan is not None and fast.plan.receptive_radius == 1 + 3 + 1 + 1
+    assert ops_of(fast) == [
+        "conv3x3",
+        "depthwise_conv",
+        "layer_norm2d",
+        "conv1x1 gelu",
+        "conv1x1 post",
+        "layer_norm2d",
+        "conv1x1",
+        "depthwise_conv gelu",
+        "conv1x1 post",
+        "conv3x3",
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_such_a_plan_in_half_types(dtype):
+    network = Net(lambda m, x: x + m.dw(F.gelu(m.up(m.norm(x)))), norm=Norm(published_norm), up=conv(12, 12, 1))
+    network.dw = conv(12, 12, 5, groups=12)
+    network = nn.Sequential(conv(3, 12), network, conv(12, 5)).eval()
+    fast = optimize(network, dtype=dtype)
+    x = torch.rand(1, 3, 21, 18)
+    with torch.no_grad():
+        exact = copy.deepcopy(network).double()(x.double())
+        assert largest_error(fast(x), exact) <= 16 * torch.finfo(dtype).eps * float(exact.abs().max())
+    assert fast.plan is not None and fast.report().notes == []
+
+
+def test_one_operator_channel_by_channel_is_called_by_itself():
+    """In a plan of its own it would be brought to the plan's layout and back."""
+    fast = check(Net(lambda m, x: torch.cumsum(m.dw(torch.cumsum(x, 1)), 1), dw=conv(3, 3, 5, groups=3)))
+    assert layers_of(fast) == [] and channelwise(fast) == ["depthwise_conv: 5x5, 3 channels"]
 
 
 def test_what_no_rewrite_foresaw_runs_as_it_was(monkeypatch):

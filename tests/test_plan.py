@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
-from helpers import LAYOUTS, check_close, expected_format, kernel, lay_out, rand
+from helpers import LAYOUTS, check_close, expected_format, kernel, largest_error, lay_out, rand
 from torch.nn import functional as F
 
+import esr_kernels
 from esr_kernels.plan import Layer, Plan, PlanBuilder
 
 LINEAR = {"activation": "none", "negative_slope": 0.05}
@@ -121,6 +122,147 @@ def test_functions_keep_what_is_not_a_number(backend):
     plan, weights, _ = elementwise_network()
     results = torch.ops.esr.run_plan([torch.full((1, 5, 3, 4), torch.nan)], weights, plan.to_json())
     assert all(bool(result.isnan().all()) for result in results)
+
+
+# Channels, size, kernel, dilation, gated, activation: of published networks, with taps far beyond the image, and odd.
+CHANNELWISE = [
+    (40, (7, 9), (3, 3), 1, False, "none"),
+    (36, (6, 21), (5, 5), 1, True, "gelu"),
+    (21, (9, 17), (3, 7), 1, True, "silu"),
+    (12, (19, 23), (7, 7), 1, False, "leaky_relu"),
+    (16, (11, 40), (5, 3), 3, False, "relu"),
+    (7, (5, 4), (7, 7), 3, True, "none"),
+    (44, (1, 1), (5, 5), 1, False, "gelu_tanh"),
+    (8, (3, 12), (1, 5), 2, False, "silu"),
+    (72, (8, 33), (3, 3), 1, True, "none"),
+]
+
+
+def channelwise_network(channels, kernel_size, dilation, gated, activation):
+    """Normalised, widened, convolved channel by channel, added, normalised without weights; the convolution's result
+    is an output too."""
+    wide = 2 * channels if gated else channels
+    taps = kernel_size[0] * kernel_size[1]
+    weights = [1 + 0.2 * rand(channels), rand(channels), kernel(wide, channels, 1)]
+    weights += [rand(wide, 1, *kernel_size, scale=taps**-0.5), rand(wide)]
+    b = PlanBuilder()
+    x = b.input(channels)
+    has = {"has_weight": True, "has_bias": True}
+    n = b.add("layer_norm2d", [x], channels, {"weight": 0, "bias": 1}, eps=1e-5, **has)
+    e = b.add("conv1x1", [n], wide, {"weight": 2}, **LINEAR)
+    options = {"dilation": dilation, "gated": gated, "activation": activation, "negative_slope": 0.1}
+    d = b.add("depthwise_conv", [e], channels, {"weight": 3, "bias": 4}, kernel_size=list(kernel_size), **options)
+    s = b.add("add", [d, x], channels)
+    m = b.add("layer_norm2d", [s], channels, eps=1e-6, has_weight=False, has_bias=False)
+    plan = b.finish([m, d])
+
+    def normalise(x, eps, *w):
+        return F.layer_norm(x.permute(0, 2, 3, 1), [channels], *w, eps=eps).permute(0, 3, 1, 2)
+
+    def oracle(x, w):
+        e = F.conv2d(normalise(x, 1e-5, w[0], w[1]), w[2])
+        padding = [dilation * (k // 2) for k in kernel_size]
+        h = F.conv2d(e, w[3], w[4], padding=padding, dilation=dilation, groups=wide)
+        first, second = h.chunk(2, 1) if gated else (h, None)
+        functions = {"none": lambda t: t, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+        functions["leaky_relu"] = lambda t: F.leaky_relu(t, 0.1)
+        functions["gelu_tanh"] = lambda t: F.gelu(t, approximate="tanh")
+        d = functions[activation](first)
+        d = d * second if gated else d
+        return normalise(d + x, 1e-6), d
+
+    return plan, weights, oracle
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("channels", "size", "kernel_size", "dilation", "gated", "activation"),
+    CHANNELWISE,
+    ids=["-".join(map(str, (c, *k, d, *["gated"] * g, a))) for c, _, k, d, g, a in CHANNELWISE],
+)
+def test_layers_channel_by_channel(backend, channels, size, kernel_size, dilation, gated, activation, dtype):
+    torch.manual_seed(channels)
+    plan, weights, oracle = channelwise_network(channels, kernel_size, dilation, gated, activation)
+    weights = [w.to(dtype) for w in weights]
+    layout = LAYOUTS[channels % len(LAYOUTS)]
+    x = lay_out(rand(2, channels, *size, dtype=dtype), layout)
+    # What an earlier run left in the backend's memory is no number, and must not come through.
+    torch.ops.esr.run_plan([torch.full_like(x, torch.nan)], weights, plan.to_json())
+    results = torch.ops.esr.run_plan([x], weights, plan.to_json())
+    exact = oracle(x.double(), [w.double() for w in weights])
+    for i, got in enumerate(results):
+        assert got.is_contiguous(memory_format=expected_format(x))
+        check_close(got, exact[i], lambda i=i: oracle(x, weights)[i], backend)
+        if dtype == torch.float32:
+            assert largest_error(got, exact[i]) <= 1e-5 * float(exact[i].abs().max())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", ["depthwise_conv", "gated", "layer_norm2d"])
+def test_one_layer_channel_by_channel(backend, op, layout):
+    """Between an input and an output in memory of any layout."""
+    torch.manual_seed(3)
+    b = PlanBuilder()
+    x = b.input(22)
+    options = {"dilation": 1, "gated": op == "gated", "activation": "relu", "negative_slope": 0.0}
+    if op == "layer_norm2d":
+        weights, single = [rand(22), rand(22)], torch.ops.esr.layer_norm2d
+        y = b.add(op, [x], 22, {"weight": 0, "bias": 1}, eps=1e-6, has_weight=True, has_bias=True)
+        arguments = (1e-6,)
+    else:
+        weights, single = [rand(22, 1, 5, 3)], torch.ops.esr.depthwise_conv
+        y = b.add("depthwise_conv", [x], 11 if op == "gated" else 22, {"weight": 0}, kernel_size=[5, 3], **options)
+        arguments = (None, 1, "relu", 0.0, op == "gated")
+    image = lay_out(rand(2, 22, 9, 14), layout)
+    (got,) = torch.ops.esr.run_plan([image], weights, b.finish([y]).to_json())
+    assert got.is_contiguous(memory_format=expected_format(image))
+    with esr_kernels.use_backend("reference"):
+        exact = single(image.double(), *(w.double() for w in weights), *arguments)
+    check_close(got, exact, lambda: got, backend)
+
+
+def test_facts_of_layers_channel_by_channel():
+    plan, weights, _ = channelwise_network(8, (3, 7), 2, True, "silu")
+    assert [layer.halo for layer in plan.layers] == [0, 0, 6, 0, 0] and plan.receptive_radius == 6
+    assert Plan.from_json(plan.to_json()) == plan
+    pixels = 2 * 9 * 11
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        torch.ops.esr.run_plan([rand(2, 8, 9, 11)], weights, plan.to_json())
+    assert counter.get_total_flops() == pixels * (7 * 8 + 2 * 8 * 16 + 2 * 21 * 16 + 5 * 8)
+    lines = str(plan).splitlines()
+    described = lines[4].split()
+    assert described[1:6] == ["depthwise_conv", "%2", "8", "1", "6"]
+    assert described[6:] == ["3x7,", "dilation", "2,", "gated,", "silu", "returned"]
+
+
+def test_an_empty_batch_of_layers_channel_by_channel(backend):
+    plan, weights, _ = channelwise_network(12, (5, 5), 1, True, "gelu")
+    results = torch.ops.esr.run_plan([torch.empty(0, 12, 8, 9)], weights, plan.to_json())
+    assert all(result.shape == (0, 12, 8, 9) for result in results)
+
+
+def test_opcheck_of_layers_channel_by_channel(backend):
+    plan, weights, _ = channelwise_network(6, (3, 3), 1, False, "relu")
+    torch.library.opcheck(torch.ops.esr.run_plan.default, ([rand(2, 6, 7, 9)], weights, plan.to_json()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "gated", "message"),
+    [
+        ((6, 1, 3, 3), False, r"layer 0 \(depthwise_conv\): (x|weight) has "),
+        ((5, 1, 2, 3), False, r"layer 0 \(depthwise_conv\): weight .*2.* allowed are|must be odd"),
+        ((5, 1, 9, 3), False, r"layer 0 \(depthwise_conv\): weight .*9.* allowed are|must be odd"),
+        ((5, 1, 3, 3), True, r"layer 0 \(depthwise_conv\): .* even number"),
+    ],
+)
+def test_wrong_weights_of_a_depthwise_layer(backend, shape, gated, message):
+    if backend not in ("native-cpu", "native-cuda"):
+        pytest.skip("the engines check weights")
+    b = PlanBuilder()
+    options = {"kernel_size": list(shape[2:]), "dilation": 1, "activation": "none", "negative_slope": 0.0}
+    plan = b.finish([b.add("depthwise_conv", [b.input(5)], 5, {"weight": 0}, gated=gated, **options)])
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.esr.run_plan([rand(1, 5, 7, 8)], [rand(*shape)], plan.to_json())
 
 
 def test_empty_batch(backend):

@@ -140,7 +140,7 @@ def test_a_repeated_plan_launches_what_its_first_run_did() -> None:
     code = (
         _STAND_IN
         + """
-for name, size in (("span", (9, 13)), ("rlfn", (20, 17))):
+for name, size in (("span", (9, 13)), ("rlfn", (20, 17)), ("rcn", (20, 17))):
     fast = esr_kernels.optimize(cases.model_pair(name)[0], dtype=torch.float16)
     weights, text = [getattr(fast, n) for n in fast._weight_names], fast.plan.to_json()
     plan = PreparedPlan(fast.plan, weights, torch.float16, torch.device("cpu"))

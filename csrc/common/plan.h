@@ -21,12 +21,15 @@ enum class Op : int32_t {
   kAdd = 6,
   kMultiply = 7,
   kActivate = 8,
+  kDepthwiseConv = 9,
+  kLayerNorm2d = 10,
 };
-inline constexpr int64_t kOpCount = 9;
+inline constexpr int64_t kOpCount = 11;
 
 inline const char* op_name(Op op) {
-  constexpr const char* kNames[kOpCount] = {
-      "normalize", "conv3x3", "conv1x1", "conv3x3_pixel_shuffle", "esa", "bsconv", "add", "multiply", "activate"};
+  constexpr const char* kNames[kOpCount] = {"normalize", "conv3x3",        "conv1x1",     "conv3x3_pixel_shuffle",
+                                            "esa",       "bsconv",         "add",         "multiply",
+                                            "activate",  "depthwise_conv", "layer_norm2d"};
   return kNames[static_cast<int32_t>(op)];
 }
 
@@ -44,6 +47,10 @@ struct Layer {
   std::vector<float> shift, scale;  // of a normalize, one for each channel
   Function function = Function::kNone;
   std::vector<float> low, high;  // of an activate, one for each channel
+  int64_t dilation = 1;
+  bool gated = false;    // act(first half of the channels) * second half
+  int64_t channels = 0;  // of a layer_norm2d
+  float epsilon = 0.0f;
 
   // How many of the inputs are no residual.
   size_t operands() const { return inputs.size() - (has_residual ? 1 : 0); }
@@ -226,6 +233,25 @@ class ProgramReader {
         STD_TORCH_CHECK(layer.function != Function::kNone, "plan: ", layer.name(), " has no function");
         read_table(layer, layer.low, layer.high);
         break;
+      case Op::kDepthwiseConv:
+        layer.inputs.push_back(value("x", defined));
+        weight(layer, "weight", true);
+        weight(layer, "bias", false);
+        layer.dilation = next("dilation");
+        STD_TORCH_CHECK(layer.dilation >= 1 && layer.dilation <= kMostDilation, "plan: dilation of ", layer.name(),
+                        " is ", layer.dilation, ", must be 1..", kMostDilation);
+        layer.gated = choice("gated", 2) == 1;
+        activation(layer);
+        break;
+      case Op::kLayerNorm2d:
+        layer.inputs.push_back(value("x", defined));
+        weight(layer, "weight", false);
+        weight(layer, "bias", false);
+        layer.channels = next("channels");
+        STD_TORCH_CHECK(layer.channels >= 1 && layer.channels <= kMostChannels, "plan: ", layer.name(), " has ",
+                        layer.channels, " channels, must be 1..", kMostChannels);
+        layer.epsilon = static_cast<float>(constant("epsilon", next("epsilon")));
+        break;
     }
     STD_TORCH_CHECK(position_ == end_, "plan: ", layer.name(), " has ", end_ - position_, " integers too many");
     end_ = program_.size();
@@ -247,6 +273,8 @@ class ProgramReader {
   }
 
   static constexpr int64_t kMaxConcatenated = 64;
+  static constexpr int64_t kMostDilation = int64_t{1} << 24;  // larger than any image's side
+  static constexpr int64_t kMostChannels = int64_t{1} << 20;  // of a layer_norm2d, whose weights need not tell
 
   const std::vector<int64_t>& program_;
   const std::vector<double>& constants_;

@@ -75,7 +75,45 @@ class Filter {
   PackedFloats taps_, bias_;
 };
 
+// A layer of a plan.
+class DepthwiseConv final : public Operator {
+ public:
+  DepthwiseConv(const Layer& layer, const Kernels& kernels, const Weights& weights)
+      : Operator(layer, kernels),
+        filter_(layer.name().c_str(), weight_of(layer, 0, weights, "weight", {-1, 1, -1, -1}), bias(weights),
+                layer.dilation, layer.gated, false) {}
+
+  Shape result(const std::vector<Shape>& in) const override {
+    check_channels(in[0], filter_.channels() * filter_.halves(), "x");
+    return {filter_.channels(), in[0].height, in[0].width};
+  }
+
+  void run(const Run& run) const override {
+    const MapLayout& m = run.output.layout;
+    DepthwiseConvArgs a = filter_.args({filter_.channels(), m.height, m.width}, layer_.activation, layer_.slope);
+    a.in = run.inputs[0].view();
+    a.out = run.output.view();
+    parallel_ranges(m.height, m.width * m.step * filter_.halves() * filter_.taps(), [&](int64_t y0, int64_t y1) {
+      kernels_.depthwise_map(a, y0, y1);
+      complete_rows(kernels_, run, y0, y1);
+    });
+  }
+
+ private:
+  std::vector<float> bias(const Weights& weights) const {
+    if (layer_.weights[1] < 0) return {};
+    const int64_t channels = weights[static_cast<size_t>(layer_.weights[0])].shape[0];
+    return weight_of(layer_, 1, weights, "bias", {channels}).values;
+  }
+
+  Filter filter_;
+};
+
 }  // namespace
+
+std::unique_ptr<Operator> make_depthwise_conv(const Layer& layer, const Kernels& kernels, const Weights& weights) {
+  return std::make_unique<DepthwiseConv>(layer, kernels, weights);
+}
 
 void depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t dilation,
                     int64_t activation, double slope, bool gated, const Tensor& out) {

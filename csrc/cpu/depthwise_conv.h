@@ -317,3 +317,113 @@ inline void depthwise_pixels(const DepthwiseConvArgs& a, int64_t y0, int64_t y1)
     }
   }
 }
+
+// --- the engine's maps: channels last in whole vectors, beside a row one pixel of zeros ------------------------------
+
+// The part of the filter that lies in the map, from its first tap on.
+struct MapTaps {
+  const float* in = nullptr;      // what the first tap sees of the first pixel, channel 0
+  int64_t weights = 0;            // from a vector's first weight
+  int64_t rows = 0, columns = 0;  // taps
+  int64_t row = 0, column = 0;    // floats from a tap's pixel to the next one's
+  int64_t weights_row = 0;
+};
+
+// Adds P pixels, `step` floats apart, of a vector of channels.
+template <int P>
+ESR_INLINE void sum_taps(const MapTaps& t, const float* in, int64_t step, const float* weights, Vec (&sum)[P]) {
+  // One pointer for three pixels, as in multiply.h.
+  constexpr int kPointers = (P + 2) / 3;
+  for (int64_t ky = 0; ky < t.rows; ++ky, in += t.row, weights += t.weights_row) {
+    const float* group[kPointers];
+    ESR_UNROLL for (int g = 0; g < kPointers; ++g) group[g] = in + 3 * g * step;
+    const float* w = weights;
+    for (int64_t kx = 0; kx < t.columns; ++kx, w += kDepthwiseGroup) {
+      const Vec weight = load(w);
+      ESR_UNROLL for (int p = 0; p < P; ++p) sum[p] = fma(load(group[p / 3] + p % 3 * step), weight, sum[p]);
+      ESR_UNROLL for (int g = 0; g < kPointers; ++g) group[g] += t.column;
+    }
+  }
+}
+
+// P pixels of all channels.
+template <Activation A, bool kGated, int P>
+void depthwise_map_pixels(const DepthwiseConvArgs& a, const MapTaps& t, float* out) {
+  const int64_t step = a.in.column_stride, out_step = a.out.column_stride;
+  const int64_t taps_in_group = taps(a) * kDepthwiseGroup;
+  const int64_t half = depthwise_groups(a);  // groups before those of the second half
+  const Vec slope = set1(a.slope);
+  for (int64_t c = 0; c < a.channels; c += kLanes) {
+    const int64_t group = c / kDepthwiseGroup, lane = c % kDepthwiseGroup;
+    const auto sum_half = [&](int64_t k, Vec(&sum)[P]) {
+      const Vec bias = load(a.bias + (k * half + group) * kDepthwiseGroup + lane);
+      ESR_UNROLL for (int p = 0; p < P; ++p) sum[p] = bias;
+      const float* weights = a.weights + (k * half + group) * taps_in_group + lane + t.weights;
+      sum_taps<P>(t, t.in + k * a.channels + c, step, weights, sum);
+    };
+    Vec sum[P];
+    sum_half(0, sum);
+    if constexpr (kGated) {
+      alignas(64) float h[P * kLanes];
+      ESR_UNROLL for (int p = 0; p < P; ++p) store(h + p * kLanes, sum[p]);
+      sum_half(1, sum);
+      ESR_UNROLL for (int p = 0; p < P; ++p) sum[p] = mul(activate<A>(load(h + p * kLanes), slope), sum[p]);
+    } else {
+      ESR_UNROLL for (int p = 0; p < P; ++p) sum[p] = activate<A>(sum[p], slope);
+    }
+    if (a.channels - c < kLanes) {
+      const int rest = static_cast<int>(a.channels - c);
+      ESR_UNROLL for (int p = 0; p < P; ++p) sum[p] = keep_lanes(sum[p], rest);
+    }
+    ESR_UNROLL for (int p = 0; p < P; ++p) store(out + p * out_step + c, sum[p]);
+  }
+}
+
+template <Activation A, bool kGated>
+void depthwise_map_row(const DepthwiseConvArgs& a, int64_t y) {
+  const int64_t step = a.in.column_stride, up = a.kernel_height / 2, left = a.kernel_width / 2;
+  const float* in = static_cast<const float*>(a.in.data);
+  float* out = static_cast<float*>(a.out.data) + y * a.out.row_stride;
+  const int64_t above = y / a.dilation, below = (a.height - 1 - y) / a.dilation;  // rows of taps that the map has there
+  const int64_t ky = above < up ? up - above : 0;
+  MapTaps t;
+  t.rows = (below < up ? up + below + 1 : a.kernel_height) - ky;
+  t.row = a.dilation * a.in.row_stride;
+  t.column = a.dilation * step;
+  t.weights_row = a.kernel_width * kDepthwiseGroup;
+  const float* row = in + (y + (ky - up) * a.dilation) * a.in.row_stride;
+  const auto run = [&](auto pixels, int64_t x, int64_t kx, int64_t columns) {
+    t.in = row + (x + (kx - left) * a.dilation) * step;
+    t.weights = ky * t.weights_row + kx * kDepthwiseGroup;
+    t.columns = columns;
+    depthwise_map_pixels<A, kGated, decltype(pixels)::kValue>(a, t, out + x * a.out.column_stride);
+  };
+  // Taps beyond the pixel of zeros beside the map are left out, pixel by pixel.
+  const auto edge = [&](int64_t x0, int64_t x1) {
+    for (int64_t x = x0; x < x1; ++x) {
+      const int64_t before = x / a.dilation, behind = (a.width - 1 - x) / a.dilation;
+      const int64_t kx = before < left ? left - before : 0;
+      run(Constant<int, 1>{}, x, kx, (behind < left ? left + behind + 1 : a.kernel_width) - kx);
+    }
+  };
+  constexpr int P = kPixels1;
+  const int64_t side = left * a.dilation > 1 ? left * a.dilation - 1 : 0;
+  const int64_t x0 = side < a.width ? side : a.width, x1 = a.width - x0 > x0 ? a.width - x0 : x0;
+  edge(0, x0);
+  int64_t x = x0;
+  for (; x + P <= x1; x += P) run(Constant<int, P>{}, x, 0, a.kernel_width);
+  if (x < x1 && x1 - x0 >= P) {
+    run(Constant<int, P>{}, x1 - P, 0, a.kernel_width);  // some of them again
+  } else {
+    for (; x < x1; ++x) run(Constant<int, 1>{}, x, 0, a.kernel_width);
+  }
+  edge(x1, a.width);
+}
+
+// Rows [y0, y1), in float32. What fills up the last vector of a pixel becomes zeros.
+inline void depthwise_map(const DepthwiseConvArgs& a, int64_t y0, int64_t y1) {
+  with_activation(a.activation, [&](auto activation) {
+    constexpr Activation A = decltype(activation)::kValue;
+    for (int64_t y = y0; y < y1; ++y) a.gated ? depthwise_map_row<A, true>(a, y) : depthwise_map_row<A, false>(a, y);
+  });
+}

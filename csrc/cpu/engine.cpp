@@ -87,6 +87,10 @@ class CompiledPlan {
         return make_pair(layer, kernels_);
       case Op::kActivate:
         return make_activate(layer, kernels_);
+      case Op::kDepthwiseConv:
+        return make_depthwise_conv(layer, kernels_, weights);
+      case Op::kLayerNorm2d:
+        return make_layer_norm2d(layer, kernels_, weights);
       default:
         return make_conv3x3(layer, kernels_, weights);
     }

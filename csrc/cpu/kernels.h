@@ -289,7 +289,7 @@ struct DepthwiseConvArgs {
   Activation activation = Activation::kNone;
   float slope = 0.0f;
   bool gated = false;        // act(first half) * second half
-  float* scratch = nullptr;  // depthwise_*_floats()
+  float* scratch = nullptr;  // depthwise_*_floats(); of the engine's maps none
 };
 
 struct DepthwiseConvGradientArgs {
@@ -414,6 +414,7 @@ struct Kernels {
   int64_t (*depthwise_planes_floats)(const DepthwiseConvArgs&);
   void (*depthwise_pixels)(const DepthwiseConvArgs&, int64_t y0, int64_t y1);
   int64_t (*depthwise_pixels_floats)(const DepthwiseConvArgs&);
+  void (*depthwise_map)(const DepthwiseConvArgs&, int64_t y0, int64_t y1);
   void (*depthwise_plane_gradient)(const DepthwiseConvGradientArgs&, int64_t channel);
   int64_t (*depthwise_plane_gradient_floats)(const DepthwiseConvArgs&);
   void (*depthwise_pixels_gradient)(const DepthwiseConvGradientArgs&, int64_t group);

@@ -45,7 +45,52 @@ std::vector<float> ones_or(const Gradients& t, const std::optional<Tensor>& weig
   return w;
 }
 
+// A layer of a plan.
+class LayerNorm2d final : public Operator {
+ public:
+  LayerNorm2d(const Layer& layer, const Kernels& kernels, const Weights& weights)
+      : Operator(layer, kernels), bias_(bias_of(layer, 1, weights, "bias", layer.channels, kernels.lanes)) {
+    const std::vector<float> ones(static_cast<size_t>(layer.channels), 1.0f);
+    weight_ = layer.weights[0] < 0 ? pack_vector(ones.data(), layer.channels, kernels.lanes)
+                                   : bias_of(layer, 0, weights, "weight", layer.channels, kernels.lanes);
+  }
+
+  Shape result(const std::vector<Shape>& in) const override {
+    check_channels(in[0], layer_.channels, "x");
+    return {layer_.channels, in[0].height, in[0].width};
+  }
+
+  bool reads_tensor(size_t) const override { return true; }
+
+  void run(const Run& run) const override {
+    const MapLayout& m = run.output.layout;
+    const Map& in = run.inputs[0];
+    LayerNormArgs a;
+    a.channels = layer_.channels;
+    a.weight = weight_.data();
+    a.bias = bias_.data();
+    a.eps = layer_.epsilon;
+    a.out = run.output.view();
+    // A tensor is brought into the result's map and normalised there.
+    a.in = in.ring == nullptr ? a.out : in.view();
+    parallel_ranges(m.height, m.width * m.step * 8, [&](int64_t y0, int64_t y1) {
+      for (int64_t y = y0; y < y1; ++y) {
+        if (in.ring == nullptr) import_strip(kernels_, in.tensor, m, run.output.pixels() + y * m.pitch, y, y + 1);
+        kernels_.norm_pixels(a, y, 0, m.width);
+      }
+      complete_rows(kernels_, run, y0, y1);
+    });
+  }
+
+ private:
+  PackedFloats weight_, bias_;
+};
+
 }  // namespace
+
+std::unique_ptr<Operator> make_layer_norm2d(const Layer& layer, const Kernels& kernels, const Weights& weights) {
+  return std::make_unique<LayerNorm2d>(layer, kernels, weights);
+}
 
 void layer_norm2d(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps,
                   const Tensor& out) {

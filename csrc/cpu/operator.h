@@ -102,6 +102,8 @@ std::unique_ptr<Operator> make_conv3x3(const Layer&, const Kernels&, const Weigh
 std::unique_ptr<Operator> make_conv1x1(const Layer&, const Kernels&, const Weights&);
 std::unique_ptr<Operator> make_esa(const Layer&, const Kernels&, const Weights&);
 std::unique_ptr<Operator> make_bsconv(const Layer&, const Kernels&, const Weights&);
+std::unique_ptr<Operator> make_depthwise_conv(const Layer&, const Kernels&, const Weights&);
+std::unique_ptr<Operator> make_layer_norm2d(const Layer&, const Kernels&, const Weights&);
 std::unique_ptr<Operator> make_pair(const Layer&, const Kernels&);
 std::unique_ptr<Operator> make_activate(const Layer&, const Kernels&);
 

@@ -79,6 +79,7 @@ constexpr Kernels make_kernels(const char* name) {
                  depthwise_planes_floats,
                  depthwise_pixels,
                  depthwise_pixels_floats,
+                 depthwise_map,
                  depthwise_plane_gradient,
                  depthwise_plane_gradient_floats,
                  depthwise_pixels_gradient,

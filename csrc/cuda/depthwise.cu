@@ -228,6 +228,13 @@ void divide(DepthwiseGradientArgs& a, int64_t batch) {
 
 }  // namespace
 
+View half_of(View v, int index, int64_t channels, Precision precision) {
+  v.blocked = v.blocked && channels * value_bytes(precision) % kUnitBytes == 0;
+  v.data += index * channels * v.channel;
+  v.channels = static_cast<int32_t>(channels);
+  return v;
+}
+
 void launch_depthwise(DepthwiseArgs args, Precision precision, int64_t batch, device::Stream stream, bool overlap) {
   const int halves = args.gated ? 2 : 1;  // that a block computes together
   args.slabs = static_cast<int32_t>(ceil_div(args.channels, kSlab));

@@ -10,6 +10,9 @@ namespace esr::cuda {
 
 inline constexpr int kMostDepthwiseTaps = 7;  // a side
 
+// Half `index` of a map's channels, of `channels` each; blocked where both halves are whole units.
+View half_of(View v, int index, int64_t channels, Precision precision);
+
 // Maps are in one or two halves, each `channels` of all: the second half's result gates the first's.
 struct DepthwiseArgs {
   View input[2];

@@ -16,14 +16,6 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Half `index` of a map's channels, of `channels` each; blocked where both halves are whole units.
-View half_of(View v, int index, int64_t channels, Precision precision) {
-  v.blocked = v.blocked && channels * value_bytes(precision) % kUnitBytes == 0;
-  v.data += index * channels * v.channel;
-  v.channels = static_cast<int32_t>(channels);
-  return v;
-}
-
 // An operator's one result, given in a list as gradients are.
 const Tensor& only(const char* name, const std::vector<Tensor>& outputs) {
   STD_TORCH_CHECK(outputs.size() == 1, name, ": ", outputs.size(), " results given, must be 1");

@@ -155,6 +155,9 @@ class CompiledPlan {
       case Op::kAdd:
       case Op::kMultiply:
         return make_pair(layer, precision_);
+      case Op::kDepthwiseConv:
+      case Op::kLayerNorm2d:
+        return make_channelwise(layer, precision_, weights, inputs);
       default:
         return make_convolution(layer, precision_, weights, inputs, network_);
     }

@@ -1,10 +1,13 @@
-// The layers that are one launch: convolutions, and what happens pixel by pixel.
+// The layers that are one launch: convolutions, and what happens pixel by pixel or channel by channel.
 #include <algorithm>
 
+#include "depthwise.h"
+#include "layer_norm.h"
 #include "pointwise.h"
 #include "spab.h"
 #include "step.h"
 #include "switches.h"
+#include "weight_copy.h"
 #include "winograd.h"
 
 namespace esr::cuda {
@@ -306,6 +309,118 @@ class PairStep : public Step {
   }
 };
 
+// Layers that compute every channel with numbers of its own: a weight and a bias, kept as float32.
+class ChannelwiseStep : public Step {
+ public:
+  int64_t packed_bytes() const override { return bias_at() + bytes(weights_[1]); }
+
+  void pack(const Weights& weights, unsigned char* packed, device::Stream stream) const override {
+    for (size_t k = 0; k < 2; ++k) {
+      if (layer_.weights[k] < 0) continue;
+      auto* out = reinterpret_cast<float*>(packed + (k == 0 ? 0 : bias_at()));
+      launch_weight_copy(weights[static_cast<size_t>(layer_.weights[k])], out, stream);
+    }
+  }
+
+ protected:
+  ChannelwiseStep(const Layer& layer, Precision precision, const Weights& weights,
+                  const std::vector<int64_t>& weight_shape, int64_t channels)
+      : Step(layer, precision) {
+    weights_[0] = weight_of(0, weights, "weight", weight_shape);
+    weights_[1] = weight_of(1, weights, "bias", {channels});
+  }
+
+  WeightView weight(const Run& run) const { return view(0, run.packed); }
+  WeightView bias(const Run& run) const { return view(1, run.packed + bias_at()); }
+  const int32_t* weight_sizes() const { return weights_[0].sizes; }
+
+ private:
+  WeightView view(size_t k, const unsigned char* packed) const {
+    return layer_.weights[k] < 0 ? WeightView{} : copied_weight(weights_[k], packed);
+  }
+  static int64_t bytes(const WeightView& w) {
+    int64_t count = w.dimensions == 0 ? 0 : 4;
+    for (int d = 0; d < w.dimensions; ++d) count *= w.sizes[d];
+    return count;
+  }
+  int64_t bias_at() const { return bytes(weights_[0]); }
+
+  WeightView weights_[2];  // as they were when the plan was compiled: their sizes
+};
+
+class DepthwiseStep : public ChannelwiseStep {
+ public:
+  DepthwiseStep(const Layer& layer, Precision precision, const Weights& weights, const Shapes& inputs)
+      : ChannelwiseStep(layer, precision, weights, {inputs[0].channels, 1, -1, -1}, inputs[0].channels),
+        channels_(inputs[0].channels) {
+    STD_TORCH_CHECK(!layer.gated || channels_ % 2 == 0, layer.name(), ": x has ", channels_,
+                    " channels, must be an even number for a gate");
+    for (int d = 2; d < 4; ++d) {
+      const int32_t side = weight_sizes()[d];
+      STD_TORCH_CHECK(side % 2 == 1 && side <= kMostDepthwiseTaps, layer.name(), ": weight has a side of ", side,
+                      ", must be odd and at most ", kMostDepthwiseTaps);
+    }
+  }
+
+  Shape result(const Shapes& inputs) const override {
+    check_channels(inputs[0], channels_, "x");
+    return {channels_ / halves(), inputs[0].height, inputs[0].width};
+  }
+
+  void run(const Run& run) const override {
+    const Shape& shape = run.output.shape;
+    DepthwiseArgs a = {};
+    a.halves = halves();
+    a.gated = layer_.gated;
+    a.channels = static_cast<int32_t>(shape.channels);
+    for (int i = 0; i < a.halves; ++i) {
+      const View& whole = run.inputs[0].view;
+      a.input[i] = layer_.gated ? half_of(whole, i, shape.channels, precision_) : whole;
+    }
+    a.output[0] = run.output.view;
+    a.weight = weight(run);
+    a.bias = bias(run);
+    a.taps_down = weight_sizes()[2];
+    a.taps_across = weight_sizes()[3];
+    // Beyond the image there are zeros, however far.
+    a.dilation = static_cast<int32_t>(std::min(layer_.dilation, std::max(shape.height, shape.width)));
+    a.height = static_cast<int32_t>(shape.height);
+    a.width = static_cast<int32_t>(shape.width);
+    a.activation = layer_.activation;
+    a.slope = layer_.slope;
+    launch_depthwise(a, precision_, run.batch, run.stream, run.overlap);
+  }
+
+ private:
+  int32_t halves() const { return layer_.gated ? 2 : 1; }
+
+  const int64_t channels_;  // of the input
+};
+
+class LayerNormStep : public ChannelwiseStep {
+ public:
+  LayerNormStep(const Layer& layer, Precision precision, const Weights& weights)
+      : ChannelwiseStep(layer, precision, weights, {layer.channels}, layer.channels) {}
+
+  Shape result(const Shapes& inputs) const override {
+    check_channels(inputs[0], layer_.channels, "x");
+    return inputs[0];
+  }
+
+  void run(const Run& run) const override {
+    LayerNormArgs a = {};
+    a.input = run.inputs[0].view;
+    a.output = run.output.view;
+    a.weight = weight(run);
+    a.bias = bias(run);
+    a.eps = layer_.epsilon;
+    a.height = static_cast<int32_t>(run.output.shape.height);
+    a.width = static_cast<int32_t>(run.output.shape.width);
+    a.channels = static_cast<int32_t>(run.output.shape.channels);
+    launch_layer_norm(a, precision_, run.batch, run.stream, run.overlap);
+  }
+};
+
 }  // namespace
 
 std::unique_ptr<Step> make_convolution(const Layer& layer, Precision precision, const Weights& weights,
@@ -317,6 +432,11 @@ std::unique_ptr<Step> make_table(const Layer& layer, Precision precision) {
 }
 std::unique_ptr<Step> make_pair(const Layer& layer, Precision precision) {
   return std::make_unique<PairStep>(layer, precision);
+}
+std::unique_ptr<Step> make_channelwise(const Layer& layer, Precision precision, const Weights& weights,
+                                       const Shapes& inputs) {
+  if (layer.op == Op::kLayerNorm2d) return std::make_unique<LayerNormStep>(layer, precision, weights);
+  return std::make_unique<DepthwiseStep>(layer, precision, weights, inputs);
 }
 
 }  // namespace esr::cuda

@@ -105,5 +105,7 @@ std::unique_ptr<Step> make_table(const Layer&, Precision);
 std::unique_ptr<Step> make_convolution(const Layer&, Precision, const Weights&, const Shapes&, bool network);
 std::unique_ptr<Step> make_esa(const Layer&, Precision, const Weights&, const Shapes&);
 std::unique_ptr<Step> make_pair(const Layer&, Precision);
+// depthwise_conv and layer_norm2d.
+std::unique_ptr<Step> make_channelwise(const Layer&, Precision, const Weights&, const Shapes&);
 
 }  // namespace esr::cuda

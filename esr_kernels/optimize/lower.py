@@ -19,9 +19,12 @@ from .workspace import Workspace, aten, dims, is_map, location
 
 ops = torch.ops.esr
 
-_HOT = {op.default for op in (ops.conv3x3, ops.conv1x1, ops.conv3x3_pixel_shuffle, ops.esa, ops.bsconv, ops.spab)}
-# Operators that plans do not have: called by themselves.
-_ALONE = {op.default for op in (ops.depthwise_conv, ops.layer_norm2d, ops.adaptive_max_pool, ops.modulate)}
+_CHANNELWISE = {op.default for op in (ops.depthwise_conv, ops.layer_norm2d)}
+_HOT = _CHANNELWISE | {
+    op.default for op in (ops.conv3x3, ops.conv1x1, ops.conv3x3_pixel_shuffle, ops.esa, ops.bsconv, ops.spab)
+}
+# Called by themselves: plans do not have them, or of one layer only.
+_ALONE = _CHANNELWISE | {op.default for op in (ops.adaptive_max_pool, ops.modulate)}
 
 
 class NotPlannableError(Exception):
@@ -152,10 +155,10 @@ def _light(ws: Workspace, nodes: list[fx.Node]) -> list[fx.Node]:
     hot = [n for n in nodes if n.target in _HOT]
     if not hot:
         return nodes
+    # By themselves these run on tensors of any layout where they are.
     if len(hot) == 1 and hot[0].target is ops.conv1x1.default:
-        # By itself it runs on tensors of any layout where they are.
         return [n for n in nodes if n not in hot]
-    return []
+    return nodes if len(hot) == 1 and hot[0].target in _CHANNELWISE else []
 
 
 def _ratio(a: Any, b: Any) -> int | None:
@@ -192,6 +195,8 @@ class _Segment:
             ops.conv1x1.default: self._conv1x1,
             ops.esa.default: self._esa,
             ops.bsconv.default: self._bsconv,
+            ops.depthwise_conv.default: self._depthwise_conv,
+            ops.layer_norm2d.default: self._layer_norm2d,
             operator.getitem: self._getitem,
         }
         for node in nodes:
@@ -290,6 +295,29 @@ class _Segment:
         inputs = [self._value(x), *self._residual(added, attributes)]
         weights = {"pointwise": pointwise, "depthwise": depthwise, "bias": bias}
         self.values[node] = self._add_layer("bsconv", node, inputs, dims(node)[1], weights, **attributes)
+
+    def _depthwise_conv(self, node: fx.Node) -> None:
+        x, weight, bias, dilation, activation, slope, gated = node.args
+        self.values[node] = self._add_layer(
+            "depthwise_conv",
+            node,
+            [self._value(x)],
+            dims(node)[1],
+            {"weight": weight, "bias": bias},
+            kernel_size=list(self.ws.values[weight].shape[2:]),  # type: ignore[index]
+            dilation=dilation,
+            activation=activation,
+            negative_slope=slope,
+            gated=gated,
+        )
+
+    def _layer_norm2d(self, node: fx.Node) -> None:
+        x, weight, bias, eps = node.args
+        has = {"has_weight": weight is not None, "has_bias": bias is not None}
+        weights = {"weight": weight, "bias": bias}
+        self.values[node] = self._add_layer(
+            "layer_norm2d", node, [self._value(x)], dims(node)[1], weights, eps=eps, **has
+        )
 
     def _residual(self, added: list[Any], attributes: dict[str, Any]) -> list[int]:
         """The value of a residual among an operator's last arguments, whose mode goes to the attributes, or nothing."""

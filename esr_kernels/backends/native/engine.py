@@ -23,6 +23,8 @@ OP_CODES = {
     "add": 6,
     "multiply": 7,
     "activate": 8,
+    "depthwise_conv": 9,
+    "layer_norm2d": 10,
 }
 ACTIVATION_CODES = {"none": 0, "relu": 1, "leaky_relu": 2, "silu": 3, "gelu": 4, "gelu_tanh": 5}
 FUNCTION_CODES = ACTIVATION_CODES | {"sigmoid": 6, "clamp": 7, "hardswish": 8, "mish": 9}
@@ -60,6 +62,11 @@ def encode(plan: Plan) -> tuple[list[int], list[float]]:
             activation, slope = ACTIVATION_CODES[a["activation"]], constant(a["negative_slope"])
             mode = RESIDUAL_CODES[a.get("residual_mode", "post")]
             return [x[0], *weights, PADDING_CODES[a["padding_mode"]], activation, slope, residual, mode]
+        if layer.op == "depthwise_conv":
+            activation, slope = ACTIVATION_CODES[a["activation"]], constant(a["negative_slope"])
+            return [x[0], *weights, a["dilation"], int(a["gated"]), activation, slope]
+        if layer.op == "layer_norm2d":
+            return [x[0], *weights, layer.channels, constant(a["eps"])]
         if layer.op == "activate":
             return [x[0], FUNCTION_CODES[a["function"]], layer.channels, constant(*a["low"], *a["high"])]
         return x  # add, multiply
@@ -112,7 +119,7 @@ def compiled_plan(plan: Plan, weights: list[Tensor], *, compare: bool) -> Compil
     Args:
         compare: compare the values too, for parameters that a user may write through `.data`.
     """
-    if any(w.is_inference() for w in weights):  # they carry no version
+    if not weights or any(w.is_inference() for w in weights):  # they carry no version
         return CompiledPlan(plan, weights)
     per_plan = _packed.get(weights[0])
     if per_plan is None:

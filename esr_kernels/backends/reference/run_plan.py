@@ -17,7 +17,9 @@ from .bsconv import bsconv
 from .conv1x1 import conv1x1
 from .conv3x3 import conv3x3
 from .conv3x3_pixel_shuffle import conv3x3_pixel_shuffle
+from .depthwise_conv import depthwise_conv
 from .esa import esa
+from .layer_norm2d import layer_norm2d
 
 
 @lru_cache(maxsize=64)
@@ -86,6 +88,11 @@ def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Ten
             residual = x[1] if len(x) > 1 else None
             epilogue = (a["activation"], a["negative_slope"], residual, a.get("residual_mode", "post"))
             values.append(bsconv(x[0], w["pointwise"], w["depthwise"], w.get("bias"), a["padding_mode"], *epilogue))
+        elif op == "depthwise_conv":
+            activation = (a["activation"], a["negative_slope"])
+            values.append(depthwise_conv(x[0], w["weight"], w.get("bias"), a["dilation"], *activation, a["gated"]))
+        elif op == "layer_norm2d":
+            values.append(layer_norm2d(x[0], w.get("weight"), w.get("bias"), a["eps"]))
         elif op == "add":
             values.append(x[0] + x[1])
         elif op == "multiply":

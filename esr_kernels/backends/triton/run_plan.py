@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...library import run_plan_outputs
 from ...plan import ESA_WEIGHTS, Layer, Plan
-from . import _pointwise, bsconv, configs, esa, interpreted
+from . import _pointwise, bsconv, configs, depthwise_conv, esa, interpreted, layer_norm2d
 from ._conv1x1 import multiply
 from ._convolution import convolve
 from .launch import Program
@@ -145,6 +145,13 @@ class PreparedPlan:
                 return lambda x, out: bsconv.separable(x[0], packed, bias, out, *settings)
             mode = a["residual_mode"]
             return lambda x, out: bsconv.separable(x[0], packed, bias, out, *settings, x[1], mode)
+        if layer.op == "depthwise_conv":
+            options = {"activation": a["activation"], "slope": a["negative_slope"], "gated": a["gated"]}
+            return lambda x, out: depthwise_conv.convolve(
+                x[0], w["weight"], bias, out, dilation=a["dilation"], **options
+            )
+        if layer.op == "layer_norm2d":
+            return lambda x, out: layer_norm2d.normalize(x[0], w.get("weight"), bias, out, a["eps"])
         return self._convolution(layer, w["weight"], bias)
 
     def _convolution(self, layer: Layer, weight: Tensor, bias: Tensor | None) -> Step:
