@@ -84,6 +84,10 @@ class Program:
     def multiply(self, a: int, b: int) -> int:
         return self.layer(7, a, b)
 
+    def layer_norm2d(self, x: int, channels: int, eps: float) -> int:
+        self.constants.append(eps)
+        return self.layer(10, x, -1, -1, channels, len(self.constants) - 1)
+
     def code(self, *outputs: int) -> list[int]:
         layers = [integer for record in self.records for integer in record]
         return [2, self.inputs, len(self.records), len(outputs), *layers, *outputs]
@@ -578,13 +582,16 @@ def test_maps_are_used_again_only_when_nobody_reads_them(capability: str, seed: 
     want = [x.double() for x in inputs]
     for _ in range(10):
         a, b = (choose.randrange(len(want)) for _ in range(2))
-        kind = choose.choice(["add", "multiply", "esa", "conv1x1", "conv3x3", "conv3x3"])
+        kind = choose.choice(["add", "multiply", "norm", "esa", "conv1x1", "conv3x3", "conv3x3"])
         if kind == "add":
             p.add(a, b)
             result = want[a] + want[b]
         elif kind == "multiply":
             p.multiply(a, b)
             result = want[a] * want[b]
+        elif kind == "norm":
+            p.layer_norm2d(a, 16, 1e-3)
+            result = F.layer_norm(want[a].movedim(1, -1), [16], eps=1e-3).movedim(-1, 1)
         elif kind == "esa":
             weights = esa_weights(16, 4, "full")
             p.esa(a, weights)

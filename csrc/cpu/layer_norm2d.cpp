@@ -61,6 +61,7 @@ class LayerNorm2d final : public Operator {
   }
 
   bool reads_tensor(size_t) const override { return true; }
+  bool overwrites(size_t) const override { return true; }
 
   void run(const Run& run) const override {
     const MapLayout& m = run.output.layout;
