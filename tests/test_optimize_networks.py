@@ -38,15 +38,16 @@ class Net(nn.Module):
         return self.function(self, x)
 
 
+def plans_of(fast: OptimizedModel) -> list[Plan]:
+    if fast.plan is not None:
+        return [fast.plan]
+    graphs = [module.graph for module in fast.modules() if isinstance(module, torch.fx.GraphModule)]
+    return [Plan.from_json(n.args[2]) for graph in graphs for n in graph.nodes if "run_plan" in str(n.target)]
+
+
 def layers_of(fast: OptimizedModel) -> list[Layer]:
     """The layers of its plans in order."""
-    plans = [fast.plan]
-    if fast.plan is None:
-        plans = []
-        for module in fast.modules():
-            if isinstance(module, torch.fx.GraphModule):
-                plans += [Plan.from_json(n.args[2]) for n in module.graph.nodes if "run_plan" in str(n.target)]
-    return [layer for plan in plans for layer in plan.layers]
+    return [layer for plan in plans_of(fast) for layer in plan.layers]
 
 
 def ops_of(fast: OptimizedModel) -> list[str]:
@@ -587,7 +588,7 @@ WHOLE = {
     "esa r2net": (lambda: nn.Sequential(conv(3, 10), Attention(10, form="r2net")), ["conv3x3", "esa"]),
     "separable": (lambda: nn.Sequential(Separable(3, 9), nn.GELU(), Separable(9, 5)), ["bsconv gelu", "bsconv"]),
     "separable reflect": (lambda: nn.Sequential(Separable(3, 9, "reflect", bias=True), nn.SiLU()), ["bsconv silu"]),
-    "separable with a bias between": (lambda: Separable(3, 9, bias=True), ["conv1x1"]),
+    "separable with a bias between": (lambda: Separable(3, 9, bias=True), ["conv1x1", "depthwise_conv"]),
     "channel attention": (
         lambda: Net(
             lambda m, x: (y := F.relu(m.head(x))) * torch.sigmoid(m.a(F.adaptive_avg_pool2d(y, 1))),
@@ -602,7 +603,7 @@ WHOLE = {
             head=conv(3, 12),
             tail=tail(2),
         ),
-        ["conv3x3", "conv3x3_pixel_shuffle"],
+        ["conv3x3", "layer_norm2d", "conv3x3_pixel_shuffle"],
     ),
     "slices in place": (
         lambda: Net(lambda m, x: partial(m, m.head(x)), head=conv(3, 12), c=conv(4, 4), tail=tail(2)),
@@ -826,6 +827,28 @@ def test_one_operator_channel_by_channel_is_called_by_itself():
     """In a plan of its own it would be brought to the plan's layout and back."""
     fast = check(Net(lambda m, x: torch.cumsum(m.dw(torch.cumsum(x, 1)), 1), dw=conv(3, 3, 5, groups=3)))
     assert layers_of(fast) == [] and channelwise(fast) == ["depthwise_conv: 5x5, 3 channels"]
+
+
+def _beside_a_foreign_branch(m, x):
+    aside = torch.cumsum(m.a(x), 3)
+    return m.d(m.c(m.b(x)) + aside)
+
+
+def _through_a_foreign_branch(m, x):
+    y = m.b(x)
+    return m.d(m.c(y) + torch.cumsum(m.a(y), 3))
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [(_beside_a_foreign_branch, [1, 3]), (_through_a_foreign_branch, [2, 2])],
+    ids=["beside", "through"],
+)
+def test_plans_are_joined_unless_something_else_is_between(function, expected):
+    network = Net(function, a=conv(3, 8), b=conv(3, 8), c=conv(8, 8), d=conv(8, 8))
+    if function is _through_a_foreign_branch:
+        network.a = conv(8, 8)
+    assert sorted(len(plan.layers) for plan in plans_of(check(network))) == expected
 
 
 def test_what_no_rewrite_foresaw_runs_as_it_was(monkeypatch):

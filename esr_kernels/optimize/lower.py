@@ -125,7 +125,8 @@ def _is_shuffled(node: fx.Node) -> bool:
 def _groups(ws: Workspace, refused: dict[fx.Node, str]) -> dict[int, list[fx.Node]]:
     """Connected sets of nodes that can run as one: nothing outside lies on a path between two of a set.
 
-    A node's level counts how often a path to it has left the plannable nodes; a set has one level.
+    A node's level counts how often a path to it has left the plannable nodes; a set has one level at first, and sets
+    are joined where that allows it.
     """
     dropped: set[fx.Node] = set()
     while True:
@@ -141,6 +142,7 @@ def _groups(ws: Workspace, refused: dict[fx.Node, str]) -> dict[int, list[fx.Nod
                     planned |= {n: mine for n, s in planned.items() if s == other}
             else:
                 level[node] = max((level[n] + (n in planned) for n in inputs), default=0)
+        _join(ws, planned)
         groups: dict[int, list[fx.Node]] = {}
         for node, i in planned.items():
             groups.setdefault(i, []).append(node)
@@ -148,6 +150,40 @@ def _groups(ws: Workspace, refused: dict[fx.Node, str]) -> dict[int, list[fx.Nod
         if not light:
             return dict(sorted(groups.items(), key=lambda item: level[item[1][0]]))
         dropped |= light
+
+
+def _join(ws: Workspace, planned: dict[fx.Node, int]) -> None:
+    """Join sets of which one reads results of the other, unless they are images or another path connects them."""
+    while True:
+        after: dict[Any, dict[Any, None]] = {}  # a set or a node outside -> those that read it
+        candidates: dict[tuple[int, int], bool] = {}
+        for node in ws.graph.nodes:
+            for n in node.all_input_nodes:
+                a, b = planned.get(n, n), planned.get(node, node)
+                if n in ws.values or a == b:
+                    continue
+                after.setdefault(a, {})[b] = None
+                if n in planned and node in planned:
+                    candidates[a, b] = candidates.get((a, b), True) and not _is_shuffled(n)
+        pair = next((p for p, allowed in candidates.items() if allowed and not _detour(after, *p)), None)
+        if pair is None:
+            return
+        for n, i in planned.items():
+            planned[n] = pair[0] if i == pair[1] else i
+
+
+def _detour(after: dict[Any, dict[Any, None]], a: int, b: int) -> bool:
+    """Whether a path from a to b leads through anything else."""
+    waiting = [x for x in after[a] if x != b]
+    seen = set(waiting)
+    while waiting:
+        for x in after.get(waiting.pop(), ()):
+            if x == b:
+                return True
+            if x not in seen:
+                seen.add(x)
+                waiting.append(x)
+    return False
 
 
 def _light(ws: Workspace, nodes: list[fx.Node]) -> list[fx.Node]:
