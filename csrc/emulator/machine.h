@@ -6,10 +6,16 @@
 //
 // Time is counted in ticks, one for every barrier that completes. An access is stamped with the tick it happens at. Two
 // accesses of different threads are ordered when a barrier of the block, or of the warp they share, lies between: when
-// the stamp of the first is older than the last such barrier.
+// the stamp of the first is older than the last such barrier. Barriers of some warps only (named ones, and those in
+// shared memory) order what the warps that meet have done or know of: every warp has a clock, for each warp the tick
+// before which that one's accesses are ordered before its own.
+//
+// What Hopper's asynchronous proxy does besides: products of a warpgroup read shared memory from their issue until they
+// are waited for, and write their sums only then; a bulk copy lands when its barrier is waited for.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstdarg>
 #include <cstdint>
@@ -92,6 +98,14 @@ enum class Wait : uint8_t {
   kMultiplyBfloat16,
   kMultiplyTf32,
   kShuffle,
+  kNamedBarrier,
+  kArrival,
+  kSharedBarrier,
+  kMultiplyAsyncFloat16,
+  kMultiplyAsyncBfloat16,
+  kFenceProducts,
+  kCommitProducts,
+  kWaitForProducts,
   kEnd,
 };
 
@@ -105,6 +119,14 @@ inline const char* name_of(Wait wait) {
                                     "multiply_add<bfloat16>",
                                     "multiply_add<tf32>",
                                     "shuffle_xor",
+                                    "sync_threads",
+                                    "arrive_threads",
+                                    "wait_for_bytes",
+                                    "multiply_add_async<float16>",
+                                    "multiply_add_async<bfloat16>",
+                                    "fence_products",
+                                    "commit_products",
+                                    "wait_for_products",
                                     "the end"};
   return kNames[static_cast<int>(wait)];
 }
@@ -134,9 +156,60 @@ struct Copies {
 struct Thread {
   Context context;
   Copies copies;
-  Site site;  // of what it waits for
+  Site site;                   // of what it waits for
+  uint32_t fence = 0;          // the tick of its last fence_async_proxy()
+  uint32_t fence_in_time = 0;  // of the last one before a barrier
   Wait wait = Wait::kNothing;
   bool waited_for_grid = false;
+};
+
+// One entry for each warp and one for the asynchronous proxy: what it did before this tick is known.
+constexpr int kAsyncProxy = kMostWarps;
+constexpr int kAsyncThread = kAsyncProxy * kLanes;  // as the writer of a byte
+using Clock = std::array<uint32_t, kMostWarps + 1>;
+
+inline void join(Clock& into, const Clock& from) {
+  for (size_t i = 0; i < into.size(); i++) into[i] = std::max(into[i], from[i]);
+}
+
+// A barrier that some warps of a block come to: bar.sync and bar.arrive.
+struct NamedBarrier {
+  int expected = 0, arrived = 0;  // threads
+  uint32_t waiting = 0;           // warps
+  Clock clock = {};
+  Site site;
+};
+
+// A barrier in shared memory, with the bulk copies that report to it.
+struct SharedBarrier {
+  uint32_t offset = 0;
+  int expected = 0, missing = 0;  // arrivals of a phase
+  int64_t bytes = 0;              // that were announced for this phase
+  uint32_t phase = 0;             // how many have completed
+  std::vector<Copies::Copy> copies;
+  std::vector<int> waiting;  // threads
+  Clock clock = {};
+};
+
+// The most that one warp's part of an asynchronous product holds: 16 rows of 64 columns.
+constexpr int kMostAsyncSums = 32;  // of a lane
+
+// Sums of products in flight. The registers they belong to hold a pattern that must stay until they are waited for.
+struct AsyncSums {
+  static constexpr uint32_t kPattern = 0xffffffffu;  // as a float, a NaN
+
+  float* registers[kLanes];
+  int count;     // of a lane
+  size_t group;  // the last one with a product that adds to them
+  float values[kLanes][kMostAsyncSums];
+};
+
+// 16 bytes of shared memory as products see them.
+struct ProductUnit {
+  uint32_t in_flight = 0;  // products that read it and are not waited for
+  uint32_t readers = 0;    // warps whose products have
+  uint32_t read = 0;       // the tick of the last wait
+  Site site;               // of the last product
 };
 
 struct Warp {
@@ -153,6 +226,24 @@ struct Warp {
   const unsigned char* rows[kLanes];
   float values[kLanes];
   int masks[kLanes];
+
+  // At a named barrier: which, for how many threads, whether to wait; whether the warp does.
+  int barrier[kLanes], barrier_threads[kLanes];
+  bool parked = false;
+
+  // Asynchronous products: operands of a lane, and what is in flight.
+  struct Descriptors {
+    uint64_t a, b;
+  };
+  Descriptors descriptors[kLanes];
+  float* registers[kLanes];
+  int groups[kLanes];
+  std::vector<AsyncSums> async_sums;
+  std::vector<uint32_t> product_units;  // numbers of ProductUnits, in the order of issue
+  std::vector<size_t> product_groups;   // where each group that is in flight ends
+  size_t first_group = 0;               // the number of the first of them
+  uint64_t products = 0;                // in this block
+  bool products_fenced = false;
 };
 
 // Who touched a byte of shared memory last. Stamps of earlier blocks are older than the block's first tick.
@@ -191,6 +282,7 @@ class Machine {
     warp.arrived_at_barrier |= lane_bit();
     threads_[thread].wait = Wait::kBlock;
     threads_[thread].site = site;
+    threads_[thread].fence_in_time = threads_[thread].fence;
     if (++at_barrier_ == threads) {
       at_barrier_ = 0;
       block_start_ = ++tick_;
@@ -223,19 +315,166 @@ class Machine {
     if (warp.arrived == kAllLanes) {
       warp.arrived = 0;
       work(*this, warp);
-      warp.ready = kAllLanes;
-      ready_warps_ |= uint32_t{1} << (thread / kLanes);
+      if (!warp.parked) resume(thread / kLanes);
     }
     leave();
     threads_[thread].wait = Wait::kNothing;
   }
 
   void sync_warp(Site site) {
-    meet(Wait::kWarp, false, site, [](Machine& machine, Warp& warp) { warp.start = ++machine.tick_; });
+    meet(Wait::kWarp, false, site, [](Machine& machine, Warp& warp) {
+      warp.start = ++machine.tick_;
+      machine.publish_fences();
+    });
+  }
+
+  // ---- barriers of some warps -----------------------------------------------------------------------------------
+
+  // `count` threads, in whole warps, come to barrier `id`; those that do not wait go on at once.
+  void named_barrier(int id, int count, bool wait, Site site) {
+    Warp& warp = this->warp();
+    if (id < 1 || id >= kNamedBarriers) fail(site, "barrier %d, where there are 1 to %d", id, kNamedBarriers - 1);
+    if (count < kLanes || count > threads || count % kLanes != 0) {
+      fail(site, "barrier %d of %d threads, which are not whole warps of the block", id, count);
+    }
+    warp.barrier[lane()] = id;
+    warp.barrier_threads[lane()] = count;
+    meet(wait ? Wait::kNamedBarrier : Wait::kArrival, true, site,
+         [](Machine& machine, Warp& w) { machine.arrive(w, machine.threads_[machine.thread].wait); });
+  }
+
+  // ---- barriers in shared memory, and bulk copies -----------------------------------------------------------------
+
+  void init_barrier(void* p, int count, Site site) {
+    const uint32_t offset = shared_offset(p, 8, "initialises a barrier in", site);
+    std::memset(write_shared<8>(p, site), 0, 8);
+    if (count < 1) fail(site, "a barrier of %d arrivals", count);
+    std::erase_if(shared_barriers_, [&](const SharedBarrier& b) { return b.offset == offset; });
+    SharedBarrier& b = shared_barriers_.emplace_back();
+    b.offset = offset;
+    b.expected = b.missing = count;
+  }
+
+  // The thread arrives, and announces that so many bytes will.
+  void expect_bytes(const void* p, int64_t bytes, Site site) {
+    SharedBarrier& b = shared_barrier(p, site);
+    if (b.missing == 0) fail(site, "one arrival too many at a barrier of %d", b.expected);
+    b.missing--;
+    b.bytes += bytes;
+    join(b.clock, own_clock());
+    b.clock[static_cast<size_t>(thread / kLanes)] = ++tick_;
+    complete(b);
+  }
+
+  void issue_bulk_copy(void* target, const void* source, uint32_t bytes, const void* barrier, Site site) {
+    if (bytes == 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0) {
+      fail(site, "misaligned: a bulk copy of %u bytes from %p", bytes, source);
+    }
+    shared_offset(target, 16, "copies to", site);
+    for (uint32_t i = 0; i < bytes; i += 16) {
+      check_global<16, false>(static_cast<const unsigned char*>(source) + i, site);
+      const uint32_t offset = shared_offset(static_cast<unsigned char*>(target) + i, 16, "copies to", site);
+      write_cells(offset, 16, Cell::kInFlight, site);
+    }
+    SharedBarrier& b = shared_barrier(barrier, site);
+    b.copies.push_back({shared_offset(target, 16, "copies to", site), bytes, source, site});
+    complete(b);
+  }
+
+  // Until phase number `parity` mod 2 has completed.
+  void wait_for_bytes(const void* p, int parity, Site site) {
+    const size_t number = static_cast<size_t>(&shared_barrier(p, site) - shared_barriers_.data());
+    if ((shared_barriers_[number].phase & 1) == static_cast<uint32_t>(parity)) {
+      shared_barriers_[number].waiting.push_back(thread);
+      threads_[thread].wait = Wait::kSharedBarrier;
+      threads_[thread].site = site;
+      if (!complete(shared_barriers_[number])) leave();
+      threads_[thread].wait = Wait::kNothing;
+    }
+    join(own_clock(), shared_barriers_[number].clock);
+  }
+
+  // ---- the asynchronous proxy -------------------------------------------------------------------------------------
+
+  // What the thread has written so far will be seen by the asynchronous proxy.
+  void fence_async_proxy() { threads_[thread].fence = ++tick_; }
+
+  // The warp's products read 16 bytes at this address of shared memory.
+  const unsigned char* read_for_product(uint32_t offset, Site site) {
+    if (offset % 16 != 0 || offset + 16 > shared_bytes_) {
+      fail(site, "out of range: a product reads shared memory at offset %u of %zu", offset, shared_bytes_);
+    }
+    Cell before = {};
+    for (uint32_t i = offset; i < offset + 16; i++) {
+      Cell& cell = cells_[i];
+      if (i > offset && equal(cell, before)) continue;
+      before = cell;
+      check_written(cell, i, true, site);
+      if (cell.writer != kAsyncThread && cell.written >= threads_[cell.writer].fence_in_time) {
+        fail(site,
+             "missing fence: a product reads shared memory at offset %u, which thread %d wrote (%s) with no "
+             "fence_async_proxy() and barrier after it",
+             i, cell.writing_thread(), site_text(cell.write_site).c_str());
+      }
+    }
+    ProductUnit& unit = product_units_[offset / 16];
+    unit.in_flight++;
+    unit.site = site;
+    warp().product_units.push_back(offset / 16);
+    products_used_ = true;
+    return shared + offset;
+  }
+
+  // The sums that the warp's registers stand for, from now on in flight.
+  AsyncSums& take_sums(Warp& warp, int count, Site site) {
+    const size_t open = warp.first_group + warp.product_groups.size();
+    const auto touched = [&](const AsyncSums& sums) {
+      for (int l = 0; l < kLanes; l++) {
+        for (int i = 0; i < count; i++) {
+          if (std::bit_cast<uint32_t>(sums.registers[l][i]) != AsyncSums::kPattern) return true;
+        }
+      }
+      return false;
+    };
+    for (AsyncSums& sums : warp.async_sums) {
+      if (sums.registers[0] != warp.registers[0]) continue;
+      if (touched(sums)) fail(site, "the sums of products in flight were written before they were waited for");
+      sums.group = open;
+      return sums;
+    }
+    if (!warp.products_fenced) {
+      fail(site, "missing fence: a product takes its sums from registers with no fence_products() before it");
+    }
+    AsyncSums& sums = warp.async_sums.emplace_back();
+    sums.count = count;
+    sums.group = open;
+    for (int l = 0; l < kLanes; l++) {
+      sums.registers[l] = warp.registers[l];
+      std::memcpy(sums.values[l], warp.registers[l], static_cast<size_t>(count) * 4);
+      std::memset(warp.registers[l], 0xff, static_cast<size_t>(count) * 4);
+    }
+    return sums;
+  }
+
+  void fence_products(Site site) {
+    meet(Wait::kFenceProducts, true, site, [](Machine&, Warp& w) { w.products_fenced = true; });
+  }
+
+  void commit_products(Site site) {
+    meet(Wait::kCommitProducts, true, site,
+         [](Machine&, Warp& w) { w.product_groups.push_back(w.product_units.size()); });
+  }
+
+  // Until at most `groups` of the warp's committed groups are under way.
+  void wait_for_products(int groups, Site site) {
+    warp().groups[lane()] = groups;
+    meet(Wait::kWaitForProducts, true, site, [](Machine& machine, Warp& w) { machine.finish_products(w); });
   }
 
   Warp& warp() { return warps_[thread / kLanes]; }
   int lane() const { return thread % kLanes; }
+  // Where the running thread has come to meet others.
+  Site site() const { return threads_[static_cast<size_t>(thread)].site; }
 
   void wait_for_previous_grid() { threads_[thread].waited_for_grid = waited_for_grid_ = true; }
 
@@ -467,6 +706,10 @@ class Machine {
                    "the thread ends with copies in flight: %zu issued and not waited for, the first here",
                    me.copies.copies.size() - me.copies.first_copy);
     }
+    if (!machine.warp().async_sums.empty()) {
+      machine.fail(machine.product_units_[machine.warp().product_units.back()].site,
+                   "the warp ends with products in flight, the last one here");
+    }
     me.wait = Wait::kEnd;
     machine.running_--;
     machine.leave();
@@ -480,6 +723,7 @@ class Machine {
     shared_bytes_ = static_cast<size_t>(shared_bytes);
     if (cells_.size() < shared_bytes_ || shared == nullptr) {
       cells_.assign(shared_bytes_, Cell{});
+      product_units_.assign(shared_bytes_ / 16 + 1, ProductUnit{});
       memory_ = std::make_unique<unsigned char[]>(shared_bytes_ + 512);
       // 128-byte aligned, and no better.
       const uintptr_t start = (reinterpret_cast<uintptr_t>(memory_.get()) + 255) / 256 * 256 + 128;
@@ -495,6 +739,8 @@ class Machine {
   void run_block(int64_t number) {
     if (tick_ > 0x80000000u) {
       std::fill(cells_.begin(), cells_.end(), Cell{});
+      std::fill(product_units_.begin(), product_units_.end(), ProductUnit{});
+      clocks_ = {};
       tick_ = 0;
     }
     std::memset(shared, 0xff, shared_bytes_);
@@ -508,6 +754,7 @@ class Machine {
       Thread& it = threads_[static_cast<size_t>(t)];
       it.wait = Wait::kNothing;
       it.waited_for_grid = false;
+      it.fence = it.fence_in_time = 0;
       it.copies.clear();
       stacks_.start(t, it.context, &Machine::enter);
     }
@@ -516,15 +763,26 @@ class Machine {
       it.arrived = it.arrived_at_barrier = 0;
       it.start = tick_;
       it.ready = kAllLanes;
+      it.parked = it.products_fenced = false;
+      it.products = 0;
+      it.async_sums.clear();
+      it.product_units.clear();
+      it.product_groups.clear();
+      it.first_group = 0;
     }
+    named_barriers_ = {};
+    shared_barriers_.clear();
+    products_used_ = false;
     ready_warps_ = all_warps();
     current() = this;
     thread = take();
     switch_context(main_, threads_[static_cast<size_t>(thread)].context);
     current() = nullptr;
     if (!failed_ && running_ > 0) describe_deadlock();
+    if (!failed_) check_end();
     if (failed_) {
       std::fill(cells_.begin(), cells_.end(), Cell{});  // copies in flight never land
+      std::fill(product_units_.begin(), product_units_.end(), ProductUnit{});
       throw std::runtime_error(message_);
     }
   }
@@ -603,18 +861,23 @@ class Machine {
   // Another thread's access is ordered before what the running thread does now.
   bool ordered(uint32_t stamp, int other) const {
     if (stamp < block_start_) return true;
-    return other / kLanes == thread / kLanes && stamp < warps_[static_cast<size_t>(thread / kLanes)].start;
+    const size_t mine = static_cast<size_t>(thread / kLanes), its = static_cast<size_t>(other / kLanes);
+    return stamp < clocks_[mine][its] || (its == mine && stamp < warps_[mine].start);
   }
 
-  template <bool WholeWarp>
-  void read_cell(Cell& cell, uint32_t offset, uint16_t id, Site site) {
+  void check_written(const Cell& cell, uint32_t offset, bool whole_warp, Site site) {
     if (cell.written == Cell::kInFlight) in_flight(cell, offset, "reads", site);
     if (cell.written < block_begin_) {
       fail(site, "uninitialised: reads shared memory at offset %u, which nobody has written in this block", offset);
     }
-    if ((WholeWarp || cell.writer != thread) && !ordered(cell.written, cell.writing_thread())) {
+    if ((whole_warp || cell.writer != thread) && !ordered(cell.written, cell.writing_thread())) {
       race(cell, offset, "reads", true, site);
     }
+  }
+
+  template <bool WholeWarp>
+  void read_cell(Cell& cell, uint32_t offset, uint16_t id, Site site) {
+    check_written(cell, offset, WholeWarp, site);
     const uint16_t me = static_cast<uint16_t>(thread | (WholeWarp ? Cell::kSeveralLanes : 0));
     if (cell.read < block_start_) {
       cell.reader = me;
@@ -630,6 +893,9 @@ class Machine {
   }
 
   void write_cells(uint32_t offset, uint32_t bytes, uint32_t stamp, Site site) {
+    if (products_used_) {
+      for (uint32_t i = offset / 16; i * 16 < offset + bytes; i++) check_products(product_units_[i], i * 16, site);
+    }
     const uint16_t id = site_id(site);
     Cell* cells = &cells_[offset];
     Cell before = {}, after = {};
@@ -660,6 +926,27 @@ class Machine {
     cell.write_site = id;
   }
 
+  // Nobody may write what products in flight read, nor what a warp's products have read that this thread has not met
+  // since that warp waited for them.
+  void check_products(ProductUnit& unit, uint32_t offset, Site site) {
+    if (unit.in_flight > 0) {
+      fail(site,
+           "products in flight: writes shared memory at offset %u, which they read (%s) until they are waited for",
+           offset, text_of(unit.site).c_str());
+    }
+    if (unit.readers == 0) return;
+    for (uint32_t left = unit.readers; left != 0; left &= left - 1) {
+      const int reader = std::countr_zero(left) * kLanes;
+      if (!ordered(unit.read, reader)) {
+        fail(site,
+             "race: writes shared memory at offset %u, which products of threads %d to %d read (%s), with no "
+             "barrier between",
+             offset, reader, reader + kLanes - 1, text_of(unit.site).c_str());
+      }
+    }
+    unit.readers = 0;
+  }
+
   void deliver(const Copies::Copy& copy) {
     if (copy.source != nullptr) {
       std::memcpy(shared + copy.offset, copy.source, copy.bytes);
@@ -686,6 +973,145 @@ class Machine {
     fail(site, "race: %s shared memory at offset %u, which thread %d%s %s (%s), with no %s between", verb, offset,
          other, also, with_write ? "wrote" : "read", site_text(with_write ? cell.write_site : cell.read_site).c_str(),
          missing);
+  }
+
+  // ---- barriers of some warps, the asynchronous proxy -------------------------------------------------------------
+
+  Clock& own_clock() { return clocks_[static_cast<size_t>(thread / kLanes)]; }
+
+  void resume(int w) {
+    warps_[static_cast<size_t>(w)].parked = false;
+    warps_[static_cast<size_t>(w)].ready = kAllLanes;
+    ready_warps_ |= uint32_t{1} << w;
+  }
+
+  // Fences of the running thread's warp count from its next barrier on.
+  void publish_fences() {
+    for (int t = thread / kLanes * kLanes, end = t + kLanes; t < end; t++) {
+      threads_[static_cast<size_t>(t)].fence_in_time = threads_[static_cast<size_t>(t)].fence;
+    }
+  }
+
+  // All lanes of the running warp have come to the named barrier.
+  void arrive(Warp& warp, Wait wait) {
+    const int mine = thread / kLanes, id = warp.barrier[lane()], count = warp.barrier_threads[lane()];
+    const Site site = this->site();
+    for (int l = 0; l < kLanes; l++) {
+      if (warp.barrier[l] != id || warp.barrier_threads[l] != count) {
+        fail(site, "divergent barrier: lanes of a warp come to barriers %d and %d", id, warp.barrier[l]);
+      }
+    }
+    NamedBarrier& b = named_barriers_[static_cast<size_t>(id)];
+    if (b.arrived > 0 && b.expected != count) {
+      fail(site, "divergent barrier: barrier %d is one of %d threads here and one of %d elsewhere (%s)", id, count,
+           b.expected, text_of(b.site).c_str());
+    }
+    b.expected = count;
+    b.site = site;
+    b.arrived += kLanes;
+    publish_fences();
+    // What the warp does from now on has no earlier stamp than what others learn of.
+    join(b.clock, own_clock());
+    b.clock[static_cast<size_t>(mine)] = ++tick_;
+    if (wait == Wait::kNamedBarrier) {
+      b.waiting |= uint32_t{1} << mine;
+      warp.parked = true;
+    }
+    if (b.arrived < b.expected) return;
+    for (uint32_t left = b.waiting; left != 0; left &= left - 1) {
+      const int w = std::countr_zero(left);
+      join(clocks_[static_cast<size_t>(w)], b.clock);
+      if (w != mine) resume(w);
+    }
+    warp.parked = false;
+    b = {};
+  }
+
+  SharedBarrier& shared_barrier(const void* p, Site site) {
+    const uint32_t offset = shared_offset(p, 8, "a barrier in", site);
+    read_shared<8, false>(p, site);
+    for (SharedBarrier& b : shared_barriers_) {
+      if (b.offset == offset) return b;
+    }
+    fail(site, "shared memory at offset %u is no barrier", offset);
+  }
+
+  // Ends the barrier's phase if somebody waits for it and everything has arrived; whether it did.
+  bool complete(SharedBarrier& b) {
+    int64_t bytes = 0;
+    for (const Copies::Copy& copy : b.copies) bytes += copy.bytes;
+    if (b.waiting.empty() || b.missing > 0 || bytes != b.bytes) return false;
+    tick_++;
+    for (const Copies::Copy& copy : b.copies) {
+      deliver(copy);
+      for (uint32_t i = 0; i < copy.bytes; i++) cells_[copy.offset + i].writer = kAsyncThread;
+    }
+    b.clock[kAsyncProxy] = ++tick_;
+    b.copies.clear();
+    b.bytes = 0;
+    b.missing = b.expected;
+    b.phase++;
+    for (const int t : b.waiting) {
+      if (t == thread) continue;
+      warps_[static_cast<size_t>(t / kLanes)].ready |= uint32_t{1} << (t % kLanes);
+      ready_warps_ |= uint32_t{1} << (t / kLanes);
+    }
+    const bool mine = std::find(b.waiting.begin(), b.waiting.end(), thread) != b.waiting.end();
+    b.waiting.clear();
+    return mine;
+  }
+
+  void finish_products(Warp& warp) {
+    const size_t mine = static_cast<size_t>(thread / kLanes);
+    const size_t left = static_cast<size_t>(warp.groups[lane()]);
+    const size_t done = warp.product_groups.size() > left ? warp.product_groups.size() - left : 0;
+    if (done > 0) {
+      const size_t end = warp.product_groups[done - 1];
+      for (size_t i = 0; i < end; i++) {
+        ProductUnit& unit = product_units_[warp.product_units[i]];
+        unit.in_flight--;
+        unit.readers |= uint32_t{1} << mine;
+        unit.read = tick_;
+      }
+      warp.product_units.erase(warp.product_units.begin(), warp.product_units.begin() + static_cast<ptrdiff_t>(end));
+      warp.product_groups.erase(warp.product_groups.begin(),
+                                warp.product_groups.begin() + static_cast<ptrdiff_t>(done));
+      for (size_t& group_end : warp.product_groups) group_end -= end;
+      warp.first_group += done;
+    }
+    for (const AsyncSums& sums : warp.async_sums) {
+      if (sums.group >= warp.first_group) continue;
+      for (int l = 0; l < kLanes; l++) {
+        std::memcpy(sums.registers[l], sums.values[l], static_cast<size_t>(sums.count) * 4);
+      }
+    }
+    std::erase_if(warp.async_sums, [&](const AsyncSums& sums) { return sums.group < warp.first_group; });
+    warp.products_fenced = false;
+  }
+
+  // What must be over when all threads have ended.
+  void check_end() {
+    std::string why;
+    for (const SharedBarrier& b : shared_barriers_) {
+      if (!b.copies.empty()) why = "ends with a bulk copy in flight (" + text_of(b.copies[0].site) + ")";
+    }
+    for (size_t w = 0; w < static_cast<size_t>(threads / kLanes); w++) {
+      if (warps_[w].products != warps_[w & ~size_t{3}].products) {
+        why = "warps " + std::to_string(w & ~size_t{3}) + " and " + std::to_string(w) +
+              " of a warpgroup have issued different numbers of products";
+      }
+    }
+    for (size_t i = 0; i < named_barriers_.size(); i++) {
+      if (named_barriers_[i].arrived > 0) {
+        why = "ends with " + std::to_string(named_barriers_[i].arrived) + " threads of " +
+              std::to_string(named_barriers_[i].expected) + " at barrier " + std::to_string(i) + " (" +
+              text_of(named_barriers_[i].site) + ")";
+      }
+    }
+    if (why.empty()) return;
+    std::snprintf(message_, sizeof message_, "kernel %s, block (%lld, %d): %s", name_, static_cast<long long>(block),
+                  row, why.c_str());
+    failed_ = true;
   }
 
   // ---- sites by number: a cell has no room for a pointer --------------------------------------------------------
@@ -794,6 +1220,13 @@ class Machine {
   uint32_t tick_ = 0;
   uint32_t block_begin_ = 0;  // the block's first tick
   uint32_t block_start_ = 0;  // the tick of its last barrier
+
+  static constexpr int kNamedBarriers = 16;  // number 0 is sync_block()
+  std::array<Clock, kMostWarps> clocks_ = {};
+  std::array<NamedBarrier, kNamedBarriers> named_barriers_;
+  std::vector<SharedBarrier> shared_barriers_;
+  std::vector<ProductUnit> product_units_;
+  bool products_used_ = false;  // in this block
 
   const Range nothing_;
   const Range* last_read_ = nullptr;

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "../cuda/launch.h"
+#include "../cuda/warpgroup.h"
 
 namespace {
 
@@ -1103,6 +1104,294 @@ mask_out_of_range(ESR_ARGUMENT(Args)) {
   shuffle_xor(1.0f, Bug ? 32 : 31);
 }
 CASE(bug_shuffle_mask) { FOUND(mask_out_of_range, {"shuffle_xor with a mask of 32"}); }
+
+// ---- Hopper: barriers of some warps, bulk copies, products of a warpgroup ---------------------------------------
+
+constexpr LaunchShape kOneWarpgroup{1, 1, 128, 16384};
+
+// Two pairs of warps pass a word on and back; the fourth warp has nothing to do with it.
+template <int Bug>
+ESR_KERNEL(128, 1)
+pass_on(ESR_ARGUMENT(Args)) {
+  const int t = thread_index();
+  unsigned char* shared = shared_memory();
+  if (t < 32) store_shared<int>(shared + 4 * t, 0);
+  sync_block();
+  if (t < 32) {
+    if (Bug == 1) arrive_threads(1, 64);
+    store_shared<int>(shared + 4 * t, t);
+    if (Bug != 1) arrive_threads(1, Bug == 2 ? 96 : 64);
+    sync_threads(2, 64);
+    store_shared<int>(shared + 4 * t, -t);
+  } else if (t < 64) {
+    sync_threads(1, 64);
+    load_shared<int>(shared + 4 * (t ^ 63));
+    if (Bug != 3) arrive_threads(2, 64);
+    if (Bug == 4) arrive_threads(3, 64);
+  }
+}
+template <int Bug>
+void expect_barrier_bug(int line, std::initializer_list<const char*> words) {
+  expect_found(line, pass_on<0>, pass_on<Bug>, words, kOneWarpgroup);
+}
+CASE(bug_arrives_before_it_writes) { expect_barrier_bug<1>(__LINE__, {"race: "}); }
+CASE(bug_barrier_of_different_counts) {
+  expect_barrier_bug<2>(__LINE__, {"divergent barrier: barrier 1 is one of", "96"});
+}
+CASE(bug_nobody_arrives) {
+  expect_barrier_bug<3>(__LINE__, {"divergent barrier: ", "32 threads (the first: 0) wait at sync_threads"});
+}
+CASE(bug_arrives_where_nobody_waits) { expect_barrier_bug<4>(__LINE__, {"ends with 32 threads of 64 at barrier 3"}); }
+
+// What a warp learns at one barrier it passes on at the next.
+template <bool Bug>
+ESR_KERNEL(96, 1)
+pass_on_twice(ESR_ARGUMENT(Args)) {
+  const int t = thread_index(), warp = t / 32;
+  if (warp == 0) store_shared<int>(shared_memory() + 4 * t, t);
+  if (warp == 0) arrive_threads(1, 64);
+  if (warp == 1) {
+    if (!Bug) sync_threads(1, 64);
+    arrive_threads(2, 64);
+    if (Bug) sync_threads(1, 64);
+  }
+  if (warp == 2) {
+    sync_threads(2, 64);
+    store_shared<int>(shared_memory() + 4 * (t - 64), -t);
+  }
+}
+CASE(bug_barrier_before_the_barrier) { FOUND(pass_on_twice, {"race: "}, LaunchShape{1, 1, 96, 1024}); }
+
+template <int Bug>
+ESR_KERNEL(64, 1)
+copy_in_bulk(ESR_ARGUMENT(Args) args) {
+  const int t = thread_index();
+  unsigned char *barrier = shared_memory(), *target = barrier + 16;
+  if (t == 0) init_barrier(barrier, 1);
+  if (Bug != 1) sync_block();
+  if (t == (Bug == 1 ? 33 : 0)) {
+    expect_bytes(barrier, Bug == 2 ? 1008 : 1536);
+    copy_bulk(target, args.read + (Bug == 3 ? 8 : 0), 1024, barrier);
+    copy_bulk(target + 1024, args.read + 4096, 512, barrier);
+  }
+  if (Bug == 4) return;
+  if (Bug != 5 || t < 32) wait_for_bytes(barrier, 0);
+  for (int i = t; i < 1536; i += 64) {
+    store_global<unsigned char>(args.written + i, load_shared<unsigned char>(target + i));
+  }
+  // The next phase, to the same place.
+  sync_block();
+  if (t == 40) {
+    expect_bytes(barrier, 16);
+    copy_bulk(target, args.read + 8000, 16, barrier);
+  }
+  wait_for_bytes(barrier, 1);
+  if (t < 16) store_global<unsigned char>(args.written + 2000 + t, load_shared<unsigned char>(target + t));
+}
+CASE(copies_in_bulk) {
+  for (const char* order : kOrders) {
+    set_order(order);
+    Memory memory;
+    FINE(copy_in_bulk<0>, kTwoWarps, memory);
+    for (int i = 0; i < 1536; i++) {
+      CHECK_EQUAL(static_cast<int>(memory.result<unsigned char>(i)),
+                  memory.source<unsigned char>(i < 1024 ? i : i + 3072));
+    }
+    for (int i = 0; i < 16; i++) {
+      CHECK_EQUAL(static_cast<int>(memory.result<unsigned char>(2000 + i)), memory.source<unsigned char>(8000 + i));
+    }
+  }
+}
+template <int Bug>
+void expect_bulk_bug(int line, std::initializer_list<const char*> words) {
+  expect_found(line, copy_in_bulk<0>, copy_in_bulk<Bug>, words);
+}
+CASE(bug_barrier_in_shared_memory_not_there_yet) { expect_bulk_bug<1>(__LINE__, {"shared memory at offset 0"}); }
+CASE(bug_announces_other_bytes) { expect_bulk_bug<2>(__LINE__, {"wait at wait_for_bytes"}); }
+CASE(bug_misaligned_bulk_copy) { expect_bulk_bug<3>(__LINE__, {"misaligned: a bulk copy of 1024 bytes"}); }
+CASE(bug_ends_with_a_bulk_copy_in_flight) { expect_bulk_bug<4>(__LINE__, {"ends with a bulk copy in flight"}); }
+CASE(bug_bulk_copy_of_another_warp) { expect_bulk_bug<5>(__LINE__, {"reads shared memory at offset"}); }
+
+// Operands without any regularity but that of their descriptors: a [64, 16] and b [16, columns], depth fastest, lie in
+// `read` as they are, b at 2048.
+constexpr int kLeft = 48, kLeftLeading = 2560, kLeftStride = 304;
+constexpr int kRight = 6016, kRightLeading = 1200, kRightStride = 144;
+
+void lay_operands(Args args, int columns, bool asynchronously) {
+  for (int i = thread_index(); i < 2 * (64 + columns); i += thread_count()) {
+    const bool left = i < 128;
+    const int row = left ? i / 2 : i / 2 - 64, chunk = i % 2;
+    unsigned char* to = shared_memory() + (left ? kLeft + row / 8 * kLeftStride + chunk * kLeftLeading
+                                                : kRight + row / 8 * kRightStride + chunk * kRightLeading);
+    const unsigned char* from = args.read + (left ? 0 : 2048) + 32 * row + 16 * chunk;
+    if (asynchronously) {
+      copy_async<16>(to + row % 8 * 16, from, true);
+    } else {
+      store_shared<U32x4>(to + row % 8 * 16, load_global<U32x4>(from));
+    }
+  }
+  commit_copies();
+}
+
+float sum_at(int row, int column) { return static_cast<float>(row * 64 + column); }
+
+// [64, 8 kN] sums, plus the product of the operands twice; all bugs are somewhere in here.
+enum class Bug {
+  kNone,
+  kNoProxyFence,
+  kProxyFenceAfterBarrier,
+  kNoBarrier,
+  kCopyInFlight,
+  kNoFence,
+  kNoCommit,
+  kNoWait,
+  kTooFewWaits,
+  kStoreBeforeWait,
+  kStoreWithoutBarrier,
+  kSumsWritten,
+  kSwizzled,
+  kOutOfRange,
+  kOneWarpMore,
+};
+
+template <typename T, int kN, Bug kBug>
+ESR_KERNEL(128, 1)
+multiply_in_shared(ESR_ARGUMENT(Args) args) {
+  const int t = thread_index(), lane = t % 32;
+  lay_operands(args, 8 * kN, kBug == Bug::kCopyInFlight || kN % 2 == 0);
+  if (kBug != Bug::kCopyInFlight) wait_for_copies<0>();
+  if (kBug != Bug::kNoProxyFence && kBug != Bug::kProxyFenceAfterBarrier) fence_async_proxy();
+  if (kBug != Bug::kNoBarrier) sync_threads(1, 128);
+  if (kBug == Bug::kProxyFenceAfterBarrier) fence_async_proxy();
+  float d[1][kN][4];
+  for (int i = 0; i < 4 * kN; i++) {
+    d[0][i / 4][i % 4] = sum_at(t / 32 * 16 + lane / 4 + i / 2 % 2 * 8, i / 4 * 8 + lane % 4 * 2 + i % 2);
+  }
+  const int beyond = kBug == Bug::kOutOfRange ? 16384 : 0;
+  uint64_t a = matrix_descriptor(shared_memory() + kLeft + beyond, kLeftLeading, kLeftStride);
+  const uint64_t b = matrix_descriptor(shared_memory() + kRight, kRightLeading, kRightStride);
+  if (kBug == Bug::kSwizzled) a |= uint64_t{1} << 62;
+  if (kBug != Bug::kNoFence) fence_products(d);
+  multiply_add_async<T, kN>(d[0], a, b);
+  if (kBug != Bug::kNoCommit) commit_products();
+  if (kBug == Bug::kSumsWritten) d[0][0][0] = 0;
+  multiply_add_async<T, kN>(d[0], a, b);
+  if (kBug == Bug::kOneWarpMore && t < 32) multiply_add_async<T, kN>(d[0], a, b);
+  if (kBug != Bug::kNoCommit) commit_products();
+  unsigned char* operand = shared_memory() + kLeft + 16 * (t / 32);  // one warp's, written by the next one
+  if (kBug == Bug::kStoreBeforeWait && t == 0) store_shared<U32x4>(operand, {});
+  if (kBug != Bug::kNoWait) wait_for_products<kBug == Bug::kTooFewWaits ? 1 : 0>(d);
+  if (kBug != Bug::kStoreWithoutBarrier) sync_block();
+  if (t % 32 == 0) store_shared<U32x4>(operand, {});
+  for (int i = 0; i < 4 * kN; i++) {
+    store_global<float>(args.written + 4 * (4 * kN * t + i), d[0][i / 4][i % 4]);
+  }
+}
+
+template <typename T, int kN>
+void check_async_product() {
+  const auto left = [](int row, int k) { return static_cast<float>((row * 7 + k * 3) % 61 - 30); };
+  const auto right = [](int k, int column) { return static_cast<float>((column * 5 + k * 11) % 53 - 20); };
+  for (const char* order : kOrders) {
+    set_order(order);
+    Memory memory;
+    for (int i = 0; i < 1024; i++) memory.set_source(i, from_float<T>(left(i / 16, i % 16)));
+    for (int i = 0; i < 128 * kN; i++) memory.set_source(1024 + i, from_float<T>(right(i % 16, i / 16)));
+    FINE((multiply_in_shared<T, kN, Bug::kNone>), kOneWarpgroup, memory);
+    // "WGMMA .m64nNk16 register fragment layout for accumulator matrix D".
+    for (int t = 0; t < 128; t++) {
+      for (int i = 0; i < 4 * kN; i++) {
+        const int row = 16 * (t / 32) + t % 32 / 4 + (i % 4 < 2 ? 0 : 8), column = i / 4 * 8 + t % 4 * 2 + (i & 1);
+        float sum = sum_at(row, column);
+        for (int k = 0; k < 16; k++) sum += 2 * left(row, k) * right(k, column);
+        CHECK_EQUAL(memory.result<float>(4 * kN * t + i), sum);
+      }
+    }
+  }
+}
+template <typename T>
+void check_async_products() {
+  check_async_product<T, 1>();
+  check_async_product<T, 2>();
+  check_async_product<T, 3>();
+  check_async_product<T, 5>();
+  check_async_product<T, 8>();
+}
+CASE(products_of_a_warpgroup_float16) { check_async_products<float16>(); }
+CASE(products_of_a_warpgroup_bfloat16) { check_async_products<bfloat16>(); }
+
+CASE(matrix_descriptor_bits) {
+  const auto kernel = [](Args) {
+    const uint64_t d = matrix_descriptor(shared_memory() + 0x12340, 0x3fff0, 0x560);
+    if (d != (0x56ull << 32 | 0x3fffull << 16 | 0x1234)) {
+      emulator::machine().fail(emulator::Site::current(), "%llx", static_cast<unsigned long long>(d));
+    }
+  };
+  Memory memory;
+  FINE(+kernel, kOneWarp, memory);
+}
+
+template <Bug kBug>
+void expect_product_bug(int line, std::initializer_list<const char*> words) {
+  expect_found(line, multiply_in_shared<float16, 3, Bug::kNone>, multiply_in_shared<float16, 3, kBug>, words,
+               kOneWarpgroup);
+}
+CASE(bug_stores_that_products_do_not_see) {
+  expect_product_bug<Bug::kNoProxyFence>(__LINE__, {"missing fence: a product reads shared memory at offset"});
+}
+CASE(bug_fence_after_the_barrier) {
+  expect_product_bug<Bug::kProxyFenceAfterBarrier>(__LINE__, {"no fence_async_proxy() and barrier after it"});
+}
+CASE(bug_products_of_unsynchronised_stores) { expect_product_bug<Bug::kNoBarrier>(__LINE__, {"reads shared memory"}); }
+CASE(bug_products_of_copies_in_flight) { expect_product_bug<Bug::kCopyInFlight>(__LINE__, {"copy in flight: reads"}); }
+CASE(bug_products_without_fence) {
+  expect_product_bug<Bug::kNoFence>(__LINE__, {"missing fence: a product takes its sums from registers"});
+}
+CASE(bug_products_not_committed) { expect_product_bug<Bug::kNoCommit>(__LINE__, {"products in flight"}); }
+CASE(bug_products_not_waited_for) { expect_product_bug<Bug::kNoWait>(__LINE__, {"products in flight"}); }
+CASE(bug_waits_for_too_few_products) { expect_product_bug<Bug::kTooFewWaits>(__LINE__, {"products in flight"}); }
+CASE(bug_store_over_products_in_flight) {
+  expect_product_bug<Bug::kStoreBeforeWait>(__LINE__, {"products in flight: writes shared memory at offset 48"});
+}
+CASE(bug_store_over_products_of_other_warps) {
+  expect_product_bug<Bug::kStoreWithoutBarrier>(__LINE__, {"shared memory at offset"});
+}
+CASE(bug_sums_of_products_in_flight) {
+  expect_product_bug<Bug::kSumsWritten>(__LINE__, {"the sums of products in flight were written"});
+}
+CASE(bug_swizzled_descriptor) {
+  expect_product_bug<Bug::kSwizzled>(__LINE__, {"a matrix descriptor with bits that only swizzled layouts have"});
+}
+CASE(bug_product_out_of_range) {
+  expect_product_bug<Bug::kOutOfRange>(__LINE__, {"out of range: a product reads shared memory at offset"});
+}
+CASE(bug_warps_of_a_warpgroup_part) {
+  expect_product_bug<Bug::kOneWarpMore>(__LINE__, {"have issued different numbers of products"});
+}
+
+// Until the wait the registers hold nothing.
+ESR_KERNEL(128, 1) look_early(ESR_ARGUMENT(Args) args) {
+  lay_operands(args, 8, false);
+  fence_async_proxy();
+  sync_block();
+  float d[1][1][4] = {};
+  fence_products(d);
+  multiply_add_async<float16, 1>(d[0], matrix_descriptor(shared_memory() + kLeft, kLeftLeading, kLeftStride),
+                                 matrix_descriptor(shared_memory() + kRight, kRightLeading, kRightStride));
+  commit_products();
+  store_global<float>(args.written + 4 * thread_index(), d[0][0][0]);
+  wait_for_products<0>(d);
+  store_global<float>(args.written + 512 + 4 * thread_index(), d[0][0][0]);
+}
+CASE(sums_arrive_with_the_wait) {
+  Memory memory;
+  for (int i = 0; i < 2048; i++) memory.set_source(i, from_float<float16>(1.0f));
+  FINE(look_early, kOneWarpgroup, memory);
+  for (int t = 0; t < 128; t++) {
+    CHECK(std::isnan(memory.result<float>(t)));
+    CHECK_EQUAL(memory.result<float>(128 + t), 16.0f);
+  }
+}
 
 // ---- grids that overlap -----------------------------------------------------------------------------------------
 
