@@ -10,7 +10,8 @@ Environment:
                           and there are CUDA sources. 1: no nvcc is an error. 0: without CUDA.
     ESR_KERNELS_EMULATOR  1: in-place builds also compile the CUDA kernels for the CPU emulator, as
                           `esr_kernels/_esr_emulator.so`, with which the tests run them. Default 0.
-    TORCH_CUDA_ARCH_LIST  default 8.0;8.6;8.9;9.0+PTX; entries below 8.0 are left out
+    TORCH_CUDA_ARCH_LIST  default 8.0;8.6;8.9;9.0+PTX; entries below 8.0 are left out. A source named `*_sm90a.cu` is
+                          compiled for that architecture alone
     CXX, CXXFLAGS, LDFLAGS, NVCC_FLAGS, MAX_JOBS
 """
 
@@ -422,6 +423,16 @@ def has_kernels(source: Path, seen: set[Path] | None = None) -> bool:
     return any(has_kernels(source.parent / name, seen) for name in re.findall(r'^#include "(.*)"', text, re.MULTILINE))
 
 
+def architectures_of(source: Path, architectures: tuple[str, ...]) -> tuple[str, ...]:
+    """What a CUDA source is compiled for: all architectures, or the one its name ends with, as in `name_sm90a.cu`.
+
+    Such a source uses instructions that no other architecture has. It is compiled whatever was asked for, and launched
+    on a device of that architecture only.
+    """
+    match = re.search(r"_sm(\d+)(\d[af]?)$", source.stem)
+    return (f"{match[1]}.{match[2]}",) if match else architectures
+
+
 def emulator_sources(root: Path) -> list[Path]:
     return sorted((root / "csrc" / "cuda").rglob("*.cu"))
 
@@ -525,7 +536,8 @@ def plan_build(folder: Path, names: Iterable[str], tools: Toolchain, torch: Torc
                 continue
             output = f"library/{relative}.o"
             if cuda and source.suffix == ".cu" and has_kernels(source):
-                command = [cuda.nvcc, *NVCC_FLAGS, *nvcc_host_compiler(tools.cxx), *gencode_flags(cuda.architectures)]
+                flags = gencode_flags(architectures_of(source, cuda.architectures))
+                command = [cuda.nvcc, *NVCC_FLAGS, *nvcc_host_compiler(tools.cxx), *flags]
                 command += [f"-I{ROOT / 'csrc'}", *isystem, *macros, *tools.nvcc_flags]
                 command = [sys.executable, str(KERNEL_REPORT), "compile", output, *command]
                 kernels.append(output)

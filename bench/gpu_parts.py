@@ -62,6 +62,11 @@ SWITCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
     ),
     # For networks only: a single operator packs its weights in every call.
     "ESR_KERNELS_CUDA_WINOGRAD": ((), ("float16", "bfloat16"), ("span", "rlfn")),
+    "ESR_KERNELS_CUDA_WGMMA": (
+        ("conv3x3 span 28>28 silu", "conv3x3 rlfn 48>46 leaky_relu post", "conv3x3_pixel_shuffle span 28 x4"),
+        ("float16", "bfloat16"),
+        ("span", "rlfn"),
+    ),
     "ESR_KERNELS_CUDA_HALF_SUMS": (
         ("conv3x3 span 28>28 silu", "conv3x3 rlfn 48>46 leaky_relu post"),
         ("float16",),

@@ -3,7 +3,8 @@
     python -m bench.predict --model span --size 256x256
 
 Arithmetic, to hold the first measurement against: for each kind of launch the larger of its products over the rate that
-`mma.sync` reaches and its bytes over the memory's rate, and once per launch the gap to the one before.
+`mma.sync` reaches and its bytes over the memory's rate, and once per launch the gap to the one before. `--wgmma`: with
+ESR_KERNELS_CUDA_WGMMA=1.
 """
 
 from __future__ import annotations
@@ -38,17 +39,29 @@ GPUS = {
     "rtx4090": Gpu(150, 0.91e12, 1.3),
 }
 UNIT = 8  # channels of a unit in half types
-TILE = (8, 32)
+TILE, WGMMA_TILE = (8, 32), (8, 16)
+CONVOLUTIONS = ("conv3x3", "conv3x3_pixel_shuffle", "bsconv")
+MOST_WGMMA_CHANNELS = 64
 
 
 def padded(channels: int) -> int:
     return -(-channels // UNIT) * UNIT
 
 
+def wgmma_tflops(channels: int) -> float:
+    """What Hopper's products of 64 pixels by some channels reach.
+
+    A multiprocessor multiplies 64x16 by 16xN in N / 2 cycles, and reads 2048 + 32 N bytes of shared memory for it, 128
+    in a cycle. Nothing sustains more than 0.8 of the peak.
+    """
+    peak, cycles, read = 989, channels / 2, (2048 + 32 * channels) / 128
+    return min(0.8 * peak, peak * cycles / max(cycles, read))
+
+
 def products(layer: Layer, cin: list[int], height: int, width: int) -> float:
     """Floating-point operations with channels and steps padded as the kernel pads them."""
     cout = padded(layer.channels * layer.scale**2)
-    if layer.op in ("conv3x3", "conv3x3_pixel_shuffle", "bsconv"):
+    if layer.op in CONVOLUTIONS:
         units = 9 * padded(cin[0]) // UNIT
         return 2 * (units + units % 2) * UNIT * cout * height * width
     if layer.op == "conv1x1":
@@ -58,9 +71,9 @@ def products(layer: Layer, cin: list[int], height: int, width: int) -> float:
     return 0
 
 
-def traffic(layer: Layer, cin: list[int], height: int, width: int) -> float:
+def traffic(layer: Layer, cin: list[int], height: int, width: int, tile: tuple[int, int] = TILE) -> float:
     """Bytes read and written, the halo of a tile counted as often as it is read."""
-    halo = (TILE[0] + 2) * (TILE[1] + 2) / (TILE[0] * TILE[1]) if layer.halo else 1
+    halo = (tile[0] + 2) * (tile[1] + 2) / (tile[0] * tile[1]) if layer.halo else 1
     first = (cin[0] if cin[0] < UNIT else padded(cin[0])) * halo
     rest = sum(padded(c) for c in cin[1:])
     out = layer.channels * layer.scale**2 if layer.scale > 1 else padded(layer.channels)
@@ -71,7 +84,9 @@ def traffic(layer: Layer, cin: list[int], height: int, width: int) -> float:
 LAUNCHES = {"normalize": 0, "esa": 3}
 
 
-def rows(plan: Plan, gpu: Gpu, height: int, width: int) -> list[tuple[str, int, float, float, float]]:
+def rows(
+    plan: Plan, gpu: Gpu, height: int, width: int, wgmma: bool = False
+) -> list[tuple[str, int, float, float, float]]:
     """Kind, how often, GFLOP, MB and microseconds of each kind of layer."""
     found: dict[tuple[object, ...], list[float]] = {}
     for k, layer in enumerate(plan.layers):
@@ -82,9 +97,11 @@ def rows(plan: Plan, gpu: Gpu, height: int, width: int) -> list[tuple[str, int, 
         behind = layer.op == "conv1x1" and len(layer.inputs) == 1 and plan.layers[k - 1].op == "conv3x3"
         launches = 0 if behind else launches
         cin = [plan.channels[i] for i in layer.inputs]
-        operations, size = products(layer, cin, height, width), traffic(layer, cin, height, width)
-        size = 0 if behind else size
-        us = max(operations / gpu.tflops / 1e6, size / gpu.bandwidth * 1e6) + launches * gpu.gap_us
+        by_wgmma = wgmma and layer.op in CONVOLUTIONS and cin[0] <= MOST_WGMMA_CHANNELS
+        operations = products(layer, cin, height, width)
+        size = 0 if behind else traffic(layer, cin, height, width, WGMMA_TILE if by_wgmma else TILE)
+        tflops = wgmma_tflops(padded(layer.channels * layer.scale**2)) if by_wgmma else gpu.tflops
+        us = max(operations / tflops / 1e6, size / gpu.bandwidth * 1e6) + launches * gpu.gap_us
         suffix = "in the same launch, " if behind else ""
         name = f"{layer.op} {suffix}{'+'.join(map(str, cin))} -> {layer.channels * layer.scale**2}"
         found.setdefault((name, operations / 1e9, size / 1e6, us), []).append(1)
@@ -96,12 +113,16 @@ def main() -> None:
     parser.add_argument("--model", default="span", choices=python_models.list_models())
     parser.add_argument("--size", default="256x256", help="height x width of the small image (default 256x256)")
     parser.add_argument("--gpu", default="h200", choices=GPUS)
+    parser.add_argument("--wgmma", action="store_true", help="3x3 convolutions by wgmma (h100, h200)")
     arguments = parser.parse_args()
+    if arguments.wgmma and arguments.gpu not in ("h100", "h200"):
+        parser.error(f"{arguments.gpu} has no wgmma")
     height, width = map(int, arguments.size.split("x"))
     plan = esr_kernels.optimize(python_models.create(arguments.model), dtype=torch.float16).plan
     assert plan is not None
-    table = rows(plan, GPUS[arguments.gpu], height, width)
-    print(f"{arguments.model}, {arguments.size}, float16, {arguments.gpu}: predicted, not measured\n")
+    table = rows(plan, GPUS[arguments.gpu], height, width, arguments.wgmma)
+    way = ", wgmma" if arguments.wgmma else ""
+    print(f"{arguments.model}, {arguments.size}, float16, {arguments.gpu}{way}: predicted, not measured\n")
     print("| launch | times | GFLOP | MB | us each |\n|---|---|---|---|---|")
     for name, count, operations, size, us in table:
         print(f"| {name} | {count} | {operations:.2f} | {size:.1f} | {us:.1f} |")

@@ -22,7 +22,8 @@ _ENTRY = re.compile(r"ptxas info\s*: Compiling entry function '(\w+)' for 'sm_(\
 _STACK = re.compile(r"\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"ptxas info\s*: Used (\d+) registers")
 _SHARED = re.compile(r"\b(\d+) bytes smem")
-_OTHER = re.compile(r"ptxas info\s*: (\d+ bytes gmem|Function properties for |Compile time =|Overriding )")
+# C7519: where wgmma's sums are written by other instructions ptxas adds the fence that they need.
+_OTHER = re.compile(r"ptxas info\s*: (\d+ bytes gmem|Function properties for |Compile time =|Overriding |\(C7519\))")
 _BOUNDS = re.compile(r"\.entry\s+(\w+)\s*\([^)]*\)([^{]*)\{")
 
 

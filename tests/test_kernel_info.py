@@ -20,6 +20,13 @@ from esr_kernels.errors import BackendError
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_BYTES = 30 << 20  # of the library
+HOPPER = "9.0a"  # what csrc/cuda/*_sm90a.cu are compiled for
+WGMMA = {
+    f"wgmma_kernel<{precision}, {n}, {variant}>"
+    for precision in ("Float16", "BFloat16")
+    for n in range(1, 9)
+    for variant in ("forward", "tail")
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +44,7 @@ def script() -> ModuleType:
 
 LOG = """\
 ptxas info    : 77 bytes gmem, 8 bytes cmem[4]
+ptxas info    : (C7519) warpgroup.arrive is injected in around line 7 by compiler to allow use of registers in GMMA
 ptxas info    : Compiling entry function '_Z1aPf' for 'sm_86'
 ptxas info    : Function properties for _Z1aPf
     16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
@@ -166,6 +174,9 @@ def test_readable_names(name: str, short: str) -> None:
         (("spab_large_bfloat16", 5), "bfloat16", "spab_large_kernel<BFloat16, 5>"),
         (("winograd_float16", 3), "float16", "winograd_kernel<Float16, 3>"),
         (("winograd_pack", 0), "float16", "winograd_pack_kernel"),
+        (("wgmma_bfloat16", 4), "bfloat16", "wgmma_kernel<BFloat16, 4, forward>"),
+        (("wgmma_float16_tail", 6), "float16", "wgmma_kernel<Float16, 6, tail>"),
+        (("wgmma_pack", 0), "float16", "wgmma_pack_kernel"),
         (("depthwise", 1), "bfloat16", "depthwise_kernel<bfloat16, true>"),
         (("depthwise_gradient", 0), "tf32", "depthwise_gradient_kernel<float>"),
         (("adaptive_max_pool", 1), "float16", "adaptive_max_pool_kernel<float16, true>"),
@@ -184,6 +195,8 @@ def test_the_kernel_of_a_launch(launch: tuple[str, int], precision: str, kernel:
         "spab_kernel<BFloat16, 5>",
         "spab_large_kernel<Float16, 4>",
         "winograd_kernel<BFloat16, 3>",
+        "wgmma_kernel<BFloat16, 4, tail>",
+        "wgmma_kernel<Float16, 6, forward>",
         "esa_pack_kernel",
         "depthwise_kernel<bfloat16, false>",
         "depthwise_gradient_kernel<float16>",
@@ -249,11 +262,13 @@ def test_without_cuda_there_is_nothing_to_tell(capsys: pytest.CaptureFixture[str
 
 def test_every_kernel_is_there_for_every_architecture(kernels: list[dict[str, Any]]) -> None:
     architectures = [a.removesuffix("+PTX") for a in native.build_info()["cuda_architectures"]]
-    names = {a: {k["kernel"] for k in kernels if k["architecture"] == a} for a in architectures}
-    assert {k["architecture"] for k in kernels} == set(architectures)
+    names = {a: {k["kernel"] for k in kernels if k["architecture"] == a} for a in (*architectures, HOPPER)}
+    assert {k["architecture"] for k in kernels} == set(names)
     assert len(kernels) == sum(map(len, names.values())), "no name stands for two kernels"
-    first = names[architectures[0]]
-    assert all(names[a] == first for a in architectures)
+    first = names[architectures[0]] - WGMMA
+    assert all(names[a] - WGMMA == first for a in architectures)
+    assert [a for a in names if names[a] & WGMMA] == [HOPPER]
+    assert names[HOPPER] >= WGMMA
     for precision in ("Float16", "BFloat16"):
         assert {f"spab_kernel<{precision}, {n}>" for n in range(3, 9)} <= first
         assert {f"spab_large_kernel<{precision}, {n}>" for n in range(3, 7)} <= first
@@ -278,7 +293,8 @@ def test_launches_keep_to_the_architecture(kernels: list[dict[str, Any]]) -> Non
         assert kernel["static_shared_bytes"] + (kernel["dynamic_shared_bytes"] or 0) <= limits.shared_bytes, kernel
         # A whole SPAB has most tiles and channels where shared memory is large.
         launched = (
-            r"convolution_kernel<.*(forward|backward|half_sums)>|spab_kernel<\w+, [345]>|winograd_kernel<\w+, [123]>"
+            r"convolution_kernel<.*(forward|backward|half_sums)>|spab_kernel<\w+, [345]>|winograd_kernel<\w+, [123]>|"
+            r"wgmma_kernel"
         )
         if kernel["architecture"] == "9.0":
             launched += "|spab_|winograd"
@@ -322,7 +338,8 @@ def test_the_tables(kernels: list[dict[str, Any]], capsys: pytest.CaptureFixture
     # A cell has a value for each architecture, in the order of the heading.
     architectures = list(dict.fromkeys(k["architecture"] for k in kernels))
     assert text.startswith(f"Architectures {' / '.join(architectures)};")
-    assert list(dict.fromkeys(e["architecture"] for e in found["layers"])) == architectures
+    usual = [a for a in architectures if a != HOPPER or "9.0" not in architectures]
+    assert list(dict.fromkeys(e["architecture"] for e in found["layers"])) == usual
     assert architectures == sorted(architectures, key=lambda a: float(a.rstrip("af")))
 
 
@@ -340,21 +357,15 @@ def cuobjdump() -> str | None:
     return next(filter(None, (shutil.which("cuobjdump", path=folder) for folder in folders)), None)
 
 
-def test_products_are_those_of_tensor_cores(kernels: list[dict[str, Any]]) -> None:
-    """Read from the machine code of one architecture, a few kernels of every kind."""
+def machine_code(architecture: str, kernels: str) -> dict[str, str]:
+    """Of the compiled kernels whose readable names begin as the pattern says."""
     tool, path = cuobjdump(), native.library_path()
     if tool is None:
         pytest.skip("cuobjdump is neither installed nor part of Triton here")
-    architecture = kernels[0]["architecture"]
     wanted = {
         k["symbol"]: resources.readable(k["name"])
         for k in native.compiled_kernels()
-        if k["architecture"] == architecture
-        and re.match(
-            r"convolution_kernel<(\w+, 4, forward|Float16, 4, \w+)>|(spab|spab_large|winograd)_kernel<\w+, 4>|"
-            r"(weight_gradient|gate)_kernel<\w+16(, 2)?>",
-            resources.readable(k["name"]),
-        )
+        if k["architecture"] == architecture and re.match(kernels, resources.readable(k["name"]))
     }
     done = subprocess.run(
         [tool, "-sass", "-arch", f"sm_{architecture.replace('.', '')}", "-fun", ",".join(wanted), str(path)],
@@ -365,8 +376,28 @@ def test_products_are_those_of_tensor_cores(kernels: list[dict[str, Any]]) -> No
     if not code:
         pytest.skip(f"{tool} does not read the library: {done.stderr.strip()}")
     assert set(code) == set(wanted)
-    for symbol, text in code.items():
-        name = wanted[symbol]
+    return {wanted[symbol]: text for symbol, text in code.items()}
+
+
+def test_products_are_those_of_tensor_cores(kernels: list[dict[str, Any]]) -> None:
+    """Read from the machine code of one architecture, a few kernels of every kind."""
+    code = machine_code(
+        kernels[0]["architecture"],
+        r"convolution_kernel<(\w+, 4, forward|Float16, 4, \w+)>|(spab|spab_large|winograd)_kernel<\w+, 4>|"
+        r"(weight_gradient|gate)_kernel<\w+16(, 2)?>",
+    )
+    for name, text in code.items():
         found = set(re.findall(r"\b(HMMA|LDSM|LDGSTS)\b", text))
         whole = name.startswith(("convolution_kernel", "spab", "winograd"))
         assert found >= ({"HMMA", "LDSM", "LDGSTS"} if whole else {"HMMA"}), name
+
+
+def test_products_of_warpgroups_are_waited_for_once(kernels: list[dict[str, Any]]) -> None:
+    """Where the compiler cannot leave them in flight, it waits for every one of them."""
+    code = machine_code(HOPPER, r"wgmma_kernel<\w+, [3468], forward>")
+    assert len(code) == 8
+    for name, text in code.items():
+        assert len(re.findall(r"\bHGMMA\.64x\d+x16\.F32", text)) >= 4, name
+        assert {"UBLKCP", "LDGSTS"} <= set(re.findall(r"\b(HMMA|LDSM|UBLKCP|LDGSTS)\b", text)), name
+        assert "HMMA." not in text.replace("HGMMA.", ""), name
+        assert len(re.findall(r"WARPGROUP\.DEPBAR", text)) == 1, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 
@@ -13,6 +14,7 @@ from test_plan import CHANNELWISE, channelwise_network, elementwise_network
 from torch.nn import functional as F
 
 import esr_kernels
+import python_models
 from esr_kernels.backends.native import cuda
 from esr_kernels.functional import (
     adaptive_max_pool,
@@ -616,6 +618,179 @@ def test_other_convolutions_are_not_transformed(monkeypatch, dtype, cin):
     weights = [kernel(8, cin, dtype=dtype).to(DEVICE), rand(8, dtype=dtype).to(DEVICE)]
     x = rand(1, cin, 5, 6, dtype=dtype).to(DEVICE)
     assert not transforms(convolution_plan(cin, 8), weights, [x, rand(1, 8, 5, 6, dtype=dtype).to(DEVICE)])
+
+
+# --- wgmma --------------------------------------------------------------------------------------------------------
+
+WGMMA = "ESR_KERNELS_CUDA_WGMMA"
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Switches the kernel on, for a GPU of sm_90 with so many multiprocessors."""
+
+    def switch_on(multiprocessors=1):
+        monkeypatch.setenv(WGMMA, "1")
+        cuda._compiled.clear()
+        if emulated:
+            cuda.library().set_properties([90, multiprocessors, 227 * 1024, 228 * 1024])
+        elif torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("not a GPU of compute capability 9.0")
+
+    yield switch_on
+    cuda._compiled.clear()
+    if emulated:
+        cuda.library().set_properties([86, 3, 99 * 1024, 100 * 1024])
+
+
+def by_warpgroups(plan, weights, inputs) -> int:
+    """How many layers have their products by wgmma."""
+    return sum(": wgmma" in line for line in described(plan, weights, inputs))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "size", "layout", "multiprocessors"),
+    [
+        (torch.float16, (28, 28), (17, 65), "channels_last", 2),
+        (torch.bfloat16, (26, 28), (9, 33), "nchw", 1),
+        (torch.float16, (46, 48), (8, 16), "channels_last", 1),
+        (torch.float16, (48, 46), (7, 300), "channels_last", 5),
+        (torch.bfloat16, (52, 52), (2, 5), "permuted", 1),
+        (torch.float16, (3, 28), (24, 18), "nchw", 1),
+        (torch.float16, (9, 3), (1, 1), "sliced", 1),
+        (torch.bfloat16, (64, 64), (11, 47), "channels_last", 1),
+        (torch.float16, (37, 60), (16, 32), "channels_last", 3),
+        (torch.float16, (20, 9), (18, 35), "nchw", 1),
+        (torch.bfloat16, (64, 128), (9, 17), "channels_last", 1),
+        (torch.float16, (16, 40), (40, 80), "channels_last", 1),
+    ],
+)
+def test_wgmma_is_exact_for_small_integers(monkeypatch, hopper, dtype, channels, size, layout, multiprocessors):
+    """Every sum is a number that float16 has, so results are the convolution's, rounded once."""
+    hopper(multiprocessors)
+    monkeypatch.setenv("ESR_EMULATOR_ORDER", f"random:{sum(channels)}")
+    torch.manual_seed(sum(channels))
+    cin, cout = channels
+
+    def integers(*shape, most):
+        return torch.randint(-most, most + 1, shape).to(dtype).to(DEVICE)
+
+    x, residual = (lay_out(integers(2, c, *size, most=8), layout) for c in channels)
+    weights = [4 * integers(cout, cin, 3, 3, most=2), integers(cout, most=64)]
+    plan = convolution_plan(cin, cout)
+    assert by_warpgroups(plan, weights, [x, residual]) == 1
+    exact = F.conv2d(x.double(), weights[0].double(), weights[1].double(), padding=1) + residual.double()
+    assert torch.equal(run(plan, weights, [x, residual])[0], exact.to(dtype))
+    empty = run(plan, weights, [x[:0], residual[:0]])[0]
+    assert empty.shape == (0, cout, *size)
+
+
+@only_emulated
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+@pytest.mark.parametrize("operator", ["conv3x3", "bsconv", "conv3x3_pixel_shuffle"])
+def test_random_shapes_by_wgmma(monkeypatch, hopper, operator, order):
+    """Every activation, residual, layout and padding, in up to four warpgroups of one block or of many."""
+    seed = sum(map(ord, operator + order))
+    r = random.Random(seed)
+    torch.manual_seed(seed)
+    taken = 0
+    for i in range(8):
+        hopper(r.choice([1, 2, 7, 132]))
+        monkeypatch.setenv("ESR_EMULATOR_ORDER", f"random:{seed + i}" if order == "random" else order)
+        fused, plain, tensors = RANDOM[operator](r, r.choice(DTYPES[1:]))
+        exact = plain(*to(tensors, torch.float64))
+        check_close(fused(*tensors), exact, lambda p=plain, t=tensors: p(*t), "native-cuda")
+        compiled = next(reversed(cuda._compiled.values()))
+        taken += ": wgmma" in cuda.library().describe_plan(compiled.handle)
+    assert taken > 3
+
+
+def test_wgmma_of_an_image_of_two_and_more_layers(hopper):
+    """SPAN's block, a 1x1 convolution in the same launch, reflect padding, a pixel shuffle to the image; also with the
+    switch of whole SPABs, which leaves these to three launches."""
+    hopper(1)
+    torch.manual_seed(8)
+    b = PlanBuilder()
+    x = b.input(28)
+    y, mid, _ = spab_layers(b, x, 28, "", 28)
+    y = b.add("conv3x3", [y], 24, {"weight": "c"}, **LEAKY, residual_mode="post")
+    z = b.add("conv1x1", [y], 17, {"weight": "d"}, **PLAIN)
+    z = b.add("bsconv", [z], 17, {"pointwise": "p", "depthwise": "q", "bias": "r"}, **PLAIN, padding_mode="reflect")
+    image = b.add("conv3x3_pixel_shuffle", [z], 3, {"weight": "e", "bias": "f"}, upscale_factor=4)
+    plan = b.finish([image, mid])
+    weights = [
+        *spab_weights((28, 28, 28, 28), torch.float32),
+        *(kernel(24, 28), kernel(17, 24, 1)),
+        *(kernel(17, 17, 1), kernel(17, 1), rand(17)),
+        *(kernel(48, 17), rand(48)),
+    ]
+    x = rand(2, 28, 13, 35)
+
+    def plain(x, w):
+        y, mid = plain_spab(x, *w[:6])
+        y = F.conv2d(F.leaky_relu(F.conv2d(y, w[6], padding=1), 0.05), w[7])
+        y = F.pad(F.conv2d(y, w[8]), (1, 1, 1, 1), mode="reflect")
+        y = F.conv2d(y, w[9], w[10], groups=17)
+        return F.pixel_shuffle(F.conv2d(y, w[11], w[12], padding=1), 4), mid
+
+    for dtype in DTYPES[1:]:
+        values, parameters = x.to(DEVICE, dtype), [w.to(DEVICE, dtype) for w in weights]
+        lines = described(plan, parameters, [values])
+        assert sum(": wgmma" in line for line in lines) == 6, lines
+        assert lines[3].endswith("in the launch of layer 4"), lines
+        got, exact = run(plan, parameters, [values]), plain(*to((values, parameters), torch.float64))
+        for i in range(2):
+            check_close(got[i], exact[i], lambda i=i, v=values, p=parameters: plain(v, p)[i], "native-cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("name", ["span", "rlfn"])
+def test_published_networks_by_wgmma(hopper, shared_models, name, dtype):
+    """Every 3x3 convolution of a plan, against the published outputs."""
+    number, file = {"span": ("38", "team38_span_ch28_slim.pth"), "rlfn": ("00", "team00_rlfn.pth")}[name]
+    model = python_models.create(name, shared_models / "weights" / file)
+    data = np.load(shared_models / "golden" / f"team{number}.npz")
+    x, exact = (torch.from_numpy(data[f"{kind}B"]) for kind in ("input", "output"))
+    fast = esr_kernels.optimize(copy.deepcopy(model).to(DEVICE), dtype=dtype)
+    x = x.to(DEVICE, dtype)
+    with torch.no_grad():
+        usual = fast(x)
+        hopper(1)
+        got = fast(x)
+    lines = next(
+        text for c in reversed(cuda._compiled.values()) if "conv3x3" in (text := cuda.library().describe_plan(c.handle))
+    ).splitlines()
+    assert sum(": wgmma" in line for line in lines) == sum("conv3x3" in line for line in lines) > 10
+    if emulated:
+        assert torch.equal(got, usual), "the same products in the same order"
+    error = float((got.cpu().double() - exact.double()).abs().max())
+    assert error <= {torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype] * model.data_range
+
+
+def test_infinity_and_nan_stay_where_they_belong_by_wgmma(hopper):
+    """Units that only fill a product up are zeros on both sides."""
+    hopper(1)
+    for dtype, cin in itertools.product(DTYPES[1:], (3, 7, 20, 28)):
+        x = rand(1, cin, 12, 40, dtype=dtype)
+        x[0, 1, 5, 20] = float("inf")
+        x[0, 2, 8, 33] = float("nan")
+        x, weight = lay_out(x, "channels_last").to(DEVICE), kernel(9, cin, dtype=dtype).abs().to(DEVICE)
+        got, expected = conv3x3(x, weight), F.conv2d(x, weight, padding=1)
+        assert torch.equal(torch.isnan(got), torch.isnan(expected))
+        assert torch.equal(torch.isinf(got), torch.isinf(expected))
+
+
+@only_emulated
+@pytest.mark.parametrize(
+    ("dtype", "cin", "capability"),
+    [(torch.float32, 28, 90), (torch.float16, 65, 90), (torch.float16, 28, 86), (torch.float16, 28, 100)],
+)
+def test_other_convolutions_and_gpus_have_no_wgmma(hopper, dtype, cin, capability):
+    hopper(1)
+    cuda.library().set_properties([capability, 1, 227 * 1024, 228 * 1024])
+    weights = [kernel(8, cin, dtype=dtype), rand(8, dtype=dtype)]
+    inputs = [rand(1, cin, 5, 6, dtype=dtype), rand(1, 8, 5, 6, dtype=dtype)]
+    assert by_warpgroups(convolution_plan(cin, 8), weights, inputs) == 0
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------

@@ -190,6 +190,13 @@ def test_a_wrong_architecture_is_named(script: ModuleType, text: str) -> None:
         script.cuda_architectures(text)
 
 
+def test_a_source_may_have_an_architecture_of_its_own(script: ModuleType) -> None:
+    usual = ("8.6", "9.0+PTX")
+    assert script.architectures_of(Path("cuda", "product_sm90a.cu"), usual) == ("9.0a",)
+    assert script.architectures_of(Path("cuda", "product_sm120.cu"), usual) == ("12.0",)
+    assert script.architectures_of(Path("cuda_sm90a", "product.cu"), usual) == usual
+
+
 def test_only_old_architectures_are_refused(script: ModuleType) -> None:
     with pytest.raises(script.BuildError, match=r"no architecture of 8\.0 or later"):
         script.cuda_architectures("6.1;7.5+PTX")

@@ -8,6 +8,7 @@
 #include "step.h"
 #include "switches.h"
 #include "weight_copy.h"
+#include "wgmma.h"
 #include "winograd.h"
 
 namespace esr::cuda {
@@ -46,6 +47,8 @@ class ConvolutionStep : public Step {
     // A network's convolutions only: a single one's float16 results are up to twice further off than is allowed.
     transforms_ = network && switched_on(kWinogradSwitch) && taps_ == 9 && !separable_ &&
                   plan_winograd(precision, channels_[0], static_cast<int32_t>(out_channels_), &winograd_packing_);
+    by_warpgroups_ = !transforms_ && switched_on(kWgmmaSwitch) && taps_ == 9 &&
+                     plan_wgmma(precision, channels_[0], static_cast<int32_t>(out_channels_), &wgmma_packing_);
   }
 
   Shape result(const Shapes& inputs) const override {
@@ -71,6 +74,7 @@ class ConvolutionStep : public Step {
     if (transforms_) return false;
     const auto& tail = static_cast<const ConvolutionStep&>(next);
     if (!plan_tail(packing_, static_cast<int32_t>(tail.out_channels_), &tail_packing_)) return false;
+    if (by_warpgroups_ && !fits_wgmma_tail(wgmma_packing_, tail_packing_)) return false;
     tail_ = &tail;
     return true;
   }
@@ -86,7 +90,7 @@ class ConvolutionStep : public Step {
     if (!fits) return false;
     const auto& b = static_cast<const ConvolutionStep&>(second);
     const auto& c = static_cast<const ConvolutionStep&>(third);
-    if (transforms_ || b.transforms_ || c.transforms_) return false;
+    if (!usual() || !b.usual() || !c.usual()) return false;
     return c.out_channels_ == channels_[0] && plan_spab(packing_, b.packing_, c.packing_);
   }
 
@@ -109,20 +113,20 @@ class ConvolutionStep : public Step {
     launch_spab(spab, block.stream, block.overlap);
   }
 
-  int64_t packed_bytes() const override {
-    if (transforms_) return winograd_packing_.bytes();
-    return tail_ == nullptr ? packing_.bytes() : tail_at() + tail_packing_.bytes();
-  }
+  int64_t packed_bytes() const override { return tail_ == nullptr ? own_bytes() : tail_at() + tail_packing_.bytes(); }
 
   void pack(const Weights& weights, unsigned char* packed, device::Stream stream) const override {
     if (transforms_) {
-      return launch_winograd_pack({pack_args(packing_, weights, packed), winograd_packing_}, stream);
+      launch_winograd_pack({pack_args(packing_, weights, packed), winograd_packing_}, stream);
+    } else if (by_warpgroups_) {
+      launch_wgmma_pack({pack_args(packing_, weights, packed), wgmma_packing_}, stream);
+    } else {
+      pack_as(packing_, weights, packed, stream);
     }
-    pack_as(packing_, weights, packed, stream);
     if (tail_ != nullptr) tail_->pack_as(tail_packing_, weights, packed + tail_at(), stream);
   }
 
-  std::string way() const override { return transforms_ ? "Winograd" : ""; }
+  std::string way() const override { return transforms_ ? "Winograd" : by_warpgroups_ ? "wgmma" : ""; }
 
   int64_t temporary_bytes(const Shapes& inputs, int64_t batch) const override {
     return gathers() ? blocked_bytes(precision_, gathered_shape(inputs), batch) : 0;
@@ -131,8 +135,9 @@ class ConvolutionStep : public Step {
   void run(const Run& run) const override {
     Convolution c;
     Winograd winograd;
+    Wgmma wgmma;
     c.packing = packing_;
-    ConvolutionArgs& a = transforms_ ? winograd.args.convolution : c.args;
+    ConvolutionArgs& a = transforms_ ? winograd.args.convolution : by_warpgroups_ ? wgmma.args.convolution : c.args;
     const Shape& in = run.inputs[0].shape;
     bool overlap = run.overlap;
     if (gathers()) {
@@ -146,7 +151,9 @@ class ConvolutionStep : public Step {
     a.output = run.output.view;
     if (layer_.has_residual) a.residual = run.inputs.back().view;
     a.weights = run.packed;
-    const int64_t weight_bytes = transforms_ ? winograd_packing_.weight_bytes() : packing_.weight_bytes();
+    const int64_t weight_bytes = transforms_      ? winograd_packing_.weight_bytes()
+                                 : by_warpgroups_ ? wgmma_packing_.weight_bytes()
+                                                  : packing_.weight_bytes();
     a.bias = reinterpret_cast<const float*>(run.packed + weight_bytes);
     a.stride = 1;
     a.padding = taps_ == 9 ? 1 : 0;
@@ -166,11 +173,16 @@ class ConvolutionStep : public Step {
       return launch_winograd(winograd, run.stream, overlap);
     }
     if (tail_ != nullptr) {
-      c.tail = tail_packing_;
+      c.tail = wgmma.tail = tail_packing_;
       a.tail_weights = run.packed + tail_at();
       a.tail_bias = reinterpret_cast<const float*>(a.tail_weights + tail_packing_.weight_bytes());
       a.tail_activation = tail_->layer_.activation;
       a.tail_slope = tail_->layer_.slope;
+    }
+    if (by_warpgroups_) {
+      wgmma.args.packing = wgmma_packing_;
+      prepare_wgmma(wgmma, run.batch);
+      return launch_wgmma(wgmma, run.stream, overlap);
     }
     c.half_sums = switched_on(kHalfSumsSwitch);
     prepare_convolution(c, run.batch);
@@ -198,7 +210,12 @@ class ConvolutionStep : public Step {
     return a;
   }
 
-  int64_t tail_at() const { return round_up(packing_.bytes(), kAlignment); }
+  bool usual() const { return !transforms_ && !by_warpgroups_; }
+  int64_t own_bytes() const {
+    if (transforms_) return winograd_packing_.bytes();
+    return by_warpgroups_ ? wgmma_packing_.bytes() : packing_.bytes();
+  }
+  int64_t tail_at() const { return round_up(own_bytes(), kAlignment); }
   size_t bias_index() const { return separable_ ? 2 : 1; }
   // More maps than one launch reads are copied into one.
   bool gathers() const { return channels_.size() > kMostInputs; }
@@ -238,6 +255,8 @@ class ConvolutionStep : public Step {
   Packing packing_;
   bool transforms_ = false;  // by Winograd's way
   WinogradPacking winograd_packing_;
+  bool by_warpgroups_ = false;  // with Hopper's products
+  WgmmaPacking wgmma_packing_;
   // A 1x1 convolution of the result, done in the same launch.
   const ConvolutionStep* tail_ = nullptr;
   Packing tail_packing_;

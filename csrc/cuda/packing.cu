@@ -5,6 +5,7 @@
 #include "../common/layout.h"
 #include "tf32.h"
 #include "weight_access.h"
+#include "wgmma.h"
 #include "winograd.h"
 
 namespace esr::cuda {
@@ -152,9 +153,47 @@ ESR_KERNEL(kThreads, 1) winograd_pack_kernel(ESR_ARGUMENT(WinogradPackArgs) a) {
   device::store_global(a.pack.out + index * 8, device::U32x2{pairs[0], pairs[1]});
 }
 
+// One thread for a unit of a step and an output channel; the last ones write the bias.
+ESR_KERNEL(kThreads, 1) wgmma_pack_kernel(ESR_ARGUMENT(WgmmaPackArgs) a) {
+  const WgmmaPacking& p = a.packing;
+  const int64_t index = device::block_index() * kThreads + device::thread_index();
+  const int64_t parts = p.weight_bytes() / kUnitBytes;
+  if (index >= parts) {
+    const int o = static_cast<int>(index - parts);
+    if (o < p.padded_channels()) {
+      device::store_global(a.pack.out + p.weight_bytes() + int64_t{o} * 4,
+                           o < p.out_channels ? bias_value(a.pack, o) : 0.0f);
+    }
+    return;
+  }
+  const int columns = p.tiles * 8, column = static_cast<int>(index % columns);
+  const auto rest = static_cast<int>(index / columns), halves = 2 * p.steps();
+  const WgmmaPacking::Place place = p.place(rest % halves);
+  const int o = rest / halves * columns + column;
+  uint32_t pairs[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const auto value = [&](int c) {
+      const int i = place.unit * 8 + c;
+      return i < a.pack.channels[0] && o < p.out_channels ? weight_value(a.pack, o, i, place.tap) : 0.0f;
+    };
+    const float v0 = value(2 * k), v1 = value(2 * k + 1);
+    pairs[k] = p.precision == Precision::kFloat16 ? device::pack_pair<device::float16>(v0, v1)
+                                                  : device::pack_pair<device::bfloat16>(v0, v1);
+  }
+  device::store_global(a.pack.out + index * kUnitBytes, device::U32x4{pairs[0], pairs[1], pairs[2], pairs[3]});
+}
+
 ESR_KERNEL(kMostConstants, 1) constants_kernel(ESR_ARGUMENT(ConstantsArgs) a) {
   const int i = device::thread_index();
   if (i < a.count) device::store_global(a.out + i, a.values[i]);
+}
+
+// A depthwise weight is the same for all channels of its dimension of size 1.
+void share_single_channel(WeightView& weight) {
+  for (int d = 0; d < 2; ++d) {
+    if (weight.sizes[d] == 1) weight.strides[d] = 0;
+  }
 }
 
 }  // namespace
@@ -181,11 +220,17 @@ void launch_pack(const PackArgs& args, device::Stream stream) {
   shape.threads = kThreads;
   shape.blocks = ceil_div(p.weight_bytes() / p.lane_bytes() + p.padded_channels(), kThreads);
   PackArgs a = args;
-  // A depthwise weight is the same for all channels of its dimension of size 1.
-  for (int d = 0; d < 2; ++d) {
-    if (a.weight.sizes[d] == 1) a.weight.strides[d] = 0;
-  }
+  share_single_channel(a.weight);
   device::launch("pack", &pack_kernel, shape, stream, false, a);
+}
+
+void launch_wgmma_pack(const WgmmaPackArgs& args, device::Stream stream) {
+  device::LaunchShape shape;
+  shape.threads = kThreads;
+  shape.blocks = ceil_div(args.packing.weight_bytes() / kUnitBytes + args.packing.padded_channels(), kThreads);
+  WgmmaPackArgs a = args;
+  share_single_channel(a.pack.weight);
+  device::launch("wgmma_pack", &wgmma_pack_kernel, shape, stream, false, a);
 }
 
 void launch_winograd_pack(const WinogradPackArgs& args, device::Stream stream) {

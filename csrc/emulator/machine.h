@@ -206,10 +206,10 @@ struct AsyncSums {
 
 // 16 bytes of shared memory as products see them.
 struct ProductUnit {
-  uint32_t in_flight = 0;  // products that read it and are not waited for
-  uint32_t readers = 0;    // warps whose products have
-  uint32_t read = 0;       // the tick of the last wait
-  Site site;               // of the last product
+  uint32_t in_flight = 0;                      // products that read it and are not waited for
+  uint32_t readers = 0;                        // warps whose products have
+  std::array<uint32_t, kMostWarps> read = {};  // the tick of each one's last wait
+  Site site;                                   // of the last product
 };
 
 struct Warp {
@@ -937,7 +937,7 @@ class Machine {
     if (unit.readers == 0) return;
     for (uint32_t left = unit.readers; left != 0; left &= left - 1) {
       const int reader = std::countr_zero(left) * kLanes;
-      if (!ordered(unit.read, reader)) {
+      if (!ordered(unit.read[static_cast<size_t>(reader / kLanes)], reader)) {
         fail(site,
              "race: writes shared memory at offset %u, which products of threads %d to %d read (%s), with no "
              "barrier between",
@@ -1071,7 +1071,7 @@ class Machine {
         ProductUnit& unit = product_units_[warp.product_units[i]];
         unit.in_flight--;
         unit.readers |= uint32_t{1} << mine;
-        unit.read = tick_;
+        unit.read[mine] = tick_;
       }
       warp.product_units.erase(warp.product_units.begin(), warp.product_units.begin() + static_cast<ptrdiff_t>(end));
       warp.product_groups.erase(warp.product_groups.begin(),

@@ -69,8 +69,9 @@ def _compile(plan: Plan, weights: list[Tensor], inputs: list[Tensor], network: b
     """`network`: the weights are packed once for many runs, so that transforming them costs nothing."""
     x = inputs[0]
     multiply = precision(x.dtype)
-    way = os.environ.get("ESR_KERNELS_CUDA_WINOGRAD") if network else None  # csrc/cuda/switches.h
-    key = (plan.to_json(), multiply, way, x.device, *(w.shape for w in weights), *(t.shape[1] for t in inputs))
+    # csrc/cuda/switches.h
+    ways = (network and os.environ.get("ESR_KERNELS_CUDA_WINOGRAD"), os.environ.get("ESR_KERNELS_CUDA_WGMMA"))
+    key = (plan.to_json(), multiply, ways, x.device, *(w.shape for w in weights), *(t.shape[1] for t in inputs))
     found = _compiled.get(key)
     if found is None:
         found = _compiled[key] = _Compiled(plan, weights, [t.shape[1] for t in inputs], multiply, network)

@@ -289,6 +289,14 @@ def _winograd(channels: int, out: int, size: int = 256) -> Layer:
     return Layer(f"conv3x3 {channels}→{out}, Winograd", run)
 
 
+def _wgmma(plain: Layer) -> Layer:
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        with _switched_on("ESR_KERNELS_CUDA_WGMMA"):
+            plain.run(precision, tensor)
+
+    return Layer(f"{plain.name}, wgmma", run)
+
+
 def _esa_weights(channels: int, hidden: int, tensor: Callable[..., Tensor]) -> list[Tensor | None]:
     sizes = [(hidden, channels, 1, 1), (hidden, hidden, 3, 3), (hidden, hidden, 3, 3), (channels, hidden, 1, 1)]
     sizes.append((hidden, hidden, 1, 1))
@@ -427,6 +435,7 @@ _EVERY = (
     *(_half_sums(8 * n) for n in range(1, 9)),
     *(_spab(8 * n, size) for n in range(3, 9) for size in (64, 256)),
     *(_winograd(c, out) for out in (8, 16, 32, 48, 64) for c in (16, 32, 64)),
+    *(_wgmma(layer(c, 8 * n)) for n in range(1, 9) for c in (8, 32, 8 * n) for layer in (_conv3x3, _tail)),
     *(_esa(48, hidden) for hidden in (16, 32, 48, 64)),
     *(_conv3x3_backward(8 * n, 8 * n) for n in range(1, 9)),
     _esa_backward(46, 16),
@@ -488,7 +497,7 @@ def kernel_info(compiled: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _architectures(compiled: Sequence[dict[str, Any]]) -> list[str]:
-    return sorted({k["architecture"] for k in compiled}, key=lambda a: float(a.rstrip("af")))
+    return sorted({k["architecture"] for k in compiled}, key=lambda a: (float(a.rstrip("af")), a))
 
 
 def _most_demanding(kernels: Sequence[str], architecture: str) -> dict[str, tuple[str, Launch]]:
@@ -533,7 +542,9 @@ def layer_info(architectures: Sequence[str] | None = None) -> list[dict[str, Any
     """
     kernels = native.compiled_kernels()
     if architectures is None:
-        architectures = _architectures(kernels)
+        # "9.0a" has kernels of its own beside those of "9.0".
+        known = _architectures(kernels)
+        architectures = [a for a in known if a.rstrip("af") == a or a.rstrip("af") not in known]
     entries = []
     for architecture in architectures:
         registers = {readable(k["name"]): k["registers"] for k in kernels if k["architecture"] == architecture}
