@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <deque>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -36,6 +37,12 @@ namespace emulator {
 // Of compute capability 8.6, with so few multiprocessors that persistent kernels go round several times.
 inline Properties pretended{86, 3, 99 * 1024, 100 * 1024};
 inline std::optional<Order> chosen_order;
+
+// The names of this thread's launches since they were last asked for, of the last few hundred.
+inline std::deque<std::string>& launched() {
+  static thread_local std::deque<std::string> names;
+  return names;
+}
 
 inline Order order() {
   if (chosen_order) return *chosen_order;
@@ -70,6 +77,13 @@ inline void set_order(const std::string& order) {
   emulator::chosen_order = order.empty() ? std::nullopt : std::optional(emulator::Order::parse(order));
 }
 
+inline std::string launches() {
+  std::string text;
+  for (const std::string& name : emulator::launched()) text += name + "\n";
+  emulator::launched().clear();
+  return text;
+}
+
 // Memory that kernels launched by this thread may touch while the object lives; every other access is an error.
 class AllowedMemory {
  public:
@@ -83,14 +97,27 @@ class AllowedMemory {
   }
 };
 
+namespace emulator {
+
 template <typename Args>
-void launch(const char* name, void (*kernel)(Args), const LaunchShape& shape, Stream, bool overlap, const Args& args) {
-  emulator::check_shape(name, shape);
-  const emulator::Machine::Invoke invoke = [](void (*k)(), const void* a) {
+void run(const char* name, void (*kernel)(Args), const LaunchShape& shape, bool overlap, bool cooperative,
+         const Args& args) {
+  check_shape(name, shape);
+  constexpr size_t kMostNames = 512;
+  if (launched().size() == kMostNames) launched().pop_front();
+  launched().emplace_back(name);
+  const Machine::Invoke invoke = [](void (*k)(), const void* a) {
     reinterpret_cast<void (*)(Args)>(k)(*static_cast<const Args*>(a));
   };
-  emulator::Machine::mine().run(name, invoke, reinterpret_cast<void (*)()>(kernel), &args, shape.blocks, shape.rows,
-                                shape.threads, shape.shared_bytes, overlap, emulator::order());
+  Machine::mine().run(name, invoke, reinterpret_cast<void (*)()>(kernel), &args, shape.blocks, shape.rows,
+                      shape.threads, shape.shared_bytes, overlap, cooperative, order());
+}
+
+}  // namespace emulator
+
+template <typename Args>
+void launch(const char* name, void (*kernel)(Args), const LaunchShape& shape, Stream, bool overlap, const Args& args) {
+  emulator::run(name, kernel, shape, overlap, false, args);
 }
 
 }  // namespace esr::device

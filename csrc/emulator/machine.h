@@ -12,6 +12,10 @@
 //
 // What Hopper's asynchronous proxy does besides: products of a warpgroup read shared memory from their issue until they
 // are waited for, and write their sums only then; a bulk copy lands when its barrier is waited for.
+//
+// Blocks run one after the other, or, in a cooperative grid, are all alive and take turns where they set flags and wait
+// for them. Accesses of different blocks to global memory are ordered when a flag was set after the first and waited
+// for before the second: a flag carries, for every block, the time up to which whoever set it had heard of it.
 #pragma once
 
 #include <algorithm>
@@ -27,6 +31,8 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -106,6 +112,7 @@ enum class Wait : uint8_t {
   kFenceProducts,
   kCommitProducts,
   kWaitForProducts,
+  kFlag,
   kEnd,
 };
 
@@ -127,6 +134,7 @@ inline const char* name_of(Wait wait) {
                                     "fence_products",
                                     "commit_products",
                                     "wait_for_products",
+                                    "wait_for_flag",
                                     "the end"};
   return kNames[static_cast<int>(wait)];
 }
@@ -138,6 +146,7 @@ struct Copies {
     uint32_t bytes;
     const void* source;  // null: zeros
     Site site;
+    bool tracked = false;  // other blocks may write the source
   };
 
   std::vector<Copy> copies;
@@ -153,6 +162,25 @@ struct Copies {
   }
 };
 
+// Which accesses of a block of a cooperative grid others know to be over: those before its barrier `start`, and those
+// of one thread up to a time.
+struct Heard {
+  uint32_t start = 0;
+  int thread = -1;
+  uint32_t now = 0;
+
+  void add(const Heard& other) {
+    start = std::max(start, other.start);
+    if (other.now > now) thread = other.thread, now = other.now;
+  }
+};
+using News = std::vector<Heard>;  // one for every block
+
+inline void add(News& to, const News& news) {
+  if (to.size() < news.size()) to.resize(news.size());
+  for (size_t i = 0; i < news.size(); i++) to[i].add(news[i]);
+}
+
 struct Thread {
   Context context;
   Copies copies;
@@ -161,6 +189,7 @@ struct Thread {
   uint32_t fence_in_time = 0;  // of the last one before a barrier
   Wait wait = Wait::kNothing;
   bool waited_for_grid = false;
+  News news;  // from flags, not yet passed on to its block by a barrier
 };
 
 // One entry for each warp and one for the asynchronous proxy: what it did before this tick is known.
@@ -262,15 +291,60 @@ struct alignas(16) Cell {
 };
 static_assert(sizeof(Cell) == 16);
 
-class Machine {
+// Who touched two bytes of global memory, in a cooperative grid.
+struct GlobalCell {
+  struct Access {
+    int64_t number;  // of the block
+    int thread;
+    uint32_t time;
+    Site site;
+  };
+
+  std::vector<Access> write, reads;  // the last one; the last one of every block since
+};
+
+// A block as it stands.
+struct Block {
+  int thread = 0;  // the one that runs
+  int64_t block = 0;
+  int row = 0;
+  int64_t number = 0;
+  unsigned char* shared = nullptr;
+
+  std::vector<Thread> threads_;
+  std::vector<Warp> warps_;
+  uint32_t ready_warps_ = 0;
+  int at_barrier_ = 0;
+  int running_ = 0;
+  Random random_;
+  std::unique_ptr<Stacks> stacks_ = std::make_unique<Stacks>();
+
+  std::unique_ptr<unsigned char[]> memory_;
+  std::vector<Cell> cells_;
+  uint32_t tick_ = 0;
+  uint32_t block_begin_ = 0;      // the block's first tick
+  uint32_t block_start_ = 0;      // the tick of its last barrier
+  bool waited_for_grid_ = false;  // some thread of the block did
+  News news_;                     // of other blocks
+
+  static constexpr int kNamedBarriers = 16;  // number 0 is sync_block()
+  std::array<Clock, kMostWarps> clocks_ = {};
+  std::array<NamedBarrier, kNamedBarriers> named_barriers_;
+  std::vector<SharedBarrier> shared_barriers_;
+  std::vector<ProductUnit> product_units_;
+  bool products_used_ = false;  // in this block
+};
+
+class Machine : private Block {
  public:
   // ---- for kernels ----------------------------------------------------------------------------------------------
 
-  int thread = 0;  // the one that runs
+  using Block::block;
+  using Block::row;
+  using Block::shared;
+  using Block::thread;
   int threads = 0;
-  int64_t block = 0, blocks = 0;
-  int row = 0;
-  unsigned char* shared = nullptr;
+  int64_t blocks = 0;
 
   [[gnu::noinline]] void sync_block(Site site) {
     Warp& warp = this->warp();
@@ -295,9 +369,49 @@ class Machine {
       if (waited_for_grid_) {
         for (int t = 0; t < threads; t++) threads_[t].waited_for_grid = true;
       }
+      if (cooperative_) {
+        for (int t = 0; t < threads; t++) {
+          add(news_, threads_[t].news);
+          threads_[t].news.clear();
+        }
+      }
     }
     leave();
     threads_[thread].wait = Wait::kNothing;
+  }
+
+  // Goes on when the flag has come to `value`, counted round.
+  [[gnu::noinline]] void wait_for_flag(const uint32_t* flag, uint32_t value, Site site) {
+    check_flag<false>(flag, site);
+    Thread& me = threads_[thread];
+    me.site = site;
+    while (!reached(*flag, value)) {
+      me.wait = Wait::kFlag;
+      waiting_.push_back({number, thread, flag, value});
+      leave();
+    }
+    me.wait = Wait::kNothing;
+    const auto set = flags_.find(flag);
+    if (set != flags_.end()) add(me.news, set->second);
+  }
+
+  [[gnu::noinline]] void set_flag(uint32_t* flag, uint32_t value, Site site) {
+    check_flag<true>(flag, site);
+    News& told = flags_[flag];
+    told = news_;
+    add(told, threads_[thread].news);
+    told.resize(std::max(told.size(), static_cast<size_t>(number) + 1));
+    told[static_cast<size_t>(number)] = {block_start_, thread, tick_++};
+    *flag = value;
+    std::erase_if(waiting_, [&](const Waiting& it) {
+      if (it.flag != flag || !reached(value, it.value)) return false;
+      Block& own = *this;
+      make_ready(it.number == number ? own : resident_[static_cast<size_t>(it.number)], it.thread);
+      return true;
+    });
+    // Others may go on first.
+    make_ready(*this, thread);
+    switch_context(threads_[thread].context, main_);
   }
 
   // All lanes of the warp meet; the last does the work.
@@ -514,7 +628,8 @@ class Machine {
     }
     // From here on until the wait, nobody may touch the target.
     write_cells(offset, Bytes, Cell::kInFlight, site);
-    threads_[thread].copies.copies.push_back({offset, Bytes, valid ? source : nullptr, site});
+    threads_[thread].copies.copies.push_back(
+        {offset, Bytes, valid ? source : nullptr, site, valid && cooperative_ && last_read_->written});
   }
 
   void commit_copies() {
@@ -544,6 +659,7 @@ class Machine {
     if (address % Bytes != 0) misaligned(Write ? "writes" : "reads", p, Bytes, site);
     if (!(Write ? last_write_ : last_read_)->holds(address, Bytes)) find_range(address, Bytes, Write, site);
     if (overlap_ && !threads_[thread].waited_for_grid) check_overlap(address, Bytes, Write, site);
+    if (cooperative_ && (Write || last_read_->written)) track(address, Bytes, Write, site);
   }
 
   [[noreturn]] [[gnu::cold]] [[gnu::format(printf, 3, 4)]] void fail(Site site, const char* format, ...) {
@@ -583,7 +699,7 @@ class Machine {
   using Invoke = void (*)(void (*kernel)(), const void* args);
 
   void run(const char* name, Invoke invoke, void (*kernel)(), const void* args, int64_t block_count, int row_count,
-           int thread_count, int shared_bytes, bool overlap, const Order& order) {
+           int thread_count, int shared_bytes, bool overlap, bool cooperative, const Order& order) {
     name_ = name;
     invoke_ = invoke;
     kernel_ = kernel;
@@ -591,8 +707,15 @@ class Machine {
     blocks = block_count;
     threads = thread_count;
     overlap_ = overlap;
+    cooperative_ = cooperative;
     order_ = order;
-    prepare(shared_bytes);
+    waiting_.clear();
+    shared_bytes_ = static_cast<size_t>(shared_bytes);
+    last_read_ = last_write_ = &nothing_;
+    if (sites_used_ > kSites / 2 || sites_.empty()) {
+      sites_.assign(kSites, nullptr);
+      sites_used_ = 0;
+    }
     // A grid that is not launched to overlap starts when all before it are done.
     if (!overlap) unfinished_.clear();
     const int64_t total = block_count * row_count;
@@ -604,13 +727,14 @@ class Machine {
         std::swap(shuffled[static_cast<size_t>(i)], shuffled[random.below(static_cast<uint32_t>(i + 1))]);
       }
     }
-    for (int64_t i = 0; i < total; i++) {
-      const int64_t number = order.kind == Order::kForward   ? i
-                             : order.kind == Order::kReverse ? total - 1 - i
-                                                             : shuffled[static_cast<size_t>(i)];
-      block = number % block_count;
-      row = static_cast<int>(number / block_count);
-      run_block(number);
+    if (cooperative) {
+      run_together(total);
+    } else {
+      for (int64_t i = 0; i < total; i++) {
+        run_block(order.kind == Order::kForward   ? i
+                  : order.kind == Order::kReverse ? total - 1 - i
+                                                  : shuffled[static_cast<size_t>(i)]);
+      }
     }
     for (const Range& range : ranges) {
       const auto known = [&](const Range& r) { return r.begin == range.begin && r.end == range.end; };
@@ -716,11 +840,19 @@ class Machine {
     std::abort();
   }
 
-  void prepare(int shared_bytes) {
-    stacks_.reserve(threads);
+  static void make_ready(Block& it, int thread) {
+    it.warps_[static_cast<size_t>(thread / kLanes)].ready |= uint32_t{1} << (thread % kLanes);
+    it.ready_warps_ |= uint32_t{1} << (thread / kLanes);
+  }
+
+  // Makes a block that has not begun of the present one.
+  void begin_block(int64_t begun) {
+    number = begun;
+    block = begun % blocks;
+    row = static_cast<int>(begun / blocks);
+    stacks_->reserve(threads);
     if (threads_.size() < static_cast<size_t>(threads)) threads_ = std::vector<Thread>(static_cast<size_t>(threads));
     if (warps_.empty()) warps_ = std::vector<Warp>(kMostWarps);
-    shared_bytes_ = static_cast<size_t>(shared_bytes);
     if (cells_.size() < shared_bytes_ || shared == nullptr) {
       cells_.assign(shared_bytes_, Cell{});
       product_units_.assign(shared_bytes_ / 16 + 1, ProductUnit{});
@@ -729,14 +861,6 @@ class Machine {
       const uintptr_t start = (reinterpret_cast<uintptr_t>(memory_.get()) + 255) / 256 * 256 + 128;
       shared = reinterpret_cast<unsigned char*>(start);
     }
-    last_read_ = last_write_ = &nothing_;
-    if (sites_used_ > kSites / 2 || sites_.empty()) {
-      sites_.assign(kSites, nullptr);
-      sites_used_ = 0;
-    }
-  }
-
-  void run_block(int64_t number) {
     if (tick_ > 0x80000000u) {
       std::fill(cells_.begin(), cells_.end(), Cell{});
       std::fill(product_units_.begin(), product_units_.end(), ProductUnit{});
@@ -749,6 +873,7 @@ class Machine {
     running_ = threads;
     failed_ = false;
     waited_for_grid_ = false;
+    news_.clear();
     random_ = Random(order_.seed + static_cast<uint64_t>(number) * 0x2545f4914f6cdd1du);
     for (int t = 0; t < threads; t++) {
       Thread& it = threads_[static_cast<size_t>(t)];
@@ -756,7 +881,8 @@ class Machine {
       it.waited_for_grid = false;
       it.fence = it.fence_in_time = 0;
       it.copies.clear();
-      stacks_.start(t, it.context, &Machine::enter);
+      it.news.clear();
+      stacks_->start(t, it.context, &Machine::enter);
     }
     for (int w = 0; w < threads / kLanes; w++) {
       Warp& it = warps_[static_cast<size_t>(w)];
@@ -774,17 +900,88 @@ class Machine {
     shared_barriers_.clear();
     products_used_ = false;
     ready_warps_ = all_warps();
+  }
+
+  // Runs the present block's threads until none can go on, one has failed, or another block may take its turn.
+  void take_turn() {
     current() = this;
     thread = take();
     switch_context(main_, threads_[static_cast<size_t>(thread)].context);
     current() = nullptr;
+  }
+
+  void run_block(int64_t begun) {
+    begin_block(begun);
+    take_turn();
     if (!failed_ && running_ > 0) describe_deadlock();
     if (!failed_) check_end();
     if (failed_) {
-      std::fill(cells_.begin(), cells_.end(), Cell{});  // copies in flight never land
-      std::fill(product_units_.begin(), product_units_.end(), ProductUnit{});
+      forget_accesses();
       throw std::runtime_error(message_);
     }
+  }
+
+  // Of a block that has failed: copies in flight never land.
+  void forget_accesses() {
+    std::fill(cells_.begin(), cells_.end(), Cell{});
+    std::fill(product_units_.begin(), product_units_.end(), ProductUnit{});
+  }
+
+  // All blocks of a cooperative grid.
+  void run_together(int64_t total) {
+    if (resident_.size() < static_cast<size_t>(total)) resident_.resize(static_cast<size_t>(total));
+    flags_.clear();
+    global_.clear();
+    const auto change = [&](size_t i) { std::swap(static_cast<Block&>(*this), resident_[i]); };
+    const auto each = [&](const auto& function) {
+      for (size_t i = 0; i < static_cast<size_t>(total); i++) function(i);
+    };
+    each([&](size_t i) {
+      change(i);
+      begin_block(static_cast<int64_t>(i));
+      change(i);
+    });
+    Random random(order_.seed);
+    std::vector<size_t> ready;
+    while (!failed_) {
+      ready.clear();
+      each([&](size_t i) {
+        if (resident_[i].ready_warps_ != 0) ready.push_back(i);
+      });
+      if (ready.empty()) break;
+      const size_t next = order_.kind == Order::kForward   ? ready.front()
+                          : order_.kind == Order::kReverse ? ready.back()
+                                                           : ready[random.below(static_cast<uint32_t>(ready.size()))];
+      change(next);
+      take_turn();
+      change(next);
+    }
+    // A block with threads at different barriers is what the others wait for.
+    for (const bool at_flag : {false, true}) {
+      each([&](size_t i) {
+        if (failed_ || resident_[i].running_ == 0 || waits_for_flag(resident_[i]) != at_flag) return;
+        change(i);
+        describe_deadlock();
+        change(i);
+      });
+    }
+    each([&](size_t i) {
+      change(i);
+      if (!failed_) check_end();
+      change(i);
+    });
+    if (failed_) {
+      each([&](size_t i) {
+        change(i);
+        forget_accesses();
+        change(i);
+      });
+      throw std::runtime_error(message_);
+    }
+  }
+
+  bool waits_for_flag(const Block& it) const {
+    return std::any_of(waiting_.begin(), waiting_.end(), [&](const Waiting& w) { return w.number == it.number; });
   }
 
   [[noreturn]] [[gnu::cold]] void diverged(Wait wait, Site site, int other) {
@@ -824,8 +1021,9 @@ class Machine {
                 text_of(group.site) + ")";
       }
     }
-    std::snprintf(message_, sizeof message_, "kernel %s, block (%lld, %d): divergent barrier: %s", name_,
-                  static_cast<long long>(block), row, text.c_str());
+    std::snprintf(message_, sizeof message_, "kernel %s, block (%lld, %d): %s: %s", name_,
+                  static_cast<long long>(block), row, waits_for_flag(*this) ? "deadlock" : "divergent barrier",
+                  text.c_str());
     failed_ = true;
   }
 
@@ -948,6 +1146,7 @@ class Machine {
   }
 
   void deliver(const Copies::Copy& copy) {
+    if (copy.tracked) track(reinterpret_cast<uintptr_t>(copy.source), copy.bytes, false, copy.site);
     if (copy.source != nullptr) {
       std::memcpy(shared + copy.offset, copy.source, copy.bytes);
     } else {
@@ -1202,37 +1401,87 @@ class Machine {
     }
   }
 
+  // ---- flags, and what they order -------------------------------------------------------------------------------
+
+  static bool reached(uint32_t flag, uint32_t value) { return static_cast<int32_t>(flag - value) >= 0; }
+
+  template <bool Write>
+  void check_flag(const uint32_t* flag, Site site) {
+    if (!cooperative_) fail(site, "a flag between blocks that need not be resident: the grid is not cooperative");
+    const uintptr_t address = reinterpret_cast<uintptr_t>(flag);
+    if (address % 4 != 0) misaligned(Write ? "writes" : "reads", flag, 4, site);
+    if (!(Write ? last_write_ : last_read_)->holds(address, 4)) find_range(address, 4, Write, site);
+    if (overlap_ && !threads_[thread].waited_for_grid) check_overlap(address, 4, Write, site);
+  }
+
+  // Another block's access is over, and known to be, before what the running thread does now.
+  bool heard_of(const GlobalCell::Access& access) const {
+    const auto in = [&](const News& news) {
+      const size_t i = static_cast<size_t>(access.number);
+      return i < news.size() &&
+             (access.time < news[i].start || (access.thread == news[i].thread && access.time <= news[i].now));
+    };
+    return access.number == number || in(news_) || in(threads_[static_cast<size_t>(thread)].news);
+  }
+
+  [[gnu::noinline]] void track(uintptr_t address, uint32_t bytes, bool write, Site site) {
+    const GlobalCell::Access mine{number, thread, tick_, site};
+    for (uintptr_t place = address / 2; place <= (address + bytes - 1) / 2; place++) {
+      GlobalCell& cell = global_[place];
+      for (const auto& access : cell.write) {
+        if (!heard_of(access)) global_race(address, write, access, true, site);
+      }
+      if (write) {
+        for (const auto& access : cell.reads) {
+          if (!heard_of(access)) global_race(address, write, access, false, site);
+        }
+        cell.reads.clear();
+        cell.write.assign(1, mine);
+        continue;
+      }
+      const auto before =
+          std::find_if(cell.reads.begin(), cell.reads.end(), [&](const auto& it) { return it.number == number; });
+      if (before == cell.reads.end()) {
+        cell.reads.push_back(mine);
+      } else {
+        *before = mine;
+      }
+    }
+  }
+
+  [[noreturn]] [[gnu::cold]] void global_race(uintptr_t address, bool write, const GlobalCell::Access& access,
+                                              bool with_write, Site site) {
+    const Range& range = *(write ? last_write_ : last_read_);
+    fail(site,
+         "race between blocks: %s \"%s\" at byte %lld, which thread %d of block (%lld, %lld) %s (%s), with no flag "
+         "set and waited for between",
+         write ? "writes" : "reads", range.what.c_str(), static_cast<long long>(address - range.begin), access.thread,
+         static_cast<long long>(access.number % blocks), static_cast<long long>(access.number / blocks),
+         with_write ? "wrote" : "read", text_of(access.site).c_str());
+  }
+
   // ---- state ----------------------------------------------------------------------------------------------------
 
-  std::vector<Thread> threads_;
-  std::vector<Warp> warps_;
-  uint32_t ready_warps_ = 0;
-  int at_barrier_ = 0;
-  int running_ = 0;
   Context main_;
   Order order_;
-  Random random_;
-  Stacks stacks_;
-
-  std::unique_ptr<unsigned char[]> memory_;
   size_t shared_bytes_ = 0;
-  std::vector<Cell> cells_;
-  uint32_t tick_ = 0;
-  uint32_t block_begin_ = 0;  // the block's first tick
-  uint32_t block_start_ = 0;  // the tick of its last barrier
 
-  static constexpr int kNamedBarriers = 16;  // number 0 is sync_block()
-  std::array<Clock, kMostWarps> clocks_ = {};
-  std::array<NamedBarrier, kNamedBarriers> named_barriers_;
-  std::vector<SharedBarrier> shared_barriers_;
-  std::vector<ProductUnit> product_units_;
-  bool products_used_ = false;  // in this block
+  struct Waiting {
+    int64_t number;  // of the block
+    int thread;
+    const uint32_t* flag;
+    uint32_t value;
+  };
+  bool cooperative_ = false;
+  std::vector<Block> resident_;  // all but the running one
+  std::vector<Waiting> waiting_;
+  std::unordered_map<const uint32_t*, News> flags_;
+  std::unordered_map<uintptr_t, GlobalCell> global_;
 
   const Range nothing_;
   const Range* last_read_ = nullptr;
   const Range* last_write_ = nullptr;
   bool overlap_ = false;
-  bool waited_for_grid_ = false;   // some thread of the block did
   std::vector<Range> unfinished_;  // written by grids that may be under way
 
   std::vector<const void*> sites_;

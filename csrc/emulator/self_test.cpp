@@ -17,7 +17,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../cuda/launch.h"
+#include "../cuda/cooperative.h"
 #include "../cuda/warpgroup.h"
 
 namespace {
@@ -102,10 +102,17 @@ using Kernel = void (*)(Args);
 constexpr LaunchShape kTwoWarps{2, 1, 64, 8192};
 constexpr LaunchShape kOneWarp{1, 1, 32, 8192};
 
+// How a grid is started.
+enum class Way { kAlone, kOverlap, kCooperative };
+
 // The error of a launch, or nothing.
-std::string error_of(Kernel kernel, const LaunchShape& shape, const Args& args, bool overlap = false) {
+std::string error_of(Kernel kernel, const LaunchShape& shape, const Args& args, Way way = Way::kAlone) {
   try {
-    launch("the_kernel", kernel, shape, nullptr, overlap, args);
+    if (way == Way::kCooperative) {
+      launch_cooperative("the_kernel", kernel, shape, nullptr, args);
+    } else {
+      launch("the_kernel", kernel, shape, nullptr, way == Way::kOverlap, args);
+    }
   } catch (const std::runtime_error& error) {
     return error.what();
   }
@@ -114,20 +121,24 @@ std::string error_of(Kernel kernel, const LaunchShape& shape, const Args& args, 
 
 // In every order of threads the first kernel passes and the second gives an error that has all these words.
 void expect_found(int line, Kernel right, Kernel buggy, std::initializer_list<const char*> words,
-                  const LaunchShape& shape = kTwoWarps, bool overlap = false) {
+                  const LaunchShape& shape = kTwoWarps, Way way = Way::kAlone) {
   for (const char* order : kOrders) {
     set_order(order);
     Memory memory;
-    const std::string fine = error_of(right, shape, memory.args, overlap);
+    const auto outcome = [&](Kernel kernel) {
+      std::memset(memory.args.written, 0, kBytes);  // flags begin at 0
+      return error_of(kernel, shape, memory.args, way);
+    };
+    const std::string fine = outcome(right);
     if (!fine.empty()) wrong(line, std::string(order) + ", the right kernel: " + fine);
-    const std::string found = error_of(buggy, shape, memory.args, overlap);
+    const std::string found = outcome(buggy);
     if (found.empty()) wrong(line, std::string(order) + ": the bug was not found");
     for (const char* word : words) {
       if (found.find(word) == std::string::npos) wrong(line, std::string(order) + ": no \"" + word + "\" in " + found);
     }
     if (found.find("kernel the_kernel, block (") != 0) wrong(line, "no place in " + found);
     // What failed leaves nothing behind.
-    const std::string again = error_of(right, shape, memory.args, overlap);
+    const std::string again = outcome(right);
     if (!again.empty()) wrong(line, std::string(order) + ", the right kernel after the wrong one: " + again);
   }
 }
@@ -1405,9 +1416,9 @@ early_write(ESR_ARGUMENT(Args) args) {
   wait_for_previous_grid();
 }
 CASE(bug_writes_before_the_previous_grid_is_done) {
-  FOUND(early_write, {"overlapping grids: writes", "before wait_for_previous_grid()"}, kTwoWarps, true);
+  FOUND(early_write, {"overlapping grids: writes", "before wait_for_previous_grid()"}, kTwoWarps, Way::kOverlap);
   Memory memory;
-  CHECK(error_of(early_write<true>, kTwoWarps, memory.args, false).empty());
+  CHECK(error_of(early_write<true>, kTwoWarps, memory.args).empty());
 }
 
 // One thread waits, a barrier tells the others.
@@ -1420,7 +1431,7 @@ early_read(ESR_ARGUMENT(Args) args) {
   sync_block();
 }
 CASE(bug_reads_before_the_previous_grid_is_done) {
-  FOUND(early_read, {"overlapping grids: reads \"output\" at byte"}, kTwoWarps, true);
+  FOUND(early_read, {"overlapping grids: reads \"output\" at byte"}, kTwoWarps, Way::kOverlap);
 }
 
 ESR_KERNEL(32, 1) write_some(ESR_ARGUMENT(Args) args) {
@@ -1430,19 +1441,175 @@ ESR_KERNEL(32, 1) write_some(ESR_ARGUMENT(Args) args) {
 CASE(output_of_an_earlier_grid_as_input) {
   Memory memory;
   alignas(16) unsigned char other[256];
-  CHECK(error_of(write_some, kOneWarp, {memory.args.read, memory.args.written}, true).empty());
+  CHECK(error_of(write_some, kOneWarp, {memory.args.read, memory.args.written}, Way::kOverlap).empty());
   {
     AllowedMemory allowed;
     allowed.add(other, sizeof other, true, "an earlier output");
-    CHECK(error_of(write_some, kOneWarp, {memory.args.read, other}, true).empty());
+    CHECK(error_of(write_some, kOneWarp, {memory.args.read, other}, Way::kOverlap).empty());
   }
   AllowedMemory allowed;
   allowed.add(other, sizeof other, false, "an input");
   const Args args{other, memory.args.written};
-  CHECK(error_of(read_one, kOneWarp, args, true).find("reads \"an earlier output\" at byte 0") != std::string::npos);
-  CHECK(error_of(read_one, kOneWarp, memory.args, true).empty());
-  CHECK(error_of(read_one, kOneWarp, args, false).empty());
-  CHECK(error_of(read_one, kOneWarp, args, true).empty());  // all grids before the last were waited for
+  CHECK(error_of(read_one, kOneWarp, args, Way::kOverlap).find("reads \"an earlier output\" at byte 0") !=
+        std::string::npos);
+  CHECK(error_of(read_one, kOneWarp, memory.args, Way::kOverlap).empty());
+  CHECK(error_of(read_one, kOneWarp, args).empty());
+  CHECK(error_of(read_one, kOneWarp, args, Way::kOverlap).empty());  // all grids before the last were waited for
+}
+
+// ---- cooperative grids ------------------------------------------------------------------------------------------
+
+constexpr LaunchShape kFourBlocks{4, 1, 64, 8192};
+constexpr int kFlagsAt = 8192;  // in what is written, one for every block
+
+uint32_t* flag_of(const Args& args, int64_t block) {
+  return reinterpret_cast<uint32_t*>(args.written + kFlagsAt + 32 * block);
+}
+unsigned char* own_part(const Args& args, int64_t block) { return args.written + 1024 * block; }
+
+// Every block writes a part and, several times, replaces it by the next one's, which it has copied to shared memory.
+// Bugs: what is left out. A thread copies the 16 bytes of four threads.
+enum class Leave { kNothing, kWait, kSyncAfterWait, kSyncBeforeFlag, kWaitForReaders, kCopiesBeforeFlag };
+
+template <Leave kBug>
+void pass_on(const Args& args) {
+  const int t = thread_index();
+  const int64_t mine = block_index(), next = (mine + 1) % grid_size(), last = (mine + grid_size() - 1) % grid_size();
+  unsigned char* const shared = shared_memory();
+  store_global<uint32_t>(own_part(args, mine) + 4 * t, static_cast<uint32_t>(100 * mine + t));
+  for (uint32_t round = 0; round < 3; ++round) {
+    if (kBug != Leave::kSyncBeforeFlag) sync_block();
+    if (t == 0) set_flag(flag_of(args, mine), 2 * round + 1);
+    if (kBug != Leave::kWait && t == 40) wait_for_flag(flag_of(args, next), 2 * round + 1);
+    if (kBug != Leave::kSyncAfterWait) sync_block();
+    if (t < 16) copy_async<16>(shared + 16 * t, own_part(args, next) + 16 * t, true);
+    commit_copies();
+    if (kBug != Leave::kCopiesBeforeFlag) wait_for_copies<0>();
+    sync_block();
+    if (t == 0) set_flag(flag_of(args, mine), 2 * round + 2);
+    wait_for_copies<0>();
+    if (kBug != Leave::kWaitForReaders && t == 0) wait_for_flag(flag_of(args, last), 2 * round + 2);
+    sync_block();
+    store_global<uint32_t>(own_part(args, mine) + 4 * t, load_shared<uint32_t>(shared + 4 * t));
+  }
+}
+ESR_KERNEL(64, 1) pass_on_right(ESR_ARGUMENT(Args) args) { pass_on<Leave::kNothing>(args); }
+
+CASE(flags_between_blocks) {
+  for (const char* order : kOrders) {
+    set_order(order);
+    Memory memory;
+    const std::string error = error_of(pass_on_right, kFourBlocks, memory.args, Way::kCooperative);
+    if (!error.empty()) wrong(__LINE__, error);
+    for (int block = 0; block < 4; block++) {
+      for (int t = 0; t < 64; t++) CHECK_EQUAL(memory.result<uint32_t>(256 * block + t), (block + 3) % 4 * 100u + t);
+    }
+  }
+}
+
+#define FOUND_BETWEEN_BLOCKS(bug, ...)                                                                           \
+  expect_found(__LINE__, pass_on_right, pass_on_wrong<bug>, {"race between blocks: ", __VA_ARGS__}, kFourBlocks, \
+               Way::kCooperative)
+
+template <Leave kBug>
+ESR_KERNEL(64, 1)
+pass_on_wrong(ESR_ARGUMENT(Args) args) {
+  pass_on<kBug>(args);
+}
+CASE(bug_reads_without_waiting_for_the_flag) { FOUND_BETWEEN_BLOCKS(Leave::kWait, "\"output\" at byte ", "no flag"); }
+CASE(bug_reads_after_another_thread_has_waited) {
+  FOUND_BETWEEN_BLOCKS(Leave::kSyncAfterWait, "\"output\" at byte ", "self_test.cpp:");
+}
+CASE(bug_sets_a_flag_before_other_threads_have_written) {
+  FOUND_BETWEEN_BLOCKS(Leave::kSyncBeforeFlag, "\"output\" at byte ", "self_test.cpp:");
+}
+CASE(bug_overwrites_what_another_block_reads) { FOUND_BETWEEN_BLOCKS(Leave::kWaitForReaders, "\"output\""); }
+CASE(bug_sets_a_flag_before_a_copy_has_come) { FOUND_BETWEEN_BLOCKS(Leave::kCopiesBeforeFlag, "\"output\""); }
+
+// What a block has heard of, its own flag tells as well.
+ESR_KERNEL(32, 1) relay(ESR_ARGUMENT(Args) args) {
+  if (thread_index() != 0) return;
+  const int64_t mine = block_index();
+  if (mine == 0) store_global<uint32_t>(own_part(args, 0), 7);
+  if (mine > 0) wait_for_flag(flag_of(args, mine - 1), 1);
+  set_flag(flag_of(args, mine), 1);
+  if (mine == 3) store_global<uint32_t>(own_part(args, 3), load_global<uint32_t>(own_part(args, 0)));
+}
+CASE(flags_tell_what_was_heard) {
+  for (const char* order : kOrders) {
+    set_order(order);
+    Memory memory;
+    CHECK(error_of(relay, {4, 1, 32, 0}, memory.args, Way::kCooperative).empty());
+    CHECK_EQUAL(memory.result<uint32_t>(768), 7u);
+  }
+}
+
+template <bool Bug>
+ESR_KERNEL(64, 1)
+waits_first(ESR_ARGUMENT(Args) args) {
+  if (!Bug && thread_index() == 0) set_flag(flag_of(args, block_index()), 1);
+  if (thread_index() == 0) wait_for_flag(flag_of(args, 1 - block_index()), 1);
+  sync_block();
+  if (Bug && thread_index() == 0) set_flag(flag_of(args, block_index()), 1);
+}
+CASE(bug_every_block_waits_for_another) {
+  FOUND(waits_first, {"deadlock: 1 thread (0) waits at wait_for_flag (self_test.cpp:", "wait at sync_block"}, kTwoWarps,
+        Way::kCooperative);
+}
+
+// Counted round: a flag just before the end of the numbers is behind one just after it.
+template <bool Bug>
+ESR_KERNEL(32, 1)
+never_comes(ESR_ARGUMENT(Args) args) {
+  uint32_t* const flag = flag_of(args, 0);
+  if (block_index() == 0 && thread_index() == 0) set_flag(flag, Bug ? 0xfffffffeu : 1u);
+  if (block_index() == 1) wait_for_flag(flag, 0xffffffffu);
+}
+CASE(bug_waits_for_a_flag_that_nobody_sets) {
+  const LaunchShape two{2, 1, 32, 0};
+  for (const char* order : {"forward", "random:1"}) {
+    set_order(order);
+    Memory memory;
+    *flag_of(memory.args, 0) = 0xfffffff0u;
+    CHECK(error_of(never_comes<false>, two, memory.args, Way::kCooperative).empty());
+    *flag_of(memory.args, 0) = 0xfffffff0u;
+    const std::string found = error_of(never_comes<true>, two, memory.args, Way::kCooperative);
+    CHECK(found.find("block (1, 0): deadlock: 32 threads (the first: 0) wait at wait_for_flag") != std::string::npos);
+  }
+}
+
+// The other block is only its victim.
+template <bool Bug>
+ESR_KERNEL(64, 1)
+diverges_before_its_flag(ESR_ARGUMENT(Args) args) {
+  if (!Bug || block_index() == 0 || thread_index() < 32) sync_block();
+  if (block_index() == 1 && thread_index() == 0) set_flag(flag_of(args, 1), 1);
+  if (block_index() == 0) wait_for_flag(flag_of(args, 1), 1);
+}
+CASE(bug_a_divergent_barrier_keeps_others_waiting) {
+  FOUND(diverges_before_its_flag, {"block (1, 0): divergent barrier: 32 threads (the first: 0) wait at sync_block"},
+        kTwoWarps, Way::kCooperative);
+}
+
+ESR_KERNEL(32, 1) sets_own_flag(ESR_ARGUMENT(Args) args) {
+  if (thread_index() == 0) set_flag(flag_of(args, block_index()), 1);
+}
+CASE(bug_flags_in_a_grid_that_is_not_cooperative) {
+  Memory memory;
+  const std::string found = error_of(sets_own_flag, kOneWarp, memory.args);
+  CHECK(found.find("a flag between blocks that need not be resident") != std::string::npos);
+  CHECK(error_of(sets_own_flag, kOneWarp, memory.args, Way::kCooperative).empty());
+}
+
+CASE(cooperative_grids_are_resident_at_once) {
+  Memory memory;
+  // Three multiprocessors of 100 KiB.
+  LaunchShape shape{6, 1, 32, 49 * 1024};
+  CHECK_EQUAL(resident_blocks("", sets_own_flag, shape), 6);
+  CHECK(error_of(sets_own_flag, shape, memory.args, Way::kCooperative).empty());
+  shape.blocks = 7;
+  CHECK(error_of(sets_own_flag, shape, memory.args, Way::kCooperative) ==
+        "kernel the_kernel: a cooperative grid of 7 blocks, of which 6 are resident at once");
 }
 
 // ---- launching --------------------------------------------------------------------------------------------------
