@@ -60,6 +60,8 @@ SWITCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = 
         ("float16", "bfloat16"),
         ("span",),
     ),
+    # Of many layers.
+    "ESR_KERNELS_CUDA_PERSISTENT": ((), ("float16", "bfloat16"), ("span", "rlfn")),
     # For networks only: a single operator packs its weights in every call.
     "ESR_KERNELS_CUDA_WINOGRAD": ((), ("float16", "bfloat16"), ("span", "rlfn")),
     "ESR_KERNELS_CUDA_WGMMA": (

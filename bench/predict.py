@@ -1,6 +1,7 @@
 """What a model's launches on the CUDA engine should take on a GPU nobody has measured yet.
 
     python -m bench.predict --model span --size 256x256
+    python -m bench.predict --model span --persistent
 
 Arithmetic, to hold the first measurement against: for each kind of launch the larger of its products over the rate that
 `mma.sync` reaches and its bytes over the memory's rate, and once per launch the gap to the one before. `--wgmma`: with
@@ -27,17 +28,22 @@ class Gpu:
     tflops: float
     bandwidth: float
     gap_us: float
+    multiprocessors: int
 
 
 # Hopper through mma.sync: 0.63 of the tensor cores' peak; maps stay in its L2.
 GPUS = {
-    "h100": Gpu(620, 5.5e12, 0.5),
-    "h200": Gpu(620, 5.5e12, 0.5),
-    "a100": Gpu(280, 1.5e12, 1.3),
-    "a6000": Gpu(140, 0.69e12, 1.3),
-    "rtx3090": Gpu(64, 0.84e12, 1.3),
-    "rtx4090": Gpu(150, 0.91e12, 1.3),
+    "h100": Gpu(620, 5.5e12, 0.5, 132),
+    "h200": Gpu(620, 5.5e12, 0.5, 132),
+    "a100": Gpu(280, 1.5e12, 1.3, 108),
+    "a6000": Gpu(140, 0.69e12, 1.3, 84),
+    "rtx3090": Gpu(64, 0.84e12, 1.3, 82),
+    "rtx4090": Gpu(150, 0.91e12, 1.3, 128),
 }
+# A chain's tile (csrc/cuda/chain.cu), and what passing a border on takes: three ways through L2, of what is published,
+# of the flag, and of what is read, each as long as a load takes there.
+CHAIN_TILE = (16, 32)
+EXCHANGE_US = 3 * 0.25
 UNIT = 8  # channels of a unit in half types
 TILE, WGMMA_TILE = (8, 32), (8, 16)
 CONVOLUTIONS = ("conv3x3", "conv3x3_pixel_shuffle", "bsconv")
@@ -84,12 +90,50 @@ def traffic(layer: Layer, cin: list[int], height: int, width: int, tile: tuple[i
 LAUNCHES = {"normalize": 0, "esa": 3}
 
 
+def chain_lengths(plan: Plan) -> dict[int, int]:
+    """First layer -> the number of layers that are one launch under ESR_KERNELS_CUDA_PERSISTENT."""
+    found: dict[int, int] = {}
+    first = -1
+    for k, layer in enumerate(plan.layers):
+        cin = [plan.channels[i] for i in layer.inputs]
+        fits = layer.op == "conv3x3" or (layer.op == "conv1x1" and len(cin) == 1)
+        fits = fits and padded(cin[0]) == padded(layer.channels)
+        follows = first >= 0 and layer.inputs[0] == len(plan.inputs) + k - 1
+        first = -1 if not fits else first if follows else k
+        if fits:
+            found[first] = k + 1 - first
+    return {k: n for k, n in found.items() if n > 1}
+
+
+def chain_row(plan: Plan, gpu: Gpu, first: int, count: int, height: int, width: int) -> tuple[float, float, float]:
+    """GFLOP, MB and microseconds of `count` layers in one launch: a tile for each multiprocessor, products at its share
+    of the rate, and the tile's border passed on before every 3x3 convolution but the first."""
+    layers = plan.layers[first : first + count]
+    tiles = -(-height // CHAIN_TILE[0]) * -(-width // CHAIN_TILE[1])
+    pixels = CHAIN_TILE[0] * CHAIN_TILE[1]
+    operations = [products(layer, [plan.channels[layer.inputs[0]]], height, width) for layer in layers]
+    own = sum(operations) * pixels / (height * width) / (gpu.tflops / gpu.multiprocessors) / 1e6
+    exchanges = sum(layer.op == "conv3x3" for layer in layers[1:])
+    border = 2 * (sum(CHAIN_TILE) - 2) * padded(layers[0].channels) * 2
+    moved = tiles * (2 * border * exchanges + 2 * pixels * padded(layers[0].channels) * 2)
+    # Flags are cleared by a launch of their own, and neither begins before all of the one before it is done.
+    return sum(operations) / 1e9, moved / 1e6, own + exchanges * EXCHANGE_US + 2 * max(gpu.gap_us, 1.3)
+
+
 def rows(
-    plan: Plan, gpu: Gpu, height: int, width: int, wgmma: bool = False
+    plan: Plan, gpu: Gpu, height: int, width: int, wgmma: bool = False, persistent: bool = False
 ) -> list[tuple[str, int, float, float, float]]:
     """Kind, how often, GFLOP, MB and microseconds of each kind of layer."""
     found: dict[tuple[object, ...], list[float]] = {}
+    tiles = -(-height // CHAIN_TILE[0]) * -(-width // CHAIN_TILE[1])
+    chains = chain_lengths(plan) if persistent and tiles <= gpu.multiprocessors else {}
+    chained = {first + i: first for first, count in chains.items() for i in range(count)}
     for k, layer in enumerate(plan.layers):
+        if k in chained:
+            if k in chains:
+                name = f"{chains[k]} layers {plan.channels[layer.inputs[0]]} -> {layer.channels} in one launch"
+                found.setdefault((name, *chain_row(plan, gpu, k, chains[k], height, width)), []).append(1)
+            continue
         launches = LAUNCHES.get(layer.op, 1)
         if launches == 0:
             continue
@@ -114,14 +158,15 @@ def main() -> None:
     parser.add_argument("--size", default="256x256", help="height x width of the small image (default 256x256)")
     parser.add_argument("--gpu", default="h200", choices=GPUS)
     parser.add_argument("--wgmma", action="store_true", help="3x3 convolutions by wgmma (h100, h200)")
+    parser.add_argument("--persistent", action="store_true", help="with ESR_KERNELS_CUDA_PERSISTENT=1")
     arguments = parser.parse_args()
     if arguments.wgmma and arguments.gpu not in ("h100", "h200"):
         parser.error(f"{arguments.gpu} has no wgmma")
     height, width = map(int, arguments.size.split("x"))
     plan = esr_kernels.optimize(python_models.create(arguments.model), dtype=torch.float16).plan
     assert plan is not None
-    table = rows(plan, GPUS[arguments.gpu], height, width, arguments.wgmma)
-    way = ", wgmma" if arguments.wgmma else ""
+    table = rows(plan, GPUS[arguments.gpu], height, width, arguments.wgmma, arguments.persistent)
+    way = (", wgmma" if arguments.wgmma else "") + (", persistent" if arguments.persistent else "")
     print(f"{arguments.model}, {arguments.size}, float16, {arguments.gpu}{way}: predicted, not measured\n")
     print("| launch | times | GFLOP | MB | us each |\n|---|---|---|---|---|")
     for name, count, operations, size, us in table:

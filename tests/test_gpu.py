@@ -505,6 +505,26 @@ def test_network_with_cuda_graphs(backend: str, cuda: None) -> None:
         assert torch.equal(graphed(x), launched(x))
 
 
+@pytest.mark.parametrize("name", ["span", "rlfn"])
+def test_a_persistent_network(name: str, cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains of layers in one launch, also from a graph that is replayed, have the bits of one launch per layer."""
+    if "native-cuda" not in BACKENDS:
+        pytest.skip("native-cuda is not available here")
+    fused, _ = network_pair(name)
+    with esr_kernels.use_backend("native-cuda"):
+        graphed, launched = (
+            esr_kernels.optimize(fused.cuda(), dtype=torch.float16, cuda_graphs=mode) for mode in (True, False)
+        )
+        for size in ((64, 80), (128, 128), (256, 256), (640, 640)):  # the last one is too large
+            for i in range(3):
+                x = cases.random_image(fused, 1, *size, seed=i).cuda()
+                monkeypatch.delenv("ESR_KERNELS_CUDA_PERSISTENT", raising=False)
+                expected = launched(x)
+                monkeypatch.setenv("ESR_KERNELS_CUDA_PERSISTENT", "1")
+                assert torch.equal(launched(x), expected)
+                assert torch.equal(graphed(x), expected)
+
+
 # --- torch.compile, autocast, opcheck -------------------------------------------------------------------------------
 
 

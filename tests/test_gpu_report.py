@@ -411,7 +411,9 @@ def test_switches_are_those_of_the_kernels():
 
 
 @pytest.mark.skipif(not esr_kernels.native.emulated(), reason="the emulator is not in use")
-@pytest.mark.parametrize("item", ["SPAB | spab span 28", "SPAB | span 16x16", "WINOGRAD | span 16x16"])
+@pytest.mark.parametrize(
+    "item", ["SPAB | spab span 28", "SPAB | span 16x16", "PERSISTENT | span 16x16", "WINOGRAD | span 16x16"]
+)
 def test_switches_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch, item: str):
     """Off and on on the emulator; what is on reaches the engine."""
     monkeypatch.setattr(gpu_engines, "alternate", lambda passes, **_: {n: once(p) for n, p in passes.items()})

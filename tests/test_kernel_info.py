@@ -172,6 +172,8 @@ def test_readable_names(name: str, short: str) -> None:
         (("convolution_float16_half_sums", 4), "float16", "convolution_kernel<Float16, 4, half_sums>"),
         (("spab_float16", 4), "float16", "spab_kernel<Float16, 4>"),
         (("spab_large_bfloat16", 5), "bfloat16", "spab_large_kernel<BFloat16, 5>"),
+        (("chain_float16", 4), "float16", "chain_kernel<Float16, 4>"),
+        (("clear_flags", 0), "bfloat16", "clear_flags_kernel"),
         (("winograd_float16", 3), "float16", "winograd_kernel<Float16, 3>"),
         (("winograd_pack", 0), "float16", "winograd_pack_kernel"),
         (("wgmma_bfloat16", 4), "bfloat16", "wgmma_kernel<BFloat16, 4, forward>"),
@@ -197,6 +199,7 @@ def test_the_kernel_of_a_launch(launch: tuple[str, int], precision: str, kernel:
         "winograd_kernel<BFloat16, 3>",
         "wgmma_kernel<BFloat16, 4, tail>",
         "wgmma_kernel<Float16, 6, forward>",
+        "chain_kernel<Float16, 5>",
         "esa_pack_kernel",
         "depthwise_kernel<bfloat16, false>",
         "depthwise_gradient_kernel<float16>",
@@ -273,6 +276,7 @@ def test_every_kernel_is_there_for_every_architecture(kernels: list[dict[str, An
         assert {f"spab_kernel<{precision}, {n}>" for n in range(3, 9)} <= first
         assert {f"spab_large_kernel<{precision}, {n}>" for n in range(3, 7)} <= first
         assert {f"winograd_kernel<{precision}, {n}>" for n in range(1, 5)} <= first
+        assert {f"chain_kernel<{precision}, {n}>" for n in range(3, 8)} <= first
     for precision in ("Float16", "BFloat16", "Tf32", "Tf32x3"):
         assert {f"convolution_kernel<{precision}, {n}, forward>" for n in range(1, 9)} <= first
 
@@ -291,13 +295,13 @@ def test_launches_keep_to_the_architecture(kernels: list[dict[str, Any]]) -> Non
         limits = resources.limits(kernel["architecture"])
         assert limits is not None
         assert kernel["static_shared_bytes"] + (kernel["dynamic_shared_bytes"] or 0) <= limits.shared_bytes, kernel
-        # A whole SPAB has most tiles and channels where shared memory is large.
+        # A whole SPAB and a chain have most tiles and channels where shared memory is large.
         launched = (
             r"convolution_kernel<.*(forward|backward|half_sums)>|spab_kernel<\w+, [345]>|winograd_kernel<\w+, [123]>|"
-            r"wgmma_kernel"
+            r"wgmma_kernel|chain_kernel<\w+, [34]>|clear_flags_kernel"
         )
         if kernel["architecture"] == "9.0":
-            launched += "|spab_|winograd"
+            launched += "|spab_|winograd|chain_"
         if re.match(launched, kernel["kernel"]):
             assert kernel["layer"] is not None, kernel
             assert kernel["occupancy"] > 0, kernel
@@ -383,12 +387,12 @@ def test_products_are_those_of_tensor_cores(kernels: list[dict[str, Any]]) -> No
     """Read from the machine code of one architecture, a few kernels of every kind."""
     code = machine_code(
         kernels[0]["architecture"],
-        r"convolution_kernel<(\w+, 4, forward|Float16, 4, \w+)>|(spab|spab_large|winograd)_kernel<\w+, 4>|"
+        r"convolution_kernel<(\w+, 4, forward|Float16, 4, \w+)>|(spab|spab_large|winograd|chain)_kernel<\w+, 4>|"
         r"(weight_gradient|gate)_kernel<\w+16(, 2)?>",
     )
     for name, text in code.items():
         found = set(re.findall(r"\b(HMMA|LDSM|LDGSTS)\b", text))
-        whole = name.startswith(("convolution_kernel", "spab", "winograd"))
+        whole = name.startswith(("convolution_kernel", "spab", "winograd", "chain"))
         assert found >= ({"HMMA", "LDSM", "LDGSTS"} if whole else {"HMMA"}), name
 
 

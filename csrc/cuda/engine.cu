@@ -10,6 +10,7 @@
 
 #include "../common/placement.h"
 #include "../common/registry.h"
+#include "chain.h"
 #include "pointwise.h"
 #include "step.h"
 #include "switches.h"
@@ -22,11 +23,19 @@ using device::AllowedMemory;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// A chain for one size of the inputs.
+struct SizedChain {
+  Chain chain;
+  std::vector<bool> maps;       // whether a link's result is one, for others or for a layer of the chain's own
+  int64_t ring = 0, flags = 0;  // in the workspace
+};
+
 // Where everything lies in the workspace, for one size of the inputs.
 struct Geometry {
-  Shapes shapes;                     // of every value
-  std::vector<int64_t> offsets;      // of every value's map
-  std::vector<int64_t> temporaries;  // of every layer
+  Shapes shapes;                                    // of every value
+  std::vector<int64_t> offsets;                     // of every value's map
+  std::vector<int64_t> temporaries;                 // of every layer
+  std::vector<std::unique_ptr<SizedChain>> chains;  // null: its layers are launches of their own
   int64_t bytes = 0;
 };
 
@@ -59,7 +68,7 @@ class CompiledPlan {
   // What happens to each layer, a line each.
   std::string describe() const {
     std::string text;
-    const bool blocks = switched_on(kSpabSwitch);
+    const bool blocks = switched_on(kSpabSwitch), persistent = switched_on(kPersistentSwitch);
     for (size_t k = 0; k < steps_.size(); ++k) {
       const Use& use = uses_[static_cast<size_t>(program_.inputs) + k];
       text += steps_[k]->layer().name();
@@ -68,6 +77,12 @@ class CompiledPlan {
       if (use.passed_on) text += ": in the launch of layer " + std::to_string(k + 1);
       if (blocks && place_in_block(k) < 2)
         text += ": in the launch of layer " + std::to_string(k + 2 - place_in_block(k));
+      for (const LayerChain& c : chains_) {
+        if (persistent && k >= c.first && k <= c.last) {
+          text += ": in one launch with layers " + std::to_string(c.first) + " to " + std::to_string(c.last) +
+                  " where their tiles are resident at once";
+        }
+      }
       text += "\n";
     }
     return text;
@@ -205,6 +220,7 @@ class CompiledPlan {
     }
     merge();
     find_blocks();
+    find_chains();
   }
 
   // Whether the layer before does layer k's work.
@@ -247,6 +263,116 @@ class CompiledPlan {
     }
   }
 
+  // Layers `first` to `last`, each an input's convolution of the one before.
+  struct LayerChain {
+    struct Link {
+      size_t step;
+      ChainStage stage;
+      int64_t value;     // -1: the next link's layer is in the same step
+      int64_t residual;  // a value of the plan, -1: none
+    };
+    size_t first = 0, last = 0;
+    std::vector<Link> links;
+    ChainPlan plan;
+
+    int64_t input(const Program& program) const { return program.layers[first].inputs[0]; }
+    // The chain's value that a value of the plan is, kNoResidual: none.
+    int find(const Program& program, int64_t value) const {
+      if (value == input(program)) return 0;
+      for (size_t i = 0; i < links.size(); ++i) {
+        if (links[i].value == value) return static_cast<int>(i) + 1;
+      }
+      return ChainPlan::kNoResidual;
+    }
+  };
+
+  // Runs of convolutions that can be one launch. Whether each is, sizes decide and the switch.
+  void find_chains() {
+    for (size_t k = 0; k < steps_.size();) {
+      LayerChain c;
+      c.first = k;
+      while (k < steps_.size() && extend(c, k)) k = c.last + 1;
+      if (c.links.empty()) {
+        ++k;
+      } else if (c.links.front().step != c.links.back().step) {
+        chains_.push_back(std::move(c));
+      }
+    }
+  }
+
+  // Appends step k, and the one whose work it does, to a chain that ends before it.
+  bool extend(LayerChain& c, size_t k) const {
+    const Layer& layer = program_.layers[k];
+    const std::vector<ChainStage> stages = steps_[k]->chain_stages();
+    if (stages.empty() || done_before(k) || c.links.size() + stages.size() > kMostChainLayers) return false;
+    const auto value = [&](size_t i) { return program_.inputs + static_cast<int64_t>(i); };
+    int residual = ChainPlan::kNoResidual;
+    if (!c.links.empty()) {
+      if (layer.inputs[0] != value(c.last) || !chain_together(c.links[0].stage.packing, stages[0].packing))
+        return false;
+    }
+    if (layer.has_residual) {
+      // An input's layout may be any.
+      if (layer.inputs.back() < program_.inputs) return false;
+      residual = c.links.empty() ? ChainPlan::kOutside : c.find(program_, layer.inputs.back());
+      if (residual == ChainPlan::kNoResidual) residual = ChainPlan::kOutside;
+    }
+    const bool merged = uses_[static_cast<size_t>(value(k))].passed_on;
+    c.last = merged ? k + 1 : k;
+    for (size_t i = 0; i < stages.size(); ++i) {
+      const bool last = i + 1 == stages.size();
+      c.plan.entries[c.links.size()] = {stages[i].packing, i == 0 ? residual : ChainPlan::kNoResidual};
+      c.links.push_back(
+          {k, stages[i], last ? value(c.last) : -1, i == 0 && layer.has_residual ? layer.inputs.back() : int64_t{-1}});
+    }
+    c.plan.count = static_cast<int>(c.links.size());
+    return true;
+  }
+
+  // The chain that begins with layer k and is one launch at this size.
+  std::optional<size_t> chain_at(const Geometry& g, size_t k) const {
+    for (size_t i = 0; i < chains_.size(); ++i) {
+      if (chains_[i].first == k && g.chains[i] != nullptr) return i;
+    }
+    return std::nullopt;
+  }
+
+  // Of the maps through which a chain's borders travel: channels in whole units.
+  Shape ring_shape(const Geometry& g, const LayerChain& c) const {
+    Shape shape = g.shapes[static_cast<size_t>(c.input(program_))];
+    shape.channels = c.links[0].stage.packing.padded_channels();
+    return shape;
+  }
+
+  // The chain at this size, null: its tiles cannot all be resident at once. Its blocks are at different layers at a
+  // time, so what it touches must exist from its beginning to its end.
+  std::unique_ptr<SizedChain> size_chain(const LayerChain& c, const Geometry& g, int64_t batch,
+                                         std::vector<Part>& parts) const {
+    const Shape& shape = g.shapes[static_cast<size_t>(c.input(program_))];
+    auto sized = std::make_unique<SizedChain>();
+    if (shape.height == 0 || shape.width == 0 ||
+        !prepare_chain(sized->chain, c.plan, shape.height, shape.width, batch)) {
+      return nullptr;
+    }
+    const auto first = static_cast<int64_t>(c.first), last = static_cast<int64_t>(c.last);
+    for (Part& part : parts) {
+      if (part.last >= first && part.last <= last) part.last = last;
+      if (part.first >= first && part.first <= last) part.first = first;
+    }
+    for (size_t i = 0; i < c.links.size(); ++i) {
+      const int64_t value = c.links[i].value;
+      const bool read = std::any_of(program_.layers.begin(), program_.layers.end(), [&](const Layer& reader) {
+        return (reader.index < first || reader.index > last) &&
+               std::find(reader.inputs.begin(), reader.inputs.end(), value) != reader.inputs.end();
+      });
+      sized->maps.push_back(value >= 0 && (read || sized->chain.stored[i + 1]));
+      if (value >= 0 && !sized->maps[i]) parts[static_cast<size_t>(value)].size = 0;
+    }
+    parts.push_back({2 * blocked_bytes(precision_, ring_shape(g, c), batch), first, last});
+    parts.push_back({sized->chain.flag_bytes(), first, last});
+    return sized;
+  }
+
   // Which layer of a block layer k is, kNoBlock: of none.
   static constexpr size_t kNoBlock = 3;
   size_t place_in_block(size_t k) const {
@@ -257,7 +383,8 @@ class CompiledPlan {
   }
 
   std::shared_ptr<const Geometry> geometry_for(const Shapes& inputs, int64_t batch) const {
-    std::vector<int64_t> key = {batch};
+    const bool persistent = switched_on(kPersistentSwitch);
+    std::vector<int64_t> key = {batch, persistent ? 1 : 0};
     for (const Shape& s : inputs) key.insert(key.end(), {s.channels, s.height, s.width});
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -279,10 +406,21 @@ class CompiledPlan {
       const int64_t bytes = steps_[k]->temporary_bytes(shapes_of(steps_[k]->layer(), g->shapes), batch);
       parts.push_back({bytes, static_cast<int64_t>(k), static_cast<int64_t>(k)});
     }
+    const size_t chain_parts = parts.size();
+    for (const LayerChain& c : chains_) {
+      g->chains.push_back(persistent && batch > 0 ? size_chain(c, *g, batch, parts) : nullptr);
+    }
     Placement placement = place_parts(parts, kAlignment);
     g->bytes = placement.size;
+    const auto begin = placement.offsets.begin() + static_cast<std::ptrdiff_t>(uses_.size());
+    g->temporaries.assign(begin, begin + static_cast<std::ptrdiff_t>(steps_.size()));
+    auto chain_offset = placement.offsets.begin() + static_cast<std::ptrdiff_t>(chain_parts);
+    for (const auto& chain : g->chains) {
+      if (chain == nullptr) continue;
+      chain->ring = *chain_offset++;
+      chain->flags = *chain_offset++;
+    }
     g->offsets = std::move(placement.offsets);
-    g->temporaries.assign(g->offsets.begin() + static_cast<std::ptrdiff_t>(uses_.size()), g->offsets.end());
     const std::lock_guard<std::mutex> lock(mutex_);
     if (geometries_.size() >= kMostGeometries) geometries_.erase(geometries_.begin());
     geometries_.emplace_back(std::move(key), g);
@@ -335,6 +473,46 @@ class CompiledPlan {
     const bool blocks = switched_on(kSpabSwitch);
     Place middle;
     for (size_t k = 0; k < steps_.size(); ++k) {
+      if (const auto i = chain_at(g, k)) {
+        const LayerChain& c = chains_[*i];
+        const SizedChain& sized = *g.chains[*i];
+        Chain chain = sized.chain;
+        ChainArgs& a = chain.args;
+        const Map& input = maps[static_cast<size_t>(c.input(program_))];
+        a.input = input.view;
+        a.shift = input.shift;
+        a.scale = input.scale;
+        a.ring = blocked_view(workspace + sized.ring, precision_, ring_shape(g, c));
+        a.ring_bytes = blocked_bytes(precision_, ring_shape(g, c), batch);
+        a.flags = reinterpret_cast<uint32_t*>(workspace + sized.flags);
+        std::vector<std::pair<size_t, Place>> results;
+        for (size_t n = 0; n < c.links.size(); ++n) {
+          const auto& [step, stage, result, residual] = c.links[n];
+          ChainLayer& layer = a.layers[n];
+          layer.weights = packed + packed_at_[step] + stage.packed_at;
+          layer.activation = stage.activation;
+          layer.slope = stage.slope;
+          layer.residual_mode = stage.residual_mode;
+          if (residual >= 0 && layer.residual_at < 0) layer.residual = maps[static_cast<size_t>(residual)].view;
+          if (result < 0) {
+            maps.emplace_back();  // passed on
+            continue;
+          }
+          const auto v = static_cast<size_t>(result);
+          const bool is_map = sized.maps[n];
+          Place p;
+          p.map.shape = g.shapes[v];
+          if (is_map || !uses_[v].outputs.empty()) p = place(v, is_map);
+          layer.output = p.map.view;
+          maps.push_back(p.map);
+          results.emplace_back(v, p);
+        }
+        launch_chain(chain, stream, !first_launch);
+        first_launch = false;
+        for (const auto& [v, p] : results) export_rest(v, p);
+        k = c.last;
+        continue;
+      }
       const size_t value = in.size() + k;
       const Use& use = uses_[value];
       const size_t in_block = blocks ? place_in_block(k) : kNoBlock;
@@ -396,6 +574,7 @@ class CompiledPlan {
   int64_t packed_bytes_ = 0;
   size_t weight_count_ = 0;
   std::vector<Use> uses_;
+  std::vector<LayerChain> chains_;
   mutable std::mutex mutex_;
   mutable std::vector<std::pair<std::vector<int64_t>, std::shared_ptr<const Geometry>>> geometries_;
 };

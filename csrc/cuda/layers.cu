@@ -1,6 +1,7 @@
 // The layers that are one launch: convolutions, and what happens pixel by pixel or channel by channel.
 #include <algorithm>
 
+#include "chain.h"
 #include "depthwise.h"
 #include "layer_norm.h"
 #include "pointwise.h"
@@ -113,6 +114,17 @@ class ConvolutionStep : public Step {
     launch_spab(spab, block.stream, block.overlap);
   }
 
+  std::vector<ChainStage> chain_stages() const override {
+    const bool plain = layer_.op == Op::kConv3x3 || layer_.op == Op::kConv1x1 || separable_;
+    if (!plain || layer_.reflect || !usual() || gathers() || !chainable(packing_)) return {};
+    std::vector<ChainStage> stages = {{packing_, 0, layer_.activation, layer_.slope, residual_mode()}};
+    if (tail_ != nullptr) {
+      if (!chainable(tail_packing_) || !chain_together(packing_, tail_packing_)) return {};
+      stages.push_back({tail_packing_, tail_at(), tail_->layer_.activation, tail_->layer_.slope, ResidualMode::kNone});
+    }
+    return stages;
+  }
+
   int64_t packed_bytes() const override { return tail_ == nullptr ? own_bytes() : tail_at() + tail_packing_.bytes(); }
 
   void pack(const Weights& weights, unsigned char* packed, device::Stream stream) const override {
@@ -163,9 +175,7 @@ class ConvolutionStep : public Step {
     a.shuffle = static_cast<int32_t>(layer_.upscale_factor);
     a.activation = layer_.activation;
     a.slope = layer_.slope;
-    // A pixel shuffle's residual has no mode: it is added.
-    a.residual_mode =
-        layer_.has_residual && layer_.residual_mode == ResidualMode::kNone ? ResidualMode::kPost : layer_.residual_mode;
+    a.residual_mode = residual_mode();
     if (transforms_) {
       winograd.precision = precision_;
       winograd.args.packing = winograd_packing_;
@@ -215,6 +225,12 @@ class ConvolutionStep : public Step {
     if (transforms_) return winograd_packing_.bytes();
     return by_warpgroups_ ? wgmma_packing_.bytes() : packing_.bytes();
   }
+  // A pixel shuffle's residual has no mode: it is added.
+  ResidualMode residual_mode() const {
+    return layer_.has_residual && layer_.residual_mode == ResidualMode::kNone ? ResidualMode::kPost
+                                                                              : layer_.residual_mode;
+  }
+
   int64_t tail_at() const { return round_up(own_bytes(), kAlignment); }
   size_t bias_index() const { return separable_ ? 2 : 1; }
   // More maps than one launch reads are copied into one.

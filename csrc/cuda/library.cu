@@ -39,6 +39,8 @@ void set_properties(std::vector<int64_t> p) {
   device::set_properties(
       {static_cast<int>(p[0]), static_cast<int>(p[1]), static_cast<int>(p[2]), static_cast<int>(p[3])});
 }
+
+std::string launches() { return device::launches(); }
 #endif
 
 void release(int64_t handle) { release_plan(handle); }
@@ -64,6 +66,8 @@ STABLE_TORCH_LIBRARY(ESR_LIBRARY, m) {
   m.def("describe_plan(int handle) -> str");
 #ifdef ESR_EMULATOR
   m.def("set_properties(int[] properties) -> ()");
+  // This thread's launches since the last call, a line each.
+  m.def("launches() -> str");
 #endif
   m.def("release_plan(int handle) -> ()");
 #ifndef ESR_EMULATOR
@@ -81,6 +85,7 @@ STABLE_TORCH_LIBRARY_IMPL(ESR_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("describe_plan", TORCH_BOX(&describe));
 #ifdef ESR_EMULATOR
   m.impl("set_properties", TORCH_BOX(&set_properties));
+  m.impl("launches", TORCH_BOX(&launches));
 #endif
   m.impl("release_plan", TORCH_BOX(&release));
 #ifndef ESR_EMULATOR

@@ -51,6 +51,15 @@ struct Block {
   bool overlap;
 };
 
+// What a step is in a launch of many layers: in order, one or two of them.
+struct ChainStage {
+  Packing packing;
+  int64_t packed_at;  // in the step's packed bytes
+  Activation activation;
+  float slope;
+  ResidualMode residual_mode;
+};
+
 using Weights = std::vector<WeightView>;
 inline constexpr int64_t kAlignment = 256;  // of everything in a workspace
 
@@ -77,6 +86,8 @@ class Step {
   // this layer's input: SPAN's block.
   virtual bool starts_block(const Step&, const Step&) const { return false; }
   virtual void run_block(const Block&) const {}
+  // Its part of a chain (chain.h), the first layer with its residual, if it has one; empty: it cannot be in one.
+  virtual std::vector<ChainStage> chain_stages() const { return {}; }
 
  protected:
   // The layer's k-th weight, which must have this shape (-1: any); data null where the layer has none.

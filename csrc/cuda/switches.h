@@ -13,6 +13,7 @@ inline bool switched_on(const char* variable) {
 
 inline constexpr const char* kHalfSumsSwitch = "ESR_KERNELS_CUDA_HALF_SUMS";
 inline constexpr const char* kSpabSwitch = "ESR_KERNELS_CUDA_SPAB";
+inline constexpr const char* kPersistentSwitch = "ESR_KERNELS_CUDA_PERSISTENT";
 // Read when a plan is compiled: weights are packed in another way.
 inline constexpr const char* kWinogradSwitch = "ESR_KERNELS_CUDA_WINOGRAD";
 inline constexpr const char* kWgmmaSwitch = "ESR_KERNELS_CUDA_WGMMA";

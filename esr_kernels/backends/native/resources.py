@@ -280,6 +280,20 @@ def _spab(channels: int, size: int = 256) -> Layer:
     return Layer(f"spab {channels} {size}x{size}, one launch", run)
 
 
+def _chain(channels: int, size: int = 256) -> Layer:
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        x, weights = tensor(1, channels, size, size), [tensor(channels, channels, 3, 3) for _ in range(2)]
+        plan = PlanBuilder()
+        common = {"activation": "silu", "negative_slope": 0.0, "residual_mode": "post"}
+        y = plan.add("conv3x3", [plan.input(channels)], channels, {"weight": "w0"}, **common)
+        y = plan.add("conv3x3", [y], channels, {"weight": "w1"}, **common)
+        result = torch.empty_like(x)
+        with _switched_on("ESR_KERNELS_CUDA_PERSISTENT"):
+            _run(operators.Call(plan.finish([y]), weights, [x], [result], result), precision)
+
+    return Layer(f"chain of conv3x3 {channels}→{channels}, {size}x{size}", run)
+
+
 def _winograd(channels: int, out: int, size: int = 256) -> Layer:
     def run(precision: str, tensor: Callable[..., Tensor]) -> None:
         x, weight, bias = tensor(1, channels, size, size), tensor(out, channels, 3, 3), tensor(out)
@@ -434,6 +448,7 @@ _EVERY = (
     *(_tail(c, 8 * n) for n in range(1, 9) for c in (8, 8 * n)),
     *(_half_sums(8 * n) for n in range(1, 9)),
     *(_spab(8 * n, size) for n in range(3, 9) for size in (64, 256)),
+    *(_chain(8 * n, size) for n in range(3, 8) for size in (64, 256)),
     *(_winograd(c, out) for out in (8, 16, 32, 48, 64) for c in (16, 32, 64)),
     *(_wgmma(layer(c, 8 * n)) for n in range(1, 9) for c in (8, 32, 8 * n) for layer in (_conv3x3, _tail)),
     *(_esa(48, hidden) for hidden in (16, 32, 48, 64)),
