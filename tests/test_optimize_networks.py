@@ -851,6 +851,17 @@ def test_plans_are_joined_unless_something_else_is_between(function, expected):
     assert sorted(len(plan.layers) for plan in plans_of(check(network))) == expected
 
 
+def test_a_map_times_one_channel_stays_in_the_plan():
+    """ERRN's gate, the map last or first."""
+    network = Net(
+        lambda m, x: m.c(m.a(x) * torch.sigmoid(m.b(x))) + torch.sigmoid(m.b(x)) * m.a(x),
+        a=conv(3, 8), b=conv(3, 1, 1), c=conv(8, 8),
+    )  # fmt: skip
+    fast = check(network)
+    assert len(plans_of(fast)) == 1 and fast.plan is not None
+    assert ops_of(fast).count("multiply") == 2
+
+
 def test_what_no_rewrite_foresaw_runs_as_it_was(monkeypatch):
     from esr_kernels.optimize import model as optimizer
 

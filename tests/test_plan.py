@@ -124,6 +124,39 @@ def test_functions_keep_what_is_not_a_number(backend):
     assert all(bool(result.isnan().all()) for result in results)
 
 
+def gated_network(channels):
+    """A map times one channel, which is a layer's or the plan's, plus one; whole vectors and not."""
+    weights = [kernel(channels, 4), kernel(1, 4), kernel(5, channels)]
+    b = PlanBuilder()
+    x, outside = b.input(4), b.input(1)
+    y = b.add("conv3x3", [x], channels, {"weight": 0}, **LINEAR, residual_mode="post")
+    one = b.add("conv3x3", [x], 1, {"weight": 1}, **LINEAR, residual_mode="post")
+    gated = b.add("multiply", [y, one], channels)
+    added = b.add("add", [gated, outside], channels)
+    z = b.add("conv3x3", [added], 5, {"weight": 2}, **LINEAR, residual_mode="post")
+    plan = b.finish([gated, z])
+
+    def oracle(x, outside, dtype=torch.float64):
+        w = [t.to(dtype) for t in weights]
+        gated = F.conv2d(x, w[0], padding=1) * F.conv2d(x, w[1], padding=1)
+        return [gated, F.conv2d(gated + outside, w[2], padding=1)]
+
+    return plan, weights, oracle
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [1, 3, 20, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sums_and_products_with_one_channel(backend, layout, channels, dtype):
+    torch.manual_seed(0)
+    plan, weights, oracle = gated_network(channels)
+    weights[:] = [w.to(dtype) for w in weights]
+    inputs = [lay_out(rand(2, c, 6, 9), layout).to(dtype) for c in (4, 1)]
+    results = torch.ops.esr.run_plan(inputs, weights, plan.to_json())
+    for i, (got, exact) in enumerate(zip(results, oracle(*(x.double() for x in inputs)), strict=True)):
+        check_close(got, exact, lambda i=i: oracle(*inputs, dtype)[i], backend)
+
+
 # Channels, size, kernel, dilation, gated, activation: of published networks, with taps far beyond the image, and odd.
 CHANNELWISE = [
     (40, (7, 9), (3, 3), 1, False, "none"),

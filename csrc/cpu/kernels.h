@@ -150,8 +150,10 @@ struct PairArgs {
   const float* a = nullptr;
   const float* b = nullptr;
   float* out = nullptr;
-  int64_t pitch = 0;   // of all three
-  int64_t floats = 0;  // in a row, without the ring
+  int64_t pitch = 0;               // of all three, but of a `b` of one channel
+  int64_t floats = 0;              // in a row, without the ring
+  int64_t channels = 0, step = 0;  // of `a`
+  int64_t b_pitch = 0;             // not 0: `b` has one channel, for all of `a`, in pixels of one vector
 };
 
 struct ActivateArgs {

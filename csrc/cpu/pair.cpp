@@ -3,15 +3,16 @@
 namespace esr {
 namespace {
 
-// Sum or product of two maps, element by element.
+// Sum or product of two maps, element by element; the second may have one channel, which is that of all of the first.
 class Pair final : public Operator {
  public:
   using Operator::Operator;
 
   Shape result(const std::vector<Shape>& in) const override {
-    if (in[0].channels >= 0) check_channels(in[1], in[0].channels, "b");
+    if (in[0].channels >= 0 && in[1].channels != 1) check_channels(in[1], in[0].channels, "b");
     check_same_size(in[0], in[1], "b");
-    return {std::max(in[0].channels, in[1].channels), in[0].height, in[0].width};
+    const int64_t channels = in[0].channels < 0 && in[1].channels > 1 ? in[1].channels : in[0].channels;
+    return {channels, in[0].height, in[0].width};
   }
 
   bool overwrites(size_t) const override { return true; }
@@ -24,6 +25,10 @@ class Pair final : public Operator {
     a.out = run.output.pixels();
     a.pitch = m.pitch;
     a.floats = m.width * m.step;
+    a.channels = m.channels;
+    a.step = m.step;
+    const MapLayout& b = run.inputs[1].layout;
+    if (b.channels == 1 && m.channels > 1) a.b_pitch = b.pitch;
     parallel_ranges(m.height, m.width * m.step * 4, [&](int64_t y0, int64_t y1) {
       (layer_.op == Op::kAdd ? kernels_.add : kernels_.multiply)(a, y0, y1);
       complete_rows(kernels_, run, y0, y1);

@@ -320,13 +320,13 @@ class TableStep : public Step {
   const std::vector<float>& first() const { return layer_.op == Op::kNormalize ? layer_.shift : layer_.low; }
 };
 
-// Sum or product of two maps, element by element.
+// Sum or product of two maps, element by element; the second may have one channel, which is that of all of the first.
 class PairStep : public Step {
  public:
   using Step::Step;
 
   Shape result(const Shapes& inputs) const override {
-    check_channels(inputs[1], inputs[0].channels, "b");
+    if (inputs[1].channels != 1) check_channels(inputs[1], inputs[0].channels, "b");
     check_same_size(inputs[0], inputs[1], "b");
     return inputs[0];
   }
@@ -335,6 +335,10 @@ class PairStep : public Step {
     PointwiseArgs a = {};
     a.a = run.inputs[0].view;
     a.b = run.inputs[1].view;
+    if (run.inputs[1].shape.channels == 1 && run.output.shape.channels > 1) {
+      a.b.channel = 0;
+      a.b.blocked = false;  // read value by value
+    }
     a.multiplies = layer_.op == Op::kMultiply;
     a.output = run.output.view;
     a.channels = static_cast<int32_t>(run.output.shape.channels);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,14 +107,20 @@ def _is_plannable(ws: Workspace, node: fx.Node) -> bool:
         return all(w in ws.values for w in weights if isinstance(w, fx.Node))
     if node.target is operator.getitem:
         return node.args[0].target is ops.spab.default and _is_plannable(ws, node.args[0])  # type: ignore[union-attr,arg-type]
-    if node.target in (aten.add.Tensor, aten.mul.Tensor) and len(node.args) == 2 and not node.kwargs:
-        a, b = node.args
-        if is_map(a) and is_map(b) and a not in ws.values and b not in ws.values:
-            return dims(a) == dims(b) and isinstance(dims(a)[1], int)  # type: ignore[arg-type]
+    pair = node.target in (aten.add.Tensor, aten.mul.Tensor) and len(node.args) == 2 and not node.kwargs
+    if pair and all(is_map(a) and a not in ws.values for a in node.args):
+        whole, other = _whole_first(node.args)
+        batch, channels, *size = dims(whole)
+        return isinstance(channels, int) and dims(other) in ((batch, channels, *size), (batch, 1, *size))
     if function_of(ws, node) is not None:
         return True
     found = affine_of(ws, node)
     return found is not None and bool((found[1] != 0).all())
+
+
+def _whole_first(maps: Iterable[Any]) -> list[fx.Node]:
+    """Two maps, the one with a single channel last."""
+    return sorted(maps, key=lambda n: dims(n)[1] == 1)
 
 
 def _is_shuffled(node: fx.Node) -> bool:
@@ -244,7 +250,7 @@ class _Segment:
             elif (found := affine_of(ws, node)) is not None:
                 self._normalize(node, *found)
             else:
-                both = [self._value(a) for a in node.args]
+                both = [self._value(a) for a in _whole_first(node.args)]
                 op = "add" if node.target is aten.add.Tensor else "multiply"
                 self.values[node] = self.builder.add(op, both, dims(node)[1])
         self.outputs = [n for n in nodes if any(u not in members for u in n.users) and n.target is not ops.spab.default]

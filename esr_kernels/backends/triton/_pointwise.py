@@ -46,9 +46,13 @@ def apply_function(x, low, high, FUNCTION: tl.constexpr):
 def pointwise_kernel(
     x, y, table, out, pixels, size, tiles, x_batch, y_batch, out_batch,
     CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, OPERATION: tl.constexpr,
-    X_PITCH: tl.constexpr, Y_PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, WIDE: tl.constexpr,
+    X_PITCH: tl.constexpr, Y_PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, ONE_CHANNEL: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """out = x + y, x * y, or a function of x with table[0] and table[1]; zeros in channels up to COLUMNS."""
+    """out = x + y, x * y, or a function of x with table[0] and table[1]; zeros in channels up to COLUMNS.
+
+    With ONE_CHANNEL y has a single one, for all of x.
+    """
     n = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     if WIDE:
@@ -70,7 +74,8 @@ def pointwise_kernel(
     if OPERATION == "add" or OPERATION == "multiply":
         y += image_start(n, y_batch, Y_PITCH)
         offsets = pixel_offsets(0, pixel, pixels, Y_PITCH, 1, WIDE)
-        offsets = offsets + channel_offsets(channel, pixels, pixels, Y_PITCH, 1, WIDE)
+        if not ONE_CHANNEL:
+            offsets = offsets + channel_offsets(channel, pixels, pixels, Y_PITCH, 1, WIDE)
         other = tl.load(y + offsets, mask=known, other=0.0).to(tl.float32)
         if OPERATION == "add":
             value += other
@@ -88,7 +93,12 @@ def pointwise_kernel(
 
 @lru_cache(maxsize=256)
 def _kernel(
-    channels: int, operation: str, pitches: tuple[int, int, int], is_wide: bool, dtypes: tuple[torch.dtype, ...]
+    channels: int,
+    operation: str,
+    pitches: tuple[int, int, int],
+    one_channel: bool,
+    is_wide: bool,
+    dtypes: tuple[torch.dtype, ...],
 ) -> Kernel:
     columns = padded(channels)
     constants = {
@@ -99,6 +109,7 @@ def _kernel(
         "X_PITCH": pitches[0],
         "Y_PITCH": pitches[1],
         "OUT_PITCH": pitches[2],
+        "ONE_CHANNEL": one_channel,
         "WIDE": is_wide,
     }
     return Kernel(pointwise_kernel, constants, 4)
@@ -107,7 +118,8 @@ def _kernel(
 def _launch(operation: str, x: Map, y: Map | None, table: Tensor | None, out: Map) -> None:
     second = y if y is not None else NOTHING
     dtypes = tuple(t.dtype for t in (x.tensor, second.tensor, out.tensor) if t is not None)
-    kernel = _kernel(x.channels, operation, (x.pitch, second.pitch, out.pitch), wide(x, y, out), dtypes)
+    one_channel = second.channels == 1 < x.channels
+    kernel = _kernel(x.channels, operation, (x.pitch, second.pitch, out.pitch), one_channel, wide(x, y, out), dtypes)
     columns = padded(x.channels)
     pixels = out.height * out.width
     size = pixels * (columns if out.pitch >= columns else x.channels)
@@ -119,7 +131,7 @@ def _launch(operation: str, x: Map, y: Map | None, table: Tensor | None, out: Ma
 
 
 def combine(x: Map, y: Map, operation: str, out: Map) -> None:
-    """out = x + y or x * y, as `operation` is "add" or "multiply"."""
+    """out = x + y or x * y, as `operation` is "add" or "multiply"; y has as many channels as x, or one for all."""
     _launch(operation, x, y, None, out)
 
 

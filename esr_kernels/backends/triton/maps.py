@@ -45,6 +45,7 @@ class _Nothing(NamedTuple):
     tensor: None = None
     pitch: int = 0
     batch: int = 0
+    channels: int = 0
     shuffle: int = 1
 
 

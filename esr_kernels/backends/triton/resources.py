@@ -294,7 +294,9 @@ def pointwise_launches(arch: int, name: str) -> list[Launch]:
             for channels, pitch in ((36, 48), (48, 48), (3, 0)):
                 x = maps.Map(torch.zeros(1, 256 * (pitch or channels), dtype=dtype), pitch, 0, channels, 16, 16)
                 if operation in ("add", "multiply"):
+                    one = maps.Map(torch.zeros(1, 256 * 16, dtype=dtype), pitch and 16, 0, 1, 16, 16)
                     _pointwise.combine(x, x, operation, x)
+                    _pointwise.combine(x, one, operation, x)
                 else:
                     _pointwise.apply(x, operation, torch.zeros(2, channels), x)
     return unique(launches)
