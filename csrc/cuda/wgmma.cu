@@ -13,10 +13,11 @@ namespace {
 constexpr int kWarps = 4;  // of a warpgroup
 constexpr int kBarrierBytes = 8;
 
-// Bytes from a unit of a tile's pixels to the next. A pixel's units are copied by neighbouring threads: an odd multiple
-// of 128 bytes over their number (but at least of 16) spreads eight of them over all banks.
+// Bytes from a unit of a tile's pixels to the next. Neighbouring threads copy a pixel's units, then the next pixel's,
+// eight of 16 bytes at a time: they fall on different banks if 4 pixels have 2 units 64 bytes apart (modulo 128), or 2
+// have 4 units 32 bytes apart, or one has 8, 16 bytes apart.
 int plane_bytes(int units) {
-  const int apart = units >= 5 ? 1 : (units >= 3 ? 2 : 4);  // units of a bank's eight
+  const int apart = units > 4 ? 1 : (units > 2 ? 2 : 4);
   int pixels = kWgmmaInputHeight * kWgmmaInputWidth;
   while (pixels % 8 != apart) ++pixels;
   return pixels * kUnitBytes;
