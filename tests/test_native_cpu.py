@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import threading
@@ -84,9 +85,16 @@ class Program:
     def multiply(self, a: int, b: int) -> int:
         return self.layer(7, a, b)
 
-    def layer_norm2d(self, x: int, channels: int, eps: float) -> int:
+    def depthwise_conv(
+        self, x: int, w: Tensor, b: Tensor | None = None, dilation: int = 1, gated: bool = False,
+        activation: str = "none",
+    ) -> int:  # fmt: skip
+        indices = self.weight(w), self.weight(b)
+        return self.layer(9, x, *indices, dilation, int(gated), ACTIVATIONS.index(activation), 0)
+
+    def layer_norm2d(self, x: int, channels: int, w: Tensor | None, b: Tensor | None, eps: float) -> int:
         self.constants.append(eps)
-        return self.layer(10, x, -1, -1, channels, len(self.constants) - 1)
+        return self.layer(10, x, self.weight(w), self.weight(b), channels, len(self.constants) - 1)
 
     def code(self, *outputs: int) -> list[int]:
         layers = [integer for record in self.records for integer in record]
@@ -563,6 +571,75 @@ def test_bsconv_cannot_reflect_one_pixel(capability: str) -> None:
         p.run([torch.randn(1, 4, 1, 6)], {out: (1, 4, 1, 6)})
 
 
+def depthwise_reference(x: Tensor, w: Tensor, b: Tensor | None, dilation: int, gated: bool, activation: str) -> Tensor:
+    padding = [dilation * (k // 2) for k in w.shape[2:]]
+    bias = None if b is None else b.double()
+    h = F.conv2d(x, w.double(), bias, padding=padding, dilation=dilation, groups=w.shape[0])
+    if not gated:
+        return activate(h, activation)
+    first, second = h.chunk(2, 1)
+    return activate(first, activation) * second
+
+
+def norm_reference(x: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
+    parameters = (None if t is None else t.double() for t in (w, b))
+    return F.layer_norm(x.permute(0, 2, 3, 1), [x.shape[1]], *parameters, eps=eps).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("sides", [(1, 1), (3, 3), (5, 3), (1, 7), (7, 7)])
+def test_depthwise_conv(capability: str, sides: tuple[int, int], gated: bool) -> None:
+    """Every channel count of a last vector, taps beyond the image on every side, every activation."""
+    for i, (cout, size) in enumerate(itertools.product((1, 4, 9, 16, 21, 40), SIZES)):
+        cin, dilation, activation = cout * (1 + gated), 1 + i % 3, ACTIVATIONS[i % len(ACTIVATIONS)]
+        x, w = torch.randn(2, cin, *size), torch.randn(cin, 1, *sides) / 3
+        b = torch.randn(cin) if i % 2 else None
+        p = Program()
+        (y,) = p.run([x], {p.depthwise_conv(0, w, b, dilation, gated, activation): (2, cout, *size)})
+        assert error(y, depthwise_reference(x.double(), w, b, dilation, gated, activation)) < DIRECT, (cout, size)
+
+
+@pytest.mark.parametrize("channels", [2, 7, 16, 24, 37])
+def test_layer_norm2d(capability: str, channels: int) -> None:
+    for size in SIZES:
+        x, w, b = torch.randn(2, channels, *size), torch.randn(channels), torch.randn(channels)
+        p = Program()
+        n = p.layer_norm2d(0, channels, w, b, 0.1)
+        # In place, of a map that a layer has made.
+        values = [n, p.layer_norm2d(p.add(n, n), channels, None, b, 1e-2)]
+        once, twice = p.run([x], dict.fromkeys(values, (2, channels, *size)))
+        exact = norm_reference(x.double(), w, b, 0.1)
+        assert error(once, exact) < DIRECT
+        assert error(twice, norm_reference(2 * exact, None, b, 1e-2)) < DIRECT
+
+
+@pytest.mark.parametrize("layout", ["planes", "channels_last", "map"])
+def test_rows_of_a_1x1_convolution_for_a_depthwise_one(capability: str, layout: str) -> None:
+    """Computed as they are needed, they have the bits of a map, in any number of threads."""
+
+    def run(x: Tensor, weights: Sequence[Tensor], dilation: int, gated: bool, whole: bool) -> Tensor:
+        w, b, d, c = weights
+        p = Program()
+        h = p.conv1x1([p.add(0, 0) if layout == "map" else 0], w, b, "silu")
+        y = p.depthwise_conv(h, d, c, dilation, gated, "gelu")
+        shapes = {y: (2, 21 if gated else 42, *x.shape[2:]), h: (2, 42, *x.shape[2:])}
+        return p.run([x], shapes if whole else {y: shapes[y]})[0]
+
+    cases = ((5, 3), 1, True, (97, 65)), ((3, 3), 4, False, (70, 33)), ((7, 7), 1, True, (2, 19))
+    for sides, dilation, gated, size in cases:
+        x, w, b = torch.randn(2, 20, *size), conv_weight(42, 20, 1), torch.randn(42)
+        x = x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
+        d, c = torch.randn(42, 1, *sides) / 3, torch.randn(42)
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results += [run(x, (w, b, d, c), dilation, gated, whole) for whole in (False, True)]
+        source = (2 if layout == "map" else 1) * x.double()
+        h = activate(F.conv2d(source, w.double(), b.double()), "silu")
+        assert error(results[0], depthwise_reference(h, d, c, dilation, gated, "gelu")) < DIRECT
+        assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 @pytest.mark.parametrize("channels", [1, 3, 16, 37])
 def test_add(capability: str, channels: int) -> None:
     a, b = torch.randn(3, channels, 5, 9), torch.randn(3, channels, 5, 9).to(memory_format=torch.channels_last)
@@ -580,33 +657,40 @@ def test_maps_are_used_again_only_when_nobody_reads_them(capability: str, seed: 
     inputs = [torch.randn(2, 16, *size) for _ in range(2)]
     p = Program(2)
     want = [x.double() for x in inputs]
+    numbers = [0, 1]  # of the values
     for _ in range(10):
         a, b = (choose.randrange(len(want)) for _ in range(2))
-        kind = choose.choice(["add", "multiply", "norm", "esa", "conv1x1", "conv3x3", "conv3x3"])
+        kind = choose.choice(["add", "multiply", "esa", "conv1x1", "conv3x3", "conv3x3", "depthwise", "norm"])
         if kind == "add":
-            p.add(a, b)
+            p.add(numbers[a], numbers[b])
             result = want[a] + want[b]
         elif kind == "multiply":
-            p.multiply(a, b)
+            p.multiply(numbers[a], numbers[b])
             result = want[a] * want[b]
-        elif kind == "norm":
-            p.layer_norm2d(a, 16, 1e-3)
-            result = F.layer_norm(want[a].movedim(1, -1), [16], eps=1e-3).movedim(-1, 1)
         elif kind == "esa":
             weights = esa_weights(16, 4, "full")
-            p.esa(a, weights)
+            p.esa(numbers[a], weights)
             result = esa_reference(want[a], weights, "full")
         elif kind == "conv1x1":
             w = conv_weight(16, 32, 1)
-            p.conv1x1([a, b], w)
+            p.conv1x1([numbers[a], numbers[b]], w)
             result = F.conv2d(torch.cat([want[a], want[b]], 1), w.double())
+        elif kind == "depthwise":
+            # Of a 1x1 convolution that nobody else reads, and that is none of the values.
+            w, d = conv_weight(16, 16, 1), torch.randn(16, 1, 3, 3) / 3
+            p.depthwise_conv(p.conv1x1([numbers[a]], w, None, "none", numbers[b]), d)
+            result = F.conv2d(F.conv2d(want[a], w.double()) + want[b], d.double(), padding=1, groups=16)
+        elif kind == "norm":
+            p.layer_norm2d(numbers[a], 16, None, None, 1e-2)
+            result = norm_reference(want[a], None, None, 1e-2)
         else:
             w = conv_weight(16, 16, 3)
-            p.conv3x3(a, w, None, "leaky_relu", b)
+            p.conv3x3(numbers[a], w, None, "leaky_relu", numbers[b])
             result = conv3x3_reference(want[a], w, None, "leaky_relu", want[b])
         want.append(result)
+        numbers.append(p.inputs + len(p.records) - 1)
     returned = sorted({len(want) - 1, *(choose.randrange(len(want)) for _ in range(2))})
-    got = p.run(inputs, dict.fromkeys(returned, (2, 16, *size)))
+    got = p.run(inputs, dict.fromkeys([numbers[v] for v in returned], (2, 16, *size)))
     for value, y in zip(returned, got, strict=True):
         assert error(y, want[value]) < WINOGRAD, value
 

@@ -34,6 +34,20 @@ class Conv1x1 final : public Operator {
   bool reads_tensor(size_t) const override { return true; }
   bool exports_directly() const override { return true; }
 
+  bool computes_rows() const override { return true; }
+
+  int64_t row_floats(const std::vector<Map>& inputs) const override {
+    int64_t floats = 0;
+    for (const Map& in : inputs) floats += in.ring == nullptr ? in.layout.pitch : 0;
+    return floats;
+  }
+
+  void compute_row(const std::vector<Map>& inputs, const MapLayout& layout, int64_t y, float* row,
+                   float* scratch) const override {
+    const MapLayout m = MapLayout::make(layout.channels, 1, layout.width, kernels_.lanes);
+    compute(inputs, m, false, scratch, y, y + 1, row);
+  }
+
   void run(const Run& run) const override {
     const MapLayout& m = run.output.layout;
     const int64_t rows = std::max<int64_t>(1, kStripPixels / m.width);
@@ -54,35 +68,47 @@ class Conv1x1 final : public Operator {
   // What has no map lies in a strip of it, which stays in the second-level cache.
   static constexpr int64_t kStripPixels = 384;
 
+  // A strip of a map; `flat`: its rows as one.
+  MapLayout strip_of(const MapLayout& whole, bool flat, int64_t rows) const {
+    return MapLayout::make(whole.channels, flat ? 1 : rows, flat ? rows * whole.width : whole.width, kernels_.lanes);
+  }
+
   // `flat`: nothing has a map, and the rows are one.
   void run_rows(const Run& run, bool flat, float* strip, int64_t y0, int64_t y1) const {
-    const int64_t height = flat ? 1 : y1 - y0;
-    const auto strip_of = [&](const MapLayout& whole) {
-      return MapLayout::make(whole.channels, height, flat ? (y1 - y0) * whole.width : whole.width, kernels_.lanes);
-    };
-    const MapLayout m = strip_of(run.output.layout);
+    const MapLayout m = strip_of(run.output.layout, flat, y1 - y0);
+    float* const out = run.output.ring == nullptr ? strip : run.output.pixels() + y0 * m.pitch;
+    compute(run.inputs, m, flat, run.output.ring == nullptr ? strip + m.height * m.pitch : strip, y0, y1, out);
+    if (run.output.ring != nullptr) zero_ring(run.output, y0, y1);
+    std::vector<TensorView> exports;
+    for (const TensorView& to : run.exports) exports.push_back(rows_from(to, y0));
+    export_rows(kernels_, exports, m, out, 0, 0, m.height);
+  }
+
+  // Rows [y0, y1) of the result, which is a strip of layout `m`; inputs without a map are brought to `strip`.
+  void compute(const std::vector<Map>& inputs, const MapLayout& m, bool flat, float* strip, int64_t y0, int64_t y1,
+               float* out) const {
     const auto pixels_of = [&](const Map& in, const MapLayout& layout) -> const float* {
       if (in.ring != nullptr) return in.pixels() + y0 * layout.pitch;
       float* const pixels = strip;
-      import_strip(kernels_, rows_from(in.tensor, y0), layout, pixels, 0, height);
-      strip += height * layout.pitch;
+      import_strip(kernels_, rows_from(in.tensor, y0), layout, pixels, 0, m.height);
+      strip += m.height * layout.pitch;
       return pixels;
     };
     Conv1x1Args a;
     a.inputs = static_cast<int64_t>(layer_.operands());
     for (size_t i = 0; i < layer_.operands(); ++i) {
-      const MapLayout layout = strip_of(run.inputs[i].layout);
-      a.in[i] = pixels_of(run.inputs[i], layout);
+      const MapLayout layout = strip_of(inputs[i].layout, flat, y1 - y0);
+      a.in[i] = pixels_of(inputs[i], layout);
       a.in_pitch[i] = layout.pitch;
       a.in_step[i] = layout.step;
       a.cin[i] = layout.channels;
     }
     if (layer_.has_residual) {
       a.epilogue.mode = layer_.residual_mode;
-      a.epilogue.residual = pixels_of(run.inputs.back(), m);
+      a.epilogue.residual = pixels_of(inputs.back(), m);
       a.epilogue.residual_pitch = m.pitch;
     }
-    a.out = run.output.ring == nullptr ? strip : run.output.pixels() + y0 * m.pitch;
+    a.out = out;
     a.out_pitch = m.pitch;
     a.out_step = m.step;
     a.width = m.width;
@@ -91,11 +117,7 @@ class Conv1x1 final : public Operator {
     a.bias = bias_.data();
     a.epilogue.activation = layer_.activation;
     a.epilogue.slope = layer_.slope;
-    kernels_.conv1x1(a, 0, height);
-    if (run.output.ring != nullptr) zero_ring(run.output, y0, y1);
-    std::vector<TensorView> exports;
-    for (const TensorView& out : run.exports) exports.push_back(rows_from(out, y0));
-    export_rows(kernels_, exports, m, a.out, 0, 0, height);
+    kernels_.conv1x1(a, 0, m.height);
   }
 
   int64_t cout_, cin_;

@@ -27,7 +27,8 @@ class Filter {
   }
 
   int64_t taps() const { return height_ * width_; }
-  int64_t channels() const { return channels_; }  // of the result
+  int64_t reach() const { return height_ / 2 * dilation_; }  // rows above and below
+  int64_t channels() const { return channels_; }             // of the result
   int64_t halves() const { return halves_; }
   int64_t groups() const { return planar_ ? channels_ : ceil_div(channels_, kDepthwiseGroup); }
   int64_t group_channels(int64_t k) const {
@@ -88,13 +89,45 @@ class DepthwiseConv final : public Operator {
     return {filter_.channels(), in[0].height, in[0].width};
   }
 
+  bool takes_rows() const override { return true; }
+  bool reads_strips(size_t) const override { return true; }
+
   void run(const Run& run) const override {
     const MapLayout& m = run.output.layout;
     DepthwiseConvArgs a = filter_.args({filter_.channels(), m.height, m.width}, layer_.activation, layer_.slope);
-    a.in = run.inputs[0].view();
+    const int64_t channels = filter_.channels() * filter_.halves();
+    const MapLayout rows = MapLayout::make(channels, 1, m.width, kernels_.lanes);
+    a.in.column_stride = rows.step;
     a.out = run.output.view();
-    parallel_ranges(m.height, m.width * m.step * filter_.halves() * filter_.taps(), [&](int64_t y0, int64_t y1) {
-      kernels_.depthwise_map(a, y0, y1);
+    // Without a map, the latest rows of the producer or the tensor are kept, each with a pixel of zeros on both sides.
+    const Map& in = run.inputs[0];
+    const bool whole = run.producer == nullptr && in.ring != nullptr;
+    // With a gate, the last vector read of a pixel may end behind it.
+    const int64_t line = rows.pitch + kernels_.lanes, reach = filter_.reach();
+    const int64_t lines = whole ? 0 : std::min(2 * reach + 1, m.height);
+    const int64_t scratch = run.producer == nullptr ? 0 : run.producer->row_floats(run.inputs);
+    const int64_t cost = rows.step * (filter_.taps() + (run.producer == nullptr ? 0 : kProducerCost));
+    parallel_ranges(m.height, m.width * cost, [&](int64_t y0, int64_t y1) {
+      const Workspace memory(lines * line + scratch);
+      std::fill(memory.data(), memory.data() + lines * line, 0.0f);
+      const auto kept = [&](int64_t y) { return memory.data() + y % lines * line + rows.step; };
+      const auto row = [&](int64_t y) -> const float* {
+        if (y < 0 || y >= m.height) return nullptr;
+        return whole ? in.pixels() + y * rows.pitch : kept(y);
+      };
+      int64_t next = std::max<int64_t>(y0 - reach, 0);
+      for (int64_t y = y0; y < y1; ++y) {
+        for (; !whole && next <= std::min(y + reach, m.height - 1); ++next) {
+          if (run.producer != nullptr) {
+            run.producer->compute_row(run.inputs, rows, next, kept(next), memory.data() + lines * line);
+          } else {
+            import_strip(kernels_, in.tensor, rows, kept(next), next, next + 1);
+          }
+        }
+        const float* around[kDepthwiseMostTaps];
+        for (int64_t k = 0; k < a.kernel_height; ++k) around[k] = row(y + (k - a.kernel_height / 2) * a.dilation);
+        kernels_.depthwise_map(a, around, y);
+      }
       complete_rows(kernels_, run, y0, y1);
     });
   }
@@ -106,6 +139,7 @@ class DepthwiseConv final : public Operator {
     return weight_of(layer_, 1, weights, "bias", {channels}).values;
   }
 
+  static constexpr int64_t kProducerCost = 32;  // about, in multiply-adds of a value
   Filter filter_;
 };
 

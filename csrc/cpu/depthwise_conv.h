@@ -318,25 +318,25 @@ inline void depthwise_pixels(const DepthwiseConvArgs& a, int64_t y0, int64_t y1)
   }
 }
 
-// --- the engine's maps: channels last in whole vectors, beside a row one pixel of zeros ------------------------------
+// --- rows of the engine's maps: channels last in whole vectors, beside a row one pixel of zeros ----------------------
 
-// The part of the filter that lies in the map, from its first tap on.
+// The part of the filter that lies in the image.
 struct MapTaps {
-  const float* in = nullptr;      // what the first tap sees of the first pixel, channel 0
-  int64_t weights = 0;            // from a vector's first weight
-  int64_t rows = 0, columns = 0;  // taps
-  int64_t row = 0, column = 0;    // floats from a tap's pixel to the next one's
-  int64_t weights_row = 0;
+  const float* rows[kDepthwiseMostTaps];  // pixel 0 of each row that there is
+  int64_t row_count = 0;
+  int64_t pixel = 0, columns = 0;  // floats to what the first column of taps sees of the first pixel, and columns
+  int64_t column = 0;              // floats from a column's pixel to the next one's
+  int64_t weights = 0, weights_row = 0;
 };
 
 // Adds P pixels, `step` floats apart, of a vector of channels.
 template <int P>
-ESR_INLINE void sum_taps(const MapTaps& t, const float* in, int64_t step, const float* weights, Vec (&sum)[P]) {
+ESR_INLINE void sum_taps(const MapTaps& t, int64_t channel, int64_t step, const float* weights, Vec (&sum)[P]) {
   // One pointer for three pixels, as in multiply.h.
   constexpr int kPointers = (P + 2) / 3;
-  for (int64_t ky = 0; ky < t.rows; ++ky, in += t.row, weights += t.weights_row) {
+  for (int64_t ky = 0; ky < t.row_count; ++ky, weights += t.weights_row) {
     const float* group[kPointers];
-    ESR_UNROLL for (int g = 0; g < kPointers; ++g) group[g] = in + 3 * g * step;
+    ESR_UNROLL for (int g = 0; g < kPointers; ++g) group[g] = t.rows[ky] + t.pixel + channel + 3 * g * step;
     const float* w = weights;
     for (int64_t kx = 0; kx < t.columns; ++kx, w += kDepthwiseGroup) {
       const Vec weight = load(w);
@@ -359,7 +359,7 @@ void depthwise_map_pixels(const DepthwiseConvArgs& a, const MapTaps& t, float* o
       const Vec bias = load(a.bias + (k * half + group) * kDepthwiseGroup + lane);
       ESR_UNROLL for (int p = 0; p < P; ++p) sum[p] = bias;
       const float* weights = a.weights + (k * half + group) * taps_in_group + lane + t.weights;
-      sum_taps<P>(t, t.in + k * a.channels + c, step, weights, sum);
+      sum_taps<P>(t, k * a.channels + c, step, weights, sum);
     };
     Vec sum[P];
     sum_half(0, sum);
@@ -380,25 +380,22 @@ void depthwise_map_pixels(const DepthwiseConvArgs& a, const MapTaps& t, float* o
 }
 
 template <Activation A, bool kGated>
-void depthwise_map_row(const DepthwiseConvArgs& a, int64_t y) {
-  const int64_t step = a.in.column_stride, up = a.kernel_height / 2, left = a.kernel_width / 2;
-  const float* in = static_cast<const float*>(a.in.data);
-  float* out = static_cast<float*>(a.out.data) + y * a.out.row_stride;
-  const int64_t above = y / a.dilation, below = (a.height - 1 - y) / a.dilation;  // rows of taps that the map has there
-  const int64_t ky = above < up ? up - above : 0;
+void depthwise_map_row(const DepthwiseConvArgs& a, const float* const* rows, float* out) {
+  const int64_t step = a.in.column_stride, left = a.kernel_width / 2;
   MapTaps t;
-  t.rows = (below < up ? up + below + 1 : a.kernel_height) - ky;
-  t.row = a.dilation * a.in.row_stride;
+  int64_t ky = 0;
+  while (rows[ky] == nullptr) ++ky;  // the middle one is there
   t.column = a.dilation * step;
   t.weights_row = a.kernel_width * kDepthwiseGroup;
-  const float* row = in + (y + (ky - up) * a.dilation) * a.in.row_stride;
+  const int64_t weights = ky * t.weights_row;
+  for (; ky < a.kernel_height && rows[ky] != nullptr; ++ky) t.rows[t.row_count++] = rows[ky];
   const auto run = [&](auto pixels, int64_t x, int64_t kx, int64_t columns) {
-    t.in = row + (x + (kx - left) * a.dilation) * step;
-    t.weights = ky * t.weights_row + kx * kDepthwiseGroup;
+    t.pixel = (x + (kx - left) * a.dilation) * step;
+    t.weights = weights + kx * kDepthwiseGroup;
     t.columns = columns;
     depthwise_map_pixels<A, kGated, decltype(pixels)::kValue>(a, t, out + x * a.out.column_stride);
   };
-  // Taps beyond the pixel of zeros beside the map are left out, pixel by pixel.
+  // Taps beyond the pixel of zeros are left out, pixel by pixel.
   const auto edge = [&](int64_t x0, int64_t x1) {
     for (int64_t x = x0; x < x1; ++x) {
       const int64_t before = x / a.dilation, behind = (a.width - 1 - x) / a.dilation;
@@ -420,10 +417,12 @@ void depthwise_map_row(const DepthwiseConvArgs& a, int64_t y) {
   edge(x1, a.width);
 }
 
-// Rows [y0, y1), in float32. What fills up the last vector of a pixel becomes zeros.
-inline void depthwise_map(const DepthwiseConvArgs& a, int64_t y0, int64_t y1) {
+// Row y of the result, in float32, from the input's rows under the filter, null beyond the image. What fills up the
+// last vector of a pixel becomes zeros.
+inline void depthwise_map(const DepthwiseConvArgs& a, const float* const* rows, int64_t y) {
+  float* const out = static_cast<float*>(a.out.data) + y * a.out.row_stride;
   with_activation(a.activation, [&](auto activation) {
     constexpr Activation A = decltype(activation)::kValue;
-    for (int64_t y = y0; y < y1; ++y) a.gated ? depthwise_map_row<A, true>(a, y) : depthwise_map_row<A, false>(a, y);
+    a.gated ? depthwise_map_row<A, true>(a, rows, out) : depthwise_map_row<A, false>(a, rows, out);
   });
 }

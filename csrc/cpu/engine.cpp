@@ -33,6 +33,7 @@ class CompiledPlan {
     for (const Layer& layer : program_.layers) operators_.push_back(make_operator(layer, weights));
     // Channels that are known before the plan runs must fit.
     infer(std::vector<Shape>(static_cast<size_t>(program_.inputs)));
+    find_producers();
     find_uses();
     planar_ = PlanarPlan::make(program_, weights, kernels_);
   }
@@ -111,6 +112,21 @@ class CompiledPlan {
     return result;
   }
 
+  // Layers whose only reader comes next and takes their rows one by one.
+  void find_producers() {
+    produces_.assign(operators_.size(), false);
+    for (size_t k = 0; k + 1 < operators_.size(); ++k) {
+      const int64_t value = program_.inputs + static_cast<int64_t>(k);
+      int64_t reads = std::count(program_.outputs.begin(), program_.outputs.end(), value);
+      for (const Layer& layer : program_.layers) reads += std::count(layer.inputs.begin(), layer.inputs.end(), value);
+      const bool next = program_.layers[k + 1].inputs == std::vector<int64_t>{value};
+      produces_[k] = next && reads == 1 && operators_[k]->computes_rows() && operators_[k + 1]->takes_rows();
+    }
+  }
+
+  // The layer before that computes rows for layer k, or null.
+  const Operator* producer_of(size_t k) const { return k > 0 && produces_[k - 1] ? operators_[k - 1].get() : nullptr; }
+
   // For every value: whether it needs a map, and the first and last layer during which the map must exist.
   void find_uses() {
     const int64_t layers = static_cast<int64_t>(operators_.size());
@@ -125,7 +141,9 @@ class CompiledPlan {
       for (const int64_t v : op->layer().inputs) ++readers[static_cast<size_t>(v)];
     }
     for (int64_t k = 0; k < layers; ++k) {
-      const Operator& op = *operators_[static_cast<size_t>(k)];
+      if (produces_[static_cast<size_t>(k)]) continue;
+      const Operator* const producer = producer_of(static_cast<size_t>(k));
+      const Operator& op = producer != nullptr ? *producer : *operators_[static_cast<size_t>(k)];
       for (size_t i = 0; i < op.layer().inputs.size(); ++i) {
         const size_t v = static_cast<size_t>(op.layer().inputs[i]);
         const bool in_tensor = op.reads_tensor(i) || (op.reads_strips(i) && readers[v] == 1);
@@ -143,7 +161,8 @@ class CompiledPlan {
       Use& u = uses_[static_cast<size_t>(program_.inputs + k)];
       u.first = k;
       u.last = std::max(u.last, k);
-      u.needs_map = u.needs_map || !operators_[static_cast<size_t>(k)]->exports_directly();
+      const bool exports_directly = operators_[static_cast<size_t>(k)]->exports_directly();
+      u.needs_map = u.needs_map || !(exports_directly || produces_[static_cast<size_t>(k)]);
     }
   }
 
@@ -230,12 +249,15 @@ class CompiledPlan {
           import_map(kernels_, map.tensor, nullptr, nullptr, map, exports_of(v));
         }
       }
+      if (produces_[k]) continue;
       Run run;
-      const std::vector<int64_t>& values = operators_[k]->layer().inputs;
+      run.producer = producer_of(k);
+      const Operator& reader = run.producer != nullptr ? *run.producer : *operators_[k];
+      const std::vector<int64_t>& values = reader.layer().inputs;
       for (size_t i = 0; i < values.size(); ++i) {
         run.inputs.push_back(map_of(static_cast<size_t>(values[i])));
         // The map of an input may be filled for a later layer only.
-        if (values[i] < program_.inputs && operators_[k]->reads_tensor(i)) run.inputs[i].ring = nullptr;
+        if (values[i] < program_.inputs && reader.reads_tensor(i)) run.inputs[i].ring = nullptr;
       }
       run.output = map_of(in.size() + k);
       run.exports = exports_of(in.size() + k);
@@ -255,6 +277,7 @@ class CompiledPlan {
   const Program program_;
   const Kernels& kernels_;
   std::vector<std::unique_ptr<Operator>> operators_;
+  std::vector<bool> produces_;          // of every layer: the next one takes its rows one by one
   std::unique_ptr<PlanarPlan> planar_;  // null: the program is none of those it runs
   std::vector<Use> uses_;
   mutable std::mutex mutex_;

@@ -416,7 +416,7 @@ struct Kernels {
   int64_t (*depthwise_planes_floats)(const DepthwiseConvArgs&);
   void (*depthwise_pixels)(const DepthwiseConvArgs&, int64_t y0, int64_t y1);
   int64_t (*depthwise_pixels_floats)(const DepthwiseConvArgs&);
-  void (*depthwise_map)(const DepthwiseConvArgs&, int64_t y0, int64_t y1);
+  void (*depthwise_map)(const DepthwiseConvArgs&, const float* const* rows, int64_t y);
   void (*depthwise_plane_gradient)(const DepthwiseConvGradientArgs&, int64_t channel);
   int64_t (*depthwise_plane_gradient_floats)(const DepthwiseConvArgs&);
   void (*depthwise_pixels_gradient)(const DepthwiseConvGradientArgs&, int64_t group);

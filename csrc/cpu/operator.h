@@ -45,9 +45,13 @@ struct Map {
   }
 };
 
+class Operator;
+
 // One layer's work on one image.
 struct Run {
   std::vector<Map> inputs;
+  // The layer before, of which no map is made: its rows are computed as they are needed, and `inputs` are its own.
+  const Operator* producer = nullptr;
   Map output;                       // its ring is null when no later layer reads it
   std::vector<TensorView> exports;  // the outside tensors that take the result
   float* temporary = nullptr;       // Operator::temporary_floats()
@@ -72,6 +76,12 @@ class Operator {
   virtual bool overwrites(size_t) const { return false; }
   // Whether the result may be exported without having a map of its own.
   virtual bool exports_directly() const { return false; }
+  // Whether its result can be computed row by row, and whether it can work on such rows of the layer before.
+  virtual bool computes_rows() const { return false; }
+  virtual bool takes_rows() const { return false; }
+  // Writes row y of a result of this layout, from pixel 0 on; `scratch` has row_floats().
+  virtual int64_t row_floats(const std::vector<Map>&) const { return 0; }
+  virtual void compute_row(const std::vector<Map>&, const MapLayout&, int64_t, float*, float*) const {}
   virtual void run(const Run& run) const = 0;
 
  protected:
