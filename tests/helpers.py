@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -9,20 +10,53 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import esr_kernels
+import python_models
+from esr_kernels.backends.native import cuda
 from esr_kernels.cases import OperatorCase
 
 _ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = ("nchw", "channels_last", "permuted", "sliced")
 HALF = (torch.float16, torch.bfloat16)
+# name: number of the golden file, checkpoint
+PUBLISHED = {"span": ("38", "team38_span_ch28_slim.pth"), "rlfn": ("00", "team00_rlfn.pth")}
 
 
 def backends_with(operator: str) -> list[str]:
     """The backends that can run here and have the operator."""
     return [b.name for b in esr_kernels.list_backends() if operator in b.operators]
+
+
+def published(name: str, folder: Path, golden: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """A model with its published weights, and a golden input and output, "A" or "B"."""
+    number, file = PUBLISHED[name]
+    data = np.load(folder / "golden" / f"team{number}.npz")
+    model = python_models.create(name, folder / "weights" / file)
+    return model, torch.from_numpy(data[f"input{golden}"]), torch.from_numpy(data[f"output{golden}"])
+
+
+def _put(queue: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    queue.put(function(*arguments))
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a module's function returns in a process whose heap has no holes from other tests."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    process = context.Process(target=_put, args=(queue, function, arguments))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return queue.get()
+
+
+def emulate(capability: int = 86, multiprocessors: int = 3, block: int = 99, whole: int = 100) -> None:
+    """What GPU the emulator pretends to be, its own by default; KiB of shared memory of a block and in all."""
+    cuda.library().set_properties([capability, multiprocessors, block * 1024, whole * 1024])
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
