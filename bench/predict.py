@@ -105,17 +105,20 @@ def chain_lengths(plan: Plan) -> dict[int, int]:
     return {k: n for k, n in found.items() if n > 1}
 
 
+def chain_tiles(height: int, width: int) -> int:
+    return -(-height // CHAIN_TILE[0]) * -(-width // CHAIN_TILE[1])
+
+
 def chain_row(plan: Plan, gpu: Gpu, first: int, count: int, height: int, width: int) -> tuple[float, float, float]:
     """GFLOP, MB and microseconds of `count` layers in one launch: a tile for each multiprocessor, products at its share
     of the rate, and the tile's border passed on before every 3x3 convolution but the first."""
     layers = plan.layers[first : first + count]
-    tiles = -(-height // CHAIN_TILE[0]) * -(-width // CHAIN_TILE[1])
     pixels = CHAIN_TILE[0] * CHAIN_TILE[1]
     operations = [products(layer, [plan.channels[layer.inputs[0]]], height, width) for layer in layers]
     own = sum(operations) * pixels / (height * width) / (gpu.tflops / gpu.multiprocessors) / 1e6
     exchanges = sum(layer.op == "conv3x3" for layer in layers[1:])
     border = 2 * (sum(CHAIN_TILE) - 2) * padded(layers[0].channels) * 2
-    moved = tiles * (2 * border * exchanges + 2 * pixels * padded(layers[0].channels) * 2)
+    moved = chain_tiles(height, width) * (2 * border * exchanges + 2 * pixels * padded(layers[0].channels) * 2)
     # Flags are cleared by a launch of their own, and neither begins before all of the one before it is done.
     return sum(operations) / 1e9, moved / 1e6, own + exchanges * EXCHANGE_US + 2 * max(gpu.gap_us, 1.3)
 
@@ -125,8 +128,8 @@ def rows(
 ) -> list[tuple[str, int, float, float, float]]:
     """Kind, how often, GFLOP, MB and microseconds of each kind of layer."""
     found: dict[tuple[object, ...], list[float]] = {}
-    tiles = -(-height // CHAIN_TILE[0]) * -(-width // CHAIN_TILE[1])
-    chains = chain_lengths(plan) if persistent and tiles <= gpu.multiprocessors else {}
+    fits = chain_tiles(height, width) <= gpu.multiprocessors
+    chains = chain_lengths(plan) if persistent and fits else {}
     chained = {first + i: first for first, count in chains.items() for i in range(count)}
     for k, layer in enumerate(plan.layers):
         if k in chained:

@@ -14,10 +14,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from helpers import LAYOUTS, OPERATOR_CASES, check_close, conv, expected_format, kernel, largest_error, lay_out
+from helpers import (
+    LAYOUTS,
+    OPERATOR_CASES,
+    PUBLISHED,
+    check_close,
+    conv,
+    expected_format,
+    kernel,
+    largest_error,
+    lay_out,
+    published,
+)
 from test_conv3x3 import CHANNELS
 from torch import Tensor, nn
 
@@ -444,8 +454,6 @@ def test_batches_are_bit_equal(case: OperatorCase, layout: str, backend: str, de
 
 # --- whole networks -------------------------------------------------------------------------------------------------
 
-# name: number of the golden file, checkpoint
-PUBLISHED = {"span": ("38", "team38_span_ch28_slim.pth"), "rlfn": ("00", "team00_rlfn.pth")}
 WEIGHTS = Path(__file__).resolve().parent.parent.parent / "shared" / "models" / "weights"
 
 
@@ -458,10 +466,8 @@ def network_pair(name: str) -> tuple[nn.Module, nn.Module]:
 @pytest.mark.parametrize("golden", ["B"] if SMALL else ["A", "B"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_outputs(name: str, golden: str, backend: str, device: str, shared_models: Path) -> None:
-    number, file = PUBLISHED[name]
-    model = python_models.create(name, shared_models / "weights" / file).to(device)
-    data = np.load(shared_models / "golden" / f"team{number}.npz")
-    x, expected = (torch.from_numpy(data[f"{kind}{golden}"]).to(device) for kind in ("input", "output"))
+    model, x, expected = published(name, shared_models, golden)
+    model, x, expected = model.to(device), x.to(device), expected.to(device)
     fast = esr_kernels.optimize(model)
     assert fast.plan is not None
     with torch.no_grad():

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import random
 
 import numpy as np
 import pytest
 import torch
-from helpers import LAYOUTS, check_close, kernel, lay_out, rand, to
+from helpers import LAYOUTS, PUBLISHED, check_close, emulate, kernel, lay_out, published, rand, to
 from test_plan import CHANNELWISE, channelwise_network, elementwise_network
 from torch.nn import functional as F
 
 import esr_kernels
-import python_models
 from esr_kernels.backends.native import cuda
 from esr_kernels.functional import (
     adaptive_max_pool,
@@ -52,12 +50,11 @@ def on_cuda():
 def gpu(request):
     if not emulated:
         pytest.skip("the emulator is not in use")
-    capability, multiprocessors, block, whole = GPUS[request.param]
     cuda._compiled.clear()
-    cuda.library().set_properties([capability, multiprocessors, block * 1024, whole * 1024])
+    emulate(*GPUS[request.param])
     yield request.param
     cuda._compiled.clear()
-    cuda.library().set_properties([86, 3, 99 * 1024, 100 * 1024])
+    emulate()
 
 
 def described(plan, weights, inputs) -> list[str]:
@@ -67,6 +64,17 @@ def described(plan, weights, inputs) -> list[str]:
 
 def run(plan, weights, inputs):
     return torch.ops.esr.run_plan(inputs, weights, plan.to_json())
+
+
+def check_not_finite(cin, dtype):
+    """An infinity and a NaN of the image reach the pixels that they reach in PyTorch."""
+    x = rand(1, cin, 12, 40, dtype=dtype)
+    x[0, 1, 5, 20] = float("inf")
+    x[0, 2, 8, 33] = float("nan")
+    x, weight = lay_out(x, "channels_last").to(DEVICE), kernel(9, cin, dtype=dtype).abs().to(DEVICE)
+    got, expected = conv3x3(x, weight), F.conv2d(x, weight, padding=1)
+    assert torch.equal(torch.isnan(got), torch.isnan(expected))
+    assert torch.equal(torch.isinf(got), torch.isinf(expected))
 
 
 # --- every kernel at random ---------------------------------------------------------------------------------------
@@ -633,14 +641,14 @@ def hopper(monkeypatch):
         monkeypatch.setenv(WGMMA, "1")
         cuda._compiled.clear()
         if emulated:
-            cuda.library().set_properties([90, multiprocessors, 227 * 1024, 228 * 1024])
+            emulate(90, multiprocessors, 227, 228)
         elif torch.cuda.get_device_capability() != (9, 0):
             pytest.skip("not a GPU of compute capability 9.0")
 
     yield switch_on
     cuda._compiled.clear()
     if emulated:
-        cuda.library().set_properties([86, 3, 99 * 1024, 100 * 1024])
+        emulate()
 
 
 def by_warpgroups(plan, weights, inputs) -> int:
@@ -744,14 +752,11 @@ def test_wgmma_of_an_image_of_two_and_more_layers(hopper):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("name", ["span", "rlfn"])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_networks_by_wgmma(hopper, shared_models, name, dtype):
     """Every 3x3 convolution of a plan, against the published outputs."""
-    number, file = {"span": ("38", "team38_span_ch28_slim.pth"), "rlfn": ("00", "team00_rlfn.pth")}[name]
-    model = python_models.create(name, shared_models / "weights" / file)
-    data = np.load(shared_models / "golden" / f"team{number}.npz")
-    x, exact = (torch.from_numpy(data[f"{kind}B"]) for kind in ("input", "output"))
-    fast = esr_kernels.optimize(copy.deepcopy(model).to(DEVICE), dtype=dtype)
+    model, x, exact = published(name, shared_models, "B")
+    fast = esr_kernels.optimize(model.to(DEVICE), dtype=dtype)
     x = x.to(DEVICE, dtype)
     with torch.no_grad():
         usual = fast(x)
@@ -771,13 +776,7 @@ def test_infinity_and_nan_stay_where_they_belong_by_wgmma(hopper):
     """Units that only fill a product up are zeros on both sides."""
     hopper(1)
     for dtype, cin in itertools.product(DTYPES[1:], (3, 7, 20, 28)):
-        x = rand(1, cin, 12, 40, dtype=dtype)
-        x[0, 1, 5, 20] = float("inf")
-        x[0, 2, 8, 33] = float("nan")
-        x, weight = lay_out(x, "channels_last").to(DEVICE), kernel(9, cin, dtype=dtype).abs().to(DEVICE)
-        got, expected = conv3x3(x, weight), F.conv2d(x, weight, padding=1)
-        assert torch.equal(torch.isnan(got), torch.isnan(expected))
-        assert torch.equal(torch.isinf(got), torch.isinf(expected))
+        check_not_finite(cin, dtype)
 
 
 @only_emulated
@@ -787,7 +786,7 @@ def test_infinity_and_nan_stay_where_they_belong_by_wgmma(hopper):
 )
 def test_other_convolutions_and_gpus_have_no_wgmma(hopper, dtype, cin, capability):
     hopper(1)
-    cuda.library().set_properties([capability, 1, 227 * 1024, 228 * 1024])
+    emulate(capability, 1, 227, 228)
     weights = [kernel(8, cin, dtype=dtype), rand(8, dtype=dtype)]
     inputs = [rand(1, cin, 5, 6, dtype=dtype), rand(1, 8, 5, 6, dtype=dtype)]
     assert by_warpgroups(convolution_plan(cin, 8), weights, inputs) == 0
@@ -827,13 +826,7 @@ def test_float16_sums_stay_within_the_contract(monkeypatch, channels):
 def test_infinity_and_nan_stay_where_they_belong(dtype):
     """Channels and taps that only fill a product up must not turn an infinity into a NaN."""
     for cin in (3, 7, 28):
-        x = rand(1, cin, 12, 40, dtype=dtype)
-        x[0, 1, 5, 20] = float("inf")
-        x[0, 2, 8, 33] = float("nan")
-        x, weight = lay_out(x, "channels_last").to(DEVICE), kernel(9, cin, dtype=dtype).abs().to(DEVICE)
-        got, expected = conv3x3(x, weight), F.conv2d(x, weight, padding=1)
-        assert torch.equal(torch.isnan(got), torch.isnan(expected))
-        assert torch.equal(torch.isinf(got), torch.isinf(expected))
+        check_not_finite(cin, dtype)
 
 
 @only_emulated

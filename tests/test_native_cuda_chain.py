@@ -4,32 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from helpers import check_close, kernel, rand, to
-from test_native_cuda import PLAIN, described, run, spab_layers, spab_weights
+from helpers import check_close, emulate, kernel, published, rand, to
+from test_native_cuda import (  # noqa: F401
+    DEVICE,
+    PLAIN,
+    described,
+    emulated,
+    on_cuda,
+    only_emulated,
+    pytestmark,
+    run,
+    spab_layers,
+    spab_weights,
+)
 from torch.nn import functional as F
 
 import esr_kernels
-import python_models
 from esr_kernels.backends.native import cuda
 from esr_kernels.plan import PlanBuilder
-
-emulated = esr_kernels.native.emulated()
-DEVICE = "cpu" if emulated else "cuda"
-reason = next(b.reason for b in esr_kernels.list_backends() if b.name == "native-cuda")
-pytestmark = pytest.mark.skipif(reason is not None, reason=f"native-cuda: {reason}")
 
 PERSISTENT = "ESR_KERNELS_CUDA_PERSISTENT"
 # Compute capability, multiprocessors, KiB of shared memory of a block and of a multiprocessor.
 GPUS = {"sm_80": (80, 108, 163, 164), "sm_90 with few": (90, 6, 227, 228), "sm_86 with few": (86, 3, 99, 100)}
-
-
-@pytest.fixture(autouse=True)
-def on_cuda():
-    with esr_kernels.use_backend("native-cuda"):
-        yield
 
 
 @pytest.fixture
@@ -39,14 +37,13 @@ def on():
     def choose(name):
         if not emulated:
             return
-        capability, multiprocessors, block, whole = GPUS[name]
         cuda._compiled.clear()
-        cuda.library().set_properties([capability, multiprocessors, block * 1024, whole * 1024])
+        emulate(*GPUS[name])
 
     yield choose
     if emulated:
         cuda._compiled.clear()
-        cuda.library().set_properties([86, 3, 99 * 1024, 100 * 1024])
+        emulate()
 
 
 def launches() -> list[str]:
@@ -143,7 +140,7 @@ def test_a_chain_has_the_bits_of_one_launch_per_layer(monkeypatch, on, gpu, dtyp
         assert all(map(torch.equal, run(plan, parameters, [x]), got))
 
 
-@pytest.mark.skipif(not emulated, reason="the emulator is not in use")
+@only_emulated
 def test_more_tiles_than_blocks_at_once_are_one_launch_per_layer(monkeypatch, on):
     """Blocks that wait for others that cannot begin would wait for ever."""
     on("sm_86 with few")
@@ -166,7 +163,7 @@ def test_the_chain_of_a_plan_is_described(monkeypatch, on):
     assert there == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.skipif(not emulated, reason="the emulator is not in use")
+@only_emulated
 def test_layers_that_are_no_chain(monkeypatch, on):
     """float32; other numbers of channels; few of them; reflected borders; a residual from outside in any layout."""
     on("sm_80")
@@ -222,12 +219,9 @@ def test_two_chains_and_their_buffers(monkeypatch, on):
 def test_whole_networks(monkeypatch, on, shared_models: Path, name, chains):
     """Published weights, a crop of the golden input: the bits of the usual launches, and the golden output's pixels."""
     on("sm_80")
-    number = python_models.card(name).team_id
-    data = np.load(shared_models / "golden" / f"team{number:02d}.npz")
-    x = torch.from_numpy(data["inputB"]).half().to(DEVICE)
-    weights = min((shared_models / "weights").glob(f"team{number:02d}_*"))
-    model = python_models.create(name, weights, entry=python_models.card(name).entry)
+    model, x, expected = published(name, shared_models, "B")
     fast = esr_kernels.optimize(model.to(DEVICE), dtype=torch.float16)
+    x = x.half().to(DEVICE)
     with torch.no_grad():
         apart = fast(x)
         monkeypatch.setenv(PERSISTENT, "1")
@@ -237,5 +231,4 @@ def test_whole_networks(monkeypatch, on, shared_models: Path, name, chains):
     assert torch.equal(together, apart)
     if emulated:
         assert names.count("chain_float16") == chains
-    expected = torch.from_numpy(data["outputB"])
     assert float((together.float().cpu() - expected).abs().max()) <= 0.01 * model.data_range

@@ -10,6 +10,7 @@ from helpers import LAYOUTS, check_close, expected_format, kernel, largest_error
 from torch.nn import functional as F
 
 import esr_kernels
+from esr_kernels.backends.native import engine
 from esr_kernels.plan import Layer, Plan, PlanBuilder
 
 LINEAR = {"activation": "none", "negative_slope": 0.05}
@@ -318,6 +319,21 @@ def test_weights_are_packed_again_when_they_change(backend):
     weights[8].mul_(3)
     y, _ = torch.ops.esr.run_plan(inputs, weights, plan.to_json())
     check_close(y, oracle(*(x.double() for x in inputs))[0], lambda: y, backend)
+
+
+def test_a_plan_without_weights_is_compiled_once():
+    if esr_kernels.native.load() is not None:
+        pytest.skip("no compiled library")
+    b = PlanBuilder()
+    x = b.input(6)
+    n = b.add("layer_norm2d", [x], 6, eps=1e-6, has_weight=False, has_bias=False)
+    plan = b.finish([b.add("add", [n, x], 6)])
+    assert engine.compiled_plan(plan, [], compare=False) is engine.compiled_plan(plan, [], compare=False)
+    image = rand(2, 6, 5, 7)
+    with esr_kernels.use_backend("native-cpu"):
+        (y,) = torch.ops.esr.run_plan([image], [], plan.to_json())
+    exact = F.layer_norm(image.double().movedim(1, -1), [6], eps=1e-6).movedim(-1, 1) + image.double()
+    assert float((y.double() - exact).abs().max()) < 1e-5
 
 
 def test_gradients_are_refused():

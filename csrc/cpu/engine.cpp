@@ -33,6 +33,7 @@ class CompiledPlan {
     for (const Layer& layer : program_.layers) operators_.push_back(make_operator(layer, weights));
     // Channels that are known before the plan runs must fit.
     infer(std::vector<Shape>(static_cast<size_t>(program_.inputs)));
+    count_readers();
     find_producers();
     find_uses();
     planar_ = PlanarPlan::make(program_, weights, kernels_);
@@ -112,15 +113,24 @@ class CompiledPlan {
     return result;
   }
 
+  // How often layers read each value.
+  void count_readers() {
+    readers_.resize(static_cast<size_t>(program_.values()));
+    for (const Layer& layer : program_.layers) {
+      for (const int64_t v : layer.inputs) ++readers_[static_cast<size_t>(v)];
+    }
+  }
+
   // Layers whose only reader comes next and takes their rows one by one.
   void find_producers() {
     produces_.assign(operators_.size(), false);
     for (size_t k = 0; k + 1 < operators_.size(); ++k) {
       const int64_t value = program_.inputs + static_cast<int64_t>(k);
-      int64_t reads = std::count(program_.outputs.begin(), program_.outputs.end(), value);
-      for (const Layer& layer : program_.layers) reads += std::count(layer.inputs.begin(), layer.inputs.end(), value);
+      const auto& outputs = program_.outputs;
+      const bool returned = std::find(outputs.begin(), outputs.end(), value) != outputs.end();
       const bool next = program_.layers[k + 1].inputs == std::vector<int64_t>{value};
-      produces_[k] = next && reads == 1 && operators_[k]->computes_rows() && operators_[k + 1]->takes_rows();
+      const bool only = next && readers_[static_cast<size_t>(value)] == 1 && !returned;
+      produces_[k] = only && operators_[k]->computes_rows() && operators_[k + 1]->takes_rows();
     }
   }
 
@@ -136,17 +146,13 @@ class CompiledPlan {
       u.last = layer;
       u.needs_map = true;
     };
-    std::vector<int64_t> readers(uses_.size());
-    for (const auto& op : operators_) {
-      for (const int64_t v : op->layer().inputs) ++readers[static_cast<size_t>(v)];
-    }
     for (int64_t k = 0; k < layers; ++k) {
       if (produces_[static_cast<size_t>(k)]) continue;
       const Operator* const producer = producer_of(static_cast<size_t>(k));
       const Operator& op = producer != nullptr ? *producer : *operators_[static_cast<size_t>(k)];
       for (size_t i = 0; i < op.layer().inputs.size(); ++i) {
         const size_t v = static_cast<size_t>(op.layer().inputs[i]);
-        const bool in_tensor = op.reads_tensor(i) || (op.reads_strips(i) && readers[v] == 1);
+        const bool in_tensor = op.reads_tensor(i) || (op.reads_strips(i) && readers_[v] == 1);
         if (v >= static_cast<size_t>(program_.inputs) || !in_tensor) use(uses_[v], k);
       }
     }
@@ -277,6 +283,7 @@ class CompiledPlan {
   const Program program_;
   const Kernels& kernels_;
   std::vector<std::unique_ptr<Operator>> operators_;
+  std::vector<int64_t> readers_;        // of every value: how often layers read it
   std::vector<bool> produces_;          // of every layer: the next one takes its rows one by one
   std::unique_ptr<PlanarPlan> planar_;  // null: the program is none of those it runs
   std::vector<Use> uses_;

@@ -171,22 +171,9 @@ ESR_DEVICE void wait_for_neighbours(const ChainArgs& a, const ChainLayer& layer,
 template <typename Value, int kN>
 ESR_DEVICE void write_layer(const ChainArgs& a, const ChainLayer& layer, const Tile& tile,
                             const unsigned char* shared) {
-  const int count = a.tile_height << a.tile_width_log2;
-  const bool pixels_first = !layer.output.blocked && layer.output.channel != int64_t{sizeof(Value)};
-  for (int i = device::thread_index(); i < count * kN; i += device::thread_count()) {
-    const int pixel = pixels_first ? i % count : i / kN, n = pixels_first ? i / count : i % kN;
-    const int row = pixel >> a.tile_width_log2, column = pixel & ((1 << a.tile_width_log2) - 1);
-    const int y = tile.y + row, x = tile.x + column;
-    if (!inside(a, y, x) || n * 8 >= layer.out_channels) continue;
-    const U32x4 bits = device::load_shared<U32x4>(
-        shared + layer.to_at + ((row + 1) * a.in_tile_width + column + 1) * a.pitch + n * kUnitBytes);
-    float values[8];
-    device::unpack_pair<Value>(bits.x, values[0], values[1]);
-    device::unpack_pair<Value>(bits.y, values[2], values[3]);
-    device::unpack_pair<Value>(bits.z, values[4], values[5]);
-    device::unpack_pair<Value>(bits.w, values[6], values[7]);
-    write_channels<Value>(layer.output, 1, tile.image, y, x, n * 8, layer.out_channels, values);
-  }
+  write_tile<Value, kN>(a, layer.output, layer.out_channels, tile, [&](int row, int column) {
+    return shared + layer.to_at + ((row + 1) * a.in_tile_width + column + 1) * a.pitch;
+  });
 }
 
 // Two blocks would not fit into shared memory. Of 512 threads' registers the sums of 32 channels spill a few.

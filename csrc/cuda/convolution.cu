@@ -17,8 +17,8 @@ constexpr int kTileWidthLog2 = 5;
 int pixels_of_warp(int channel_tiles) { return (channel_tiles <= 4 ? 4 : 2) * 16; }
 
 // The shape of a tile and of what it reads.
-struct TileShape {
-  int height, width_log2, in_height, in_width, warps;
+struct TileShape : TileSize {
+  int warps;
 };
 
 TileShape tile_shape(int channel_tiles, int pixels, int width_log2, int taps, int stride) {
@@ -113,6 +113,30 @@ bool plan_tail(const Packing& first, int32_t out_channels, Packing* tail) {
          device::properties().shared_bytes;
 }
 
+int64_t set_tiles(ConvolutionArgs& a, int64_t batch, const TileSize& tile) {
+  a.tile_height = tile.height;
+  a.tile_width_log2 = tile.width_log2;
+  a.in_tile_height = tile.in_height;
+  a.in_tile_width = tile.in_width;
+  a.tiles_across = static_cast<int32_t>(ceil_div(a.out_width, int64_t{1} << tile.width_log2));
+  a.tiles_down = static_cast<int32_t>(ceil_div(a.out_height, tile.height));
+  const int64_t tiles = batch * a.tiles_across * a.tiles_down;
+  STD_TORCH_CHECK(tiles < INT32_MAX, "a convolution of ", batch, " images of ", a.out_height, "x", a.out_width,
+                  " is too large for one launch");
+  a.tiles = static_cast<int32_t>(tiles);
+  return tiles;
+}
+
+int64_t set_3x3_tiles(ConvolutionArgs& a, int64_t batch, int32_t out_channels, const TileSize& tile) {
+  a.out_channels = out_channels;
+  a.taps_across = 3;
+  a.stride = 1;
+  a.padding = 1;
+  a.out_height = a.height;
+  a.out_width = a.width;
+  return set_tiles(a, batch, tile);
+}
+
 void prepare_convolution(Convolution& convolution, int64_t batch) {
   const Packing& p = convolution.packing;
   ConvolutionArgs& a = convolution.args;
@@ -136,16 +160,7 @@ void prepare_convolution(Convolution& convolution, int64_t batch) {
   const bool single = p.inputs == 1 && p.units[0] == p.slab_units;
   a.stages = single ? 1 : 2;
   a.weights_stay = single;
-  a.tile_height = tile.height;
-  a.tile_width_log2 = tile.width_log2;
-  a.in_tile_height = tile.in_height;
-  a.in_tile_width = tile.in_width;
-  a.tiles_across = static_cast<int32_t>(ceil_div(a.out_width, int64_t{1} << tile.width_log2));
-  a.tiles_down = static_cast<int32_t>(ceil_div(a.out_height, tile.height));
-  const int64_t tiles = batch * a.tiles_across * a.tiles_down;
-  STD_TORCH_CHECK(tiles < INT32_MAX, "a convolution of ", batch, " images of ", a.out_height, "x", a.out_width,
-                  " is too large for one launch");
-  a.tiles = static_cast<int32_t>(tiles);
+  const int64_t tiles = set_tiles(a, batch, tile);
   const StageLayout stage = stage_layout(p, tile, p.slab_units, a.stages, a.tail_weights != nullptr);
   a.pitch = stage.pitch;
   a.weights_at = stage.weights_at;

@@ -132,6 +132,16 @@ Packing plan_packing(Precision precision, int32_t taps, const int32_t* channels,
 // The packing of a 1x1 convolution of the result of `first` in the same launch; whether there is room for it.
 bool plan_tail(const Packing& first, int32_t out_channels, Packing* tail);
 
+// The output pixels of a tile, and the input pixels under them.
+struct TileSize {
+  int height, width_log2, in_height, in_width;
+};
+
+// Covers the output of so many images with tiles; how many there are.
+int64_t set_tiles(ConvolutionArgs& args, int64_t batch, const TileSize& tile);
+// The same for a 3x3 convolution of stride 1 whose output is as large as its input.
+int64_t set_3x3_tiles(ConvolutionArgs& args, int64_t batch, int32_t out_channels, const TileSize& tile);
+
 // Fills in what follows from the packing, the sizes, and the device; the rest of `args` is the caller's.
 void prepare_convolution(Convolution& convolution, int64_t batch);
 

@@ -346,6 +346,27 @@ struct PixelsInRows {
   }
 };
 
+// The tile's part of a map of rounded values, kN units a pixel, from shared memory: `at(row, column)` is where a pixel
+// of the tile lies.
+template <typename Value, int kN, typename Args, typename At>
+ESR_DEVICE void write_tile(const Args& a, const View& map, int channels, const Tile& tile, const At& at) {
+  const int count = a.tile_height << a.tile_width_log2;
+  const bool pixels_first = !map.blocked && map.channel != int64_t{sizeof(Value)};
+  for (int i = device::thread_index(); i < count * kN; i += device::thread_count()) {
+    const int pixel = pixels_first ? i % count : i / kN, n = pixels_first ? i / count : i % kN;
+    const int row = pixel >> a.tile_width_log2, column = pixel & ((1 << a.tile_width_log2) - 1);
+    const int y = tile.y + row, x = tile.x + column;
+    if (y >= a.height || x >= a.width || n * 8 >= channels) continue;
+    const U32x4 bits = device::load_shared<U32x4>(at(row, column) + n * kUnitBytes);
+    float values[8];
+    device::unpack_pair<Value>(bits.x, values[0], values[1]);
+    device::unpack_pair<Value>(bits.y, values[2], values[3]);
+    device::unpack_pair<Value>(bits.z, values[4], values[5]);
+    device::unpack_pair<Value>(bits.w, values[6], values[7]);
+    write_channels<Value>(map, 1, tile.image, y, x, n * 8, channels, values);
+  }
+}
+
 // Epilogue and stores of one warp; one for a backward pass knows no pixel shuffle. The
 // results pass through shared memory, 16 pixels at a time, from the layout of tensor-core products to eight channels of
 // a pixel for each lane. `place(m, i)` is where pixel i of product m lies.

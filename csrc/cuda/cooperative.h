@@ -52,19 +52,10 @@ int64_t resident_blocks(const char* name, void (*kernel)(Args), const LaunchShap
 template <typename Args>
 void launch_cooperative(const char* name, void (*kernel)(Args), const LaunchShape& shape, Stream stream,
                         const Args& args) {
-  if (detail::rehearse(name, shape)) return;
-  detail::prepare(reinterpret_cast<const void*>(kernel), name, shape.shared_bytes);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.rows));
-  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
-  config.stream = stream;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  detail::check(cudaLaunchKernelEx(&config, kernel, args), name);
+  detail::launch_with(&attribute, name, kernel, shape, stream, args);
 }
 
 #endif

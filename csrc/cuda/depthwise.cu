@@ -1,5 +1,7 @@
 #include "depthwise.h"
 
+#include <torch/headeronly/util/Exception.h>
+
 #include <algorithm>
 
 #include "../common/layout.h"
@@ -228,11 +230,39 @@ void divide(DepthwiseGradientArgs& a, int64_t batch) {
 
 }  // namespace
 
-View half_of(View v, int index, int64_t channels, Precision precision) {
-  v.blocked = v.blocked && channels * value_bytes(precision) % kUnitBytes == 0;
-  v.data += index * channels * v.channel;
-  v.channels = static_cast<int32_t>(channels);
-  return v;
+void check_depthwise(const std::string& name, int64_t channels, bool gated, const WeightView& weight) {
+  STD_TORCH_CHECK(!gated || channels % 2 == 0, name, ": x has ", channels,
+                  " channels, must be an even number for a gate");
+  for (int d = 2; d < 4; ++d) {
+    const int32_t side = weight.sizes[d];
+    STD_TORCH_CHECK(side % 2 == 1 && side <= kMostDepthwiseTaps, name, ": weight has a side of ", side,
+                    ", must be odd and at most ", kMostDepthwiseTaps);
+  }
+}
+
+void set_depthwise(DepthwiseArgs& a, int64_t channels, int64_t height, int64_t width, bool gated,
+                   const WeightView& weight, int64_t dilation) {
+  a.halves = gated ? 2 : 1;
+  a.gated = gated;
+  a.channels = static_cast<int32_t>(channels / a.halves);
+  a.weight = weight;
+  a.taps_down = weight.sizes[2];
+  a.taps_across = weight.sizes[3];
+  // Beyond the image there are zeros, however far.
+  a.dilation = static_cast<int32_t>(std::min(dilation, std::max<int64_t>({height, width, 1})));
+  a.height = static_cast<int32_t>(height);
+  a.width = static_cast<int32_t>(width);
+}
+
+void set_halves(const DepthwiseArgs& a, const View& whole, Precision precision, View (&halves)[2]) {
+  halves[0] = whole;
+  if (a.halves == 1) return;
+  for (int i = 0; i < 2; ++i) {
+    halves[i] = whole;
+    halves[i].blocked = whole.blocked && a.channels * value_bytes(precision) % kUnitBytes == 0;
+    halves[i].data += i * a.channels * whole.channel;
+    halves[i].channels = a.channels;
+  }
 }
 
 void launch_depthwise(DepthwiseArgs args, Precision precision, int64_t batch, device::Stream stream, bool overlap) {

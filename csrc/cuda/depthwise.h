@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "../common/activation.h"
 #include "packing.h"
@@ -9,9 +10,6 @@
 namespace esr::cuda {
 
 inline constexpr int kMostDepthwiseTaps = 7;  // a side
-
-// Half `index` of a map's channels, of `channels` each; blocked where both halves are whole units.
-View half_of(View v, int index, int64_t channels, Precision precision);
 
 // Maps are in one or two halves, each `channels` of all: the second half's result gates the first's.
 struct DepthwiseArgs {
@@ -32,6 +30,15 @@ struct DepthwiseArgs {
   int32_t row_groups;  // of an image
   int64_t groups;      // of all images
 };
+
+// Whether an input of so many channels can be gated, and taps are as kernels have them, else an error of `name`.
+void check_depthwise(const std::string& name, int64_t channels, bool gated, const WeightView& weight);
+// Fills in what follows from an input of this size: halves and their channels, taps and dilation.
+void set_depthwise(DepthwiseArgs& args, int64_t channels, int64_t height, int64_t width, bool gated,
+                   const WeightView& weight, int64_t dilation);
+// `whole` as one map, or as halves where the second gates the first; blocked where both are whole units.
+void set_halves(const DepthwiseArgs& args, const View& whole, Precision precision, View (&halves)[2]);
+
 void launch_depthwise(DepthwiseArgs args, Precision precision, int64_t batch, device::Stream stream, bool overlap);
 
 // Gradients to weight and bias (data null: not wanted) of a convolution of `input` whose result has the gradient

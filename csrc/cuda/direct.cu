@@ -31,35 +31,15 @@ struct Depthwise {
             int64_t activation, double slope, bool gated) {
     const Map in = t.map(x, "x");
     input = result = in.shape;
-    STD_TORCH_CHECK(!gated || input.channels % 2 == 0, t.name(), ": x has ", input.channels,
-                    " channels, must be an even number for a gate");
     STD_TORCH_CHECK(dilation >= 1, t.name(), ": dilation is ", dilation, ", must be at least 1");
-    args.halves = gated ? 2 : 1;
-    args.gated = gated;
-    result.channels = input.channels / args.halves;
-    args.weight = t.weight(weight, "weight", {input.channels, 1, -1, -1});
-    args.taps_down = args.weight.sizes[2];
-    args.taps_across = args.weight.sizes[3];
-    for (const int32_t side : {args.taps_down, args.taps_across}) {
-      STD_TORCH_CHECK(side % 2 == 1 && side <= kMostDepthwiseTaps, t.name(), ": weight has a side of ", side,
-                      ", must be odd and at most ", kMostDepthwiseTaps);
-    }
+    const WeightView taps = t.weight(weight, "weight", {input.channels, 1, -1, -1});
+    check_depthwise(t.name(), input.channels, gated, taps);
+    set_depthwise(args, input.channels, input.height, input.width, gated, taps, dilation);
+    result.channels = args.channels;
     args.bias = t.bias(bias, "bias", input.channels);
-    // Beyond the image there are zeros, however far.
-    args.dilation = static_cast<int32_t>(std::min(dilation, std::max<int64_t>({input.height, input.width, 1})));
     args.activation = activation_of(t.name(), activation);
     args.slope = static_cast<float>(slope);
-    args.height = static_cast<int32_t>(input.height);
-    args.width = static_cast<int32_t>(input.width);
-    args.channels = static_cast<int32_t>(result.channels);
-    set_halves(args.input, in.view, t.precision());
-  }
-
-  // `whole` as one map, or as halves where the second gates the first.
-  void set_halves(View (&halves)[2], const View& whole, Precision precision) const {
-    for (int i = 0; i < args.halves; ++i) {
-      halves[i] = args.halves == 1 ? whole : half_of(whole, i, args.channels, precision);
-    }
+    set_halves(args, in.view, t.precision(), args.input);
   }
 };
 
@@ -102,7 +82,7 @@ void depthwise_conv_backward(Tensor grad, Tensor x, Tensor weight, std::optional
       s.launch([&](device::Stream stream, bool overlap) {
         DepthwiseArgs a = d.args;
         for (int i = 0; i < a.halves; ++i) a.input[i] = to_h[i];
-        d.set_halves(a.output, to_x.view, s.precision());
+        set_halves(d.args, to_x.view, s.precision(), a.output);
         a.bias = {};
         a.activation = Activation::kNone;
         a.gated = false;

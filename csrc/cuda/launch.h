@@ -56,24 +56,33 @@ void check(cudaError_t status, const char* name);
 }  // namespace detail
 
 #ifdef __CUDACC__
-// Starts a kernel. `overlap`: it may start before the kernels before it have finished, and calls
-// wait_for_previous_grid() before it touches what they write.
+namespace detail {
 template <typename Args>
-void launch(const char* name, void (*kernel)(Args), const LaunchShape& shape, Stream stream, bool overlap,
-            const Args& args) {
-  if (detail::rehearse(name, shape)) return;
-  detail::prepare(reinterpret_cast<const void*>(kernel), name, shape.shared_bytes);
+void launch_with(const cudaLaunchAttribute* attribute, const char* name, void (*kernel)(Args), const LaunchShape& shape,
+                 Stream stream, const Args& args) {
+  if (rehearse(name, shape)) return;
+  prepare(reinterpret_cast<const void*>(kernel), name, shape.shared_bytes);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.rows));
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = stream;
+  config.attrs = const_cast<cudaLaunchAttribute*>(attribute);
+  config.numAttrs = attribute == nullptr ? 0 : 1;
+  check(cudaLaunchKernelEx(&config, kernel, args), name);
+}
+}  // namespace detail
+
+// Starts a kernel. `overlap`: it may start before the kernels before it have finished, and calls
+// wait_for_previous_grid() before it touches what they write.
+template <typename Args>
+void launch(const char* name, void (*kernel)(Args), const LaunchShape& shape, Stream stream, bool overlap,
+            const Args& args) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = overlap && properties().capability >= 90 ? 1 : 0;
-  detail::check(cudaLaunchKernelEx(&config, kernel, args), name);
+  const bool early = overlap && properties().capability >= 90;
+  detail::launch_with(early ? &attribute : nullptr, name, kernel, shape, stream, args);
 }
 #endif
 

@@ -371,7 +371,7 @@ class ChannelwiseStep : public Step {
 
   WeightView weight(const Run& run) const { return view(0, run.packed); }
   WeightView bias(const Run& run) const { return view(1, run.packed + bias_at()); }
-  const int32_t* weight_sizes() const { return weights_[0].sizes; }
+  const WeightView& compiled_weight() const { return weights_[0]; }
 
  private:
   WeightView view(size_t k, const unsigned char* packed) const {
@@ -392,47 +392,27 @@ class DepthwiseStep : public ChannelwiseStep {
   DepthwiseStep(const Layer& layer, Precision precision, const Weights& weights, const Shapes& inputs)
       : ChannelwiseStep(layer, precision, weights, {inputs[0].channels, 1, -1, -1}, inputs[0].channels),
         channels_(inputs[0].channels) {
-    STD_TORCH_CHECK(!layer.gated || channels_ % 2 == 0, layer.name(), ": x has ", channels_,
-                    " channels, must be an even number for a gate");
-    for (int d = 2; d < 4; ++d) {
-      const int32_t side = weight_sizes()[d];
-      STD_TORCH_CHECK(side % 2 == 1 && side <= kMostDepthwiseTaps, layer.name(), ": weight has a side of ", side,
-                      ", must be odd and at most ", kMostDepthwiseTaps);
-    }
+    check_depthwise(layer.name(), channels_, layer.gated, compiled_weight());
   }
 
   Shape result(const Shapes& inputs) const override {
     check_channels(inputs[0], channels_, "x");
-    return {channels_ / halves(), inputs[0].height, inputs[0].width};
+    return {layer_.gated ? channels_ / 2 : channels_, inputs[0].height, inputs[0].width};
   }
 
   void run(const Run& run) const override {
     const Shape& shape = run.output.shape;
     DepthwiseArgs a = {};
-    a.halves = halves();
-    a.gated = layer_.gated;
-    a.channels = static_cast<int32_t>(shape.channels);
-    for (int i = 0; i < a.halves; ++i) {
-      const View& whole = run.inputs[0].view;
-      a.input[i] = layer_.gated ? half_of(whole, i, shape.channels, precision_) : whole;
-    }
+    set_depthwise(a, channels_, shape.height, shape.width, layer_.gated, weight(run), layer_.dilation);
+    set_halves(a, run.inputs[0].view, precision_, a.input);
     a.output[0] = run.output.view;
-    a.weight = weight(run);
     a.bias = bias(run);
-    a.taps_down = weight_sizes()[2];
-    a.taps_across = weight_sizes()[3];
-    // Beyond the image there are zeros, however far.
-    a.dilation = static_cast<int32_t>(std::min(layer_.dilation, std::max(shape.height, shape.width)));
-    a.height = static_cast<int32_t>(shape.height);
-    a.width = static_cast<int32_t>(shape.width);
     a.activation = layer_.activation;
     a.slope = layer_.slope;
     launch_depthwise(a, precision_, run.batch, run.stream, run.overlap);
   }
 
  private:
-  int32_t halves() const { return layer_.gated ? 2 : 1; }
-
   const int64_t channels_;  // of the input
 };
 

@@ -40,6 +40,14 @@ ESR_DEVICE float bias_value(const PackArgs& a, int o) {
   return sum;
 }
 
+// The bias of an output channel, behind the weights.
+template <typename P>
+ESR_DEVICE void write_bias(const PackArgs& a, const P& packing, int64_t channel) {
+  if (channel >= packing.padded_channels()) return;
+  device::store_global(a.out + packing.weight_bytes() + channel * 4,
+                       channel < packing.out_channels ? bias_value(a, static_cast<int>(channel)) : 0.0f);
+}
+
 // A unit's first channel among those of all maps, and how many of them its map has.
 struct Unit {
   int channel, count;
@@ -61,13 +69,7 @@ ESR_KERNEL(kThreads, 1) pack_kernel(ESR_ARGUMENT(PackArgs) a) {
   const Packing& p = a.packing;
   const int64_t index = device::block_index() * kThreads + device::thread_index();
   const int64_t parts = p.weight_bytes() / p.lane_bytes();
-  if (index >= parts) {
-    const int o = static_cast<int>(index - parts);
-    if (o < p.padded_channels()) {
-      device::store_global(a.out + p.weight_bytes() + int64_t{o} * 4, o < p.out_channels ? bias_value(a, o) : 0.0f);
-    }
-    return;
-  }
+  if (index >= parts) return write_bias(a, p, index - parts);
   const int lane = static_cast<int>(index % 32), g = lane / 4, t = lane % 4;
   int64_t rest = index / 32;
   const int n = static_cast<int>(rest % p.channel_tiles);
@@ -126,14 +128,7 @@ ESR_KERNEL(kThreads, 1) winograd_pack_kernel(ESR_ARGUMENT(WinogradPackArgs) a) {
   const WinogradPacking& p = a.packing;
   const int64_t index = device::block_index() * kThreads + device::thread_index();
   const int64_t parts = p.weight_bytes() / 8;
-  if (index >= parts) {
-    const int o = static_cast<int>(index - parts);
-    if (o < p.padded_channels()) {
-      device::store_global(a.pack.out + p.weight_bytes() + int64_t{o} * 4,
-                           o < p.out_channels ? bias_value(a.pack, o) : 0.0f);
-    }
-    return;
-  }
+  if (index >= parts) return write_bias(a.pack, p, index - parts);
   const int lane = static_cast<int>(index % 32), g = lane / 4, t = lane % 4, tiles = p.groups * p.tiles;
   int64_t rest = index / 32;
   const int n = static_cast<int>(rest % tiles);
@@ -158,14 +153,7 @@ ESR_KERNEL(kThreads, 1) wgmma_pack_kernel(ESR_ARGUMENT(WgmmaPackArgs) a) {
   const WgmmaPacking& p = a.packing;
   const int64_t index = device::block_index() * kThreads + device::thread_index();
   const int64_t parts = p.weight_bytes() / kUnitBytes;
-  if (index >= parts) {
-    const int o = static_cast<int>(index - parts);
-    if (o < p.padded_channels()) {
-      device::store_global(a.pack.out + p.weight_bytes() + int64_t{o} * 4,
-                           o < p.out_channels ? bias_value(a.pack, o) : 0.0f);
-    }
-    return;
-  }
+  if (index >= parts) return write_bias(a.pack, p, index - parts);
   const int columns = p.tiles * 8, column = static_cast<int>(index % columns);
   const auto rest = static_cast<int>(index / columns), halves = 2 * p.steps();
   const WgmmaPacking::Place place = p.place(rest % halves);

@@ -87,8 +87,7 @@ void prepare_spab(Spab& spab, int64_t batch) {
     if (best == nullptr || work < least) best = &tile, least = work;
   }
   STD_TORCH_CHECK(best != nullptr, "spab: no tile fits, which plan_spab tells");
-  const int64_t tiles = count(*best);
-  STD_TORCH_CHECK(tiles < INT32_MAX, "spab: ", batch, " images of ", c.height, "x", c.width,
+  STD_TORCH_CHECK(count(*best) < INT32_MAX, "spab: ", batch, " images of ", c.height, "x", c.width,
                   " are too large for one launch");
   // All weights at once where that does not cost a block.
   const int bytes = layout_of(p, *best, true).bytes;
@@ -105,13 +104,7 @@ void prepare_spab(Spab& spab, int64_t batch) {
   c.padding = 3;
   c.out_height = c.height;
   c.out_width = c.width;
-  c.tile_height = best->height;
-  c.tile_width_log2 = best->width_log2;
-  c.in_tile_height = best->height + 6;
-  c.in_tile_width = best->width() + 6;
-  c.tiles_across = static_cast<int32_t>(ceil_div(c.width, best->width()));
-  c.tiles_down = static_cast<int32_t>(ceil_div(c.height, best->height));
-  c.tiles = static_cast<int32_t>(tiles);
+  const int64_t tiles = set_tiles(c, batch, {best->height, best->width_log2, best->height + 6, best->width() + 6});
   c.pitch = l.pitch;
   c.shuffle = 1;
   c.residual = c.inputs[0];

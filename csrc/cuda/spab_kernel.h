@@ -96,22 +96,9 @@ ESR_DEVICE void keep_region(const SpabArgs& a, const Region& r, const Tile& tile
 template <typename Value, int kN>
 ESR_DEVICE void write_middle(const SpabArgs& a, const Tile& tile, const unsigned char* pixels) {
   const Region r = region_of(a, 0);
-  const int count = a.last.tile_height << a.last.tile_width_log2;
-  const bool pixels_first = !a.middle.blocked && a.middle.channel != int64_t{sizeof(Value)};
-  for (int i = device::thread_index(); i < count * kN; i += device::thread_count()) {
-    const int pixel = pixels_first ? i % count : i / kN, n = pixels_first ? i / count : i % kN;
-    const int row = pixel >> a.last.tile_width_log2, column = pixel & ((1 << a.last.tile_width_log2) - 1);
-    const int y = tile.y + row, x = tile.x + column;
-    if (y >= a.last.height || x >= a.last.width || n * 8 >= a.middle_channels) continue;
-    const int q = (row + r.margin) * r.width + column + r.margin;
-    const U32x4 bits = device::load_shared<U32x4>(pixels + q * a.last.pitch + n * kUnitBytes);
-    float values[8];
-    device::unpack_pair<Value>(bits.x, values[0], values[1]);
-    device::unpack_pair<Value>(bits.y, values[2], values[3]);
-    device::unpack_pair<Value>(bits.z, values[4], values[5]);
-    device::unpack_pair<Value>(bits.w, values[6], values[7]);
-    write_channels<Value>(a.middle, 1, tile.image, y, x, n * 8, a.middle_channels, values);
-  }
+  write_tile<Value, kN>(a.last, a.middle, a.middle_channels, tile, [&](int row, int column) {
+    return pixels + ((row + r.margin) * r.width + column + r.margin) * a.last.pitch;
+  });
 }
 
 template <typename P, int kN, bool kLarge>

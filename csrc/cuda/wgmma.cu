@@ -67,22 +67,8 @@ void prepare_wgmma(Wgmma& wgmma, int64_t batch) {
   const WgmmaPacking& p = a.packing;
   const Packing* tail = c.tail_weights == nullptr ? nullptr : &wgmma.tail;
   const int multiprocessors = device::properties().multiprocessors;
-  c.out_channels = p.out_channels;
-  c.taps_across = 3;
-  c.stride = 1;
-  c.padding = 1;
-  c.out_height = c.height;
-  c.out_width = c.width;
-  c.tile_height = kWgmmaHeight;
-  c.tile_width_log2 = kWgmmaWidthLog2;
-  c.in_tile_height = kWgmmaInputHeight;
-  c.in_tile_width = kWgmmaInputWidth;
-  c.tiles_across = static_cast<int32_t>(ceil_div(c.width, int64_t{1} << kWgmmaWidthLog2));
-  c.tiles_down = static_cast<int32_t>(ceil_div(c.height, kWgmmaHeight));
-  const int64_t tiles = batch * c.tiles_across * c.tiles_down;
-  STD_TORCH_CHECK(tiles < INT32_MAX, "a convolution of ", batch, " images of ", c.height, "x", c.width,
-                  " is too large for one launch");
-  c.tiles = static_cast<int32_t>(tiles);
+  const int64_t tiles =
+      set_3x3_tiles(c, batch, p.out_channels, {kWgmmaHeight, kWgmmaWidthLog2, kWgmmaInputHeight, kWgmmaInputWidth});
 
   // As many warpgroups as have a tile and room: they take turns with products, so that all others' epilogues and loads
   // are hidden. Then a second stage for each.

@@ -62,22 +62,7 @@ void prepare_winograd(Winograd& winograd, int64_t batch) {
   const device::Properties& gpu = device::properties();
   c.stages = layout_of(p, 2).bytes <= gpu.shared_bytes ? 2 : 1;
   const Layout l = layout_of(p, c.stages);
-  c.out_channels = p.out_channels;
-  c.taps_across = 3;
-  c.stride = 1;
-  c.padding = 1;
-  c.out_height = c.height;
-  c.out_width = c.width;
-  c.tile_height = kHeight;
-  c.tile_width_log2 = kWidthLog2;
-  c.in_tile_height = kInputHeight;
-  c.in_tile_width = kInputWidth;
-  c.tiles_across = static_cast<int32_t>(ceil_div(c.width, int64_t{1} << kWidthLog2));
-  c.tiles_down = static_cast<int32_t>(ceil_div(c.height, kHeight));
-  const int64_t tiles = batch * c.tiles_across * c.tiles_down;
-  STD_TORCH_CHECK(tiles < INT32_MAX, "a convolution of ", batch, " images of ", c.height, "x", c.width,
-                  " is too large for one launch");
-  c.tiles = static_cast<int32_t>(tiles);
+  const int64_t tiles = set_3x3_tiles(c, batch, p.out_channels, {kHeight, kWidthLog2, kInputHeight, kInputWidth});
   c.pitch = l.pitch;
   c.stage_bytes = l.stage_bytes;
   c.weights_at = l.weights_at;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -113,18 +114,26 @@ class _Packed:
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+@lru_cache(maxsize=64)
+def _without_weights(plan: str, capability: str) -> CompiledPlan:
+    """Compiled once for each capability, which is the library's."""
+    return CompiledPlan(Plan.from_json(plan), [])
+
+
 def compiled_plan(plan: Plan, weights: list[Tensor], *, compare: bool) -> CompiledPlan:
     """The plan compiled with these weights, kept until one of them changes.
 
     Args:
         compare: compare the values too, for parameters that a user may write through `.data`.
     """
-    if not weights or any(w.is_inference() for w in weights):  # they carry no version
+    if any(w.is_inference() for w in weights):  # they carry no version
         return CompiledPlan(plan, weights)
+    capability = torch.ops.esr_native.get_cpu_capability()
+    if not weights:
+        return _without_weights(plan.to_json(), capability)
     per_plan = _packed.get(weights[0])
     if per_plan is None:
         per_plan = _packed[weights[0]] = {}
-    capability = torch.ops.esr_native.get_cpu_capability()
     signature = tuple((w.data_ptr(), w._version) for w in weights)
     key = (plan.to_json(), capability)
     packed = per_plan.get(key)
