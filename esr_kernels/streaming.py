@@ -120,13 +120,14 @@ class PngRows:
         if not self._first <= top < bottom <= self.height:
             raise ValueError(f"rows {top}..{bottom}: rows {self._first}..{self.height} are left to be read")
         try:
-            parts = [self._kept[max(top - KEPT_ABOVE - self._first, 0) :]]
-            self._first = max(top - KEPT_ABOVE, self._first)
-            end = self._first + len(parts[0])
+            first, end = max(top - KEPT_ABOVE, self._first), self._first + len(self._kept)
+            parts = [self._kept[first - self._first :]]
             step = max(_STRIP // self._above.size, 1)
             while end < bottom:
-                parts.append(self._next(min(step, self.height - end)))
-                end += len(parts[-1])
+                strip = self._next(min(step, self.height - end))
+                parts.append(strip[max(first - end, 0) :])
+                end += len(strip)
+            self._first = first
             self._kept = np.concatenate(parts) if len(parts) > 1 else parts[0]
         except imaging.BROKEN as error:
             raise ImageError(f"{self._name}: damaged picture: {imaging.first_line(error)}") from None

@@ -69,7 +69,7 @@ def small_tiles(monkeypatch):
     kind=st.sampled_from(list(KINDS)),
     deep=st.booleans(),
     size=st.tuples(st.integers(1, 60), st.integers(1, 40)),
-    steps=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 20)), min_size=1, max_size=12),
+    steps=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 20), st.integers(0, 20)), min_size=1, max_size=12),
     strip=st.sampled_from([1, 100, 2**22]),
     by=st.sampled_from(["Pillow", "PngWriter", "pypng"]),
 )
@@ -95,14 +95,14 @@ def test_rows_are_those_of_the_whole_picture(tmp_path, kind, deep, size, steps, 
             assert (rows.height, rows.width, rows.grey, rows.depth) == (*size, whole.grey, whole.depth)
             assert rows.has_alpha == (whole.alpha is not None)
             top = 0
-            for back, count in steps:
+            for back, count, skipped in steps:
                 top = max(top - min(back, streaming.KEPT_ABOVE), 0)
                 bottom = min(top + count, size[0])
                 part = rows.read(top, bottom)
                 np.testing.assert_array_equal(part.pixels, whole.pixels[top:bottom])
                 if whole.alpha is not None:
                     np.testing.assert_array_equal(part.alpha, whole.alpha[top:bottom])
-                top = min(top + count // 2, size[0] - 1)
+                top = min(top + count // 2 + skipped, size[0] - 1)
 
 
 def test_rows_that_were_given_up_cannot_be_read_again(tmp_path):
