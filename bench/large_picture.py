@@ -1,10 +1,11 @@
 """A large picture upscaled by the command line, in bounded memory.
 
-    python -m bench.large_picture [--size N] [--model NAME] [--threads N] [--folder FOLDER] [--json FILE]
+    python -m bench.large_picture [--size N] [--model NAME | --small] [--threads N] [--folder FOLDER] [--json FILE]
 
 A picture of N x N pixels is written, `esr-kernels upscale` makes its result, and parts of that are compared with the
 same parts upscaled alone: they must have the same bits. Reported is the peak of the command's resident memory.
-Of 20,000 x 20,000 pixels the result has 19 GB in memory, and the files need about as much room on the disk.
+Of 20,000 x 20,000 pixels the result has 19 GB, and the files need about as much room on the disk. Pixels are mostly
+the network's work: `--small` takes a SPAN of 4 channels and one block with random weights instead.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 import python_models
 from esr_kernels import imaging
@@ -55,13 +57,13 @@ def parts(size: int) -> list[tuple[int, int]]:
 
 
 @torch.inference_mode()
-def compare(picture: Path, result: Path, name: str, size: int) -> int:
+def compare(picture: Path, result: Path, name: str, weights: Path, size: int) -> int:
     """How many parts of the result have been compared with the same parts of the picture upscaled alone.
 
     Raises:
         ValueError: the result has another size, or a part has other bits than alone.
     """
-    model = load_network(name, python_models.bundled(name))
+    model = load_network(name, weights)
     scale, data_range, overlap = int(model.scale), float(model.data_range), exact_overlap(model)
     with open_rows(picture, max_pixels=MAX_PIXELS) as before, open_rows(result, max_pixels=MAX_PIXELS) as after:
         if (after.height, after.width) != (size * scale, size * scale):
@@ -77,40 +79,51 @@ def compare(picture: Path, result: Path, name: str, size: int) -> int:
     return len(parts(size))
 
 
-def run(folder: Path, size: int, name: str, threads: int) -> dict[str, Any]:
-    """Make the picture and its result in a folder; what that took.
+def small_weights(folder: Path) -> Path:
+    torch.manual_seed(0)
+    weights = folder / "small.safetensors"
+    save_file(python_models.create("span", feature_channels=4, num_blocks=1).state_dict(), weights)
+    return weights
+
+
+def run(folder: Path, size: int, name: str, weights: Path | None, threads: int) -> dict[str, Any]:
+    """Make the picture and its result in a folder; what that took. Without weights: `small_weights`.
 
     Raises:
         subprocess.CalledProcessError: the command failed.
         ValueError: as `compare`.
     """
-    picture, result = folder / "picture.png", folder / "result.png"
+    picture, result, small = folder / "picture.png", folder / "result.png", weights is None
+    weights = weights or small_weights(folder)
     with picture.open("xb") as file:
         writer = PngWriter(file, size, size, 3, 8)
         for band in bands(size):
             writer.write(band)
         writer.close()
     command = [sys.executable, "-m", "esr_kernels", "upscale", str(picture), "-o", str(result), "--model", name]
-    command += ["--threads", str(threads), "--max-pixels", str(size * size / 1e6 + 1)]
+    command += ["--weights", str(weights), "--threads", str(threads), "--max-pixels", str(size * size / 1e6 + 1)]
     begin = time.perf_counter()
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - begin
     return {
         "machine": machine(),
         "model": name,
+        "small": small,
         "threads": threads,
         "size": size,
         "seconds": seconds,
         "peak_resident_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
         "file_bytes": result.stat().st_size,
-        "compared": compare(picture, result, name, size),
+        "compared": compare(picture, result, name, weights, size),
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.large_picture", description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=positive, default=20_000, metavar="N", help="pixels a side (default: 20000)")
-    parser.add_argument("--model", type=model_name, default="span", metavar="NAME", help="default: span")
+    network = parser.add_mutually_exclusive_group()
+    network.add_argument("--model", type=model_name, default="span", metavar="NAME", help="default: span")
+    network.add_argument("--small", action="store_true", help="a small SPAN with random weights")
     parser.add_argument("--threads", type=positive, default=1, metavar="N", help="default: 1")
     parser.add_argument(
         "--folder", type=Path, metavar="FOLDER", help="where the files are, for a while (default: /tmp)"
@@ -119,19 +132,19 @@ def main() -> int:
     args = parser.parse_args()
     if args.size < PART:
         parser.error(f"--size: expected {PART} or more, got {args.size}")
-    if python_models.bundled(args.model) is None:
+    weights = python_models.bundled(args.model)
+    if weights is None:
         parser.error(f"--model: this package has no weights for {args.model}")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        found = run(Path(folder), args.size, args.model, args.threads)
+        found = run(Path(folder), args.size, args.model, None if args.small else weights, args.threads)
     if args.json:
         write_json(args.json, found)
-    scale = python_models.card(args.model).scale
-    print(
-        f"{args.model}: {args.size} x {args.size} pixels x{scale} in {found['seconds']:.0f} s with {args.threads} "
-        f"threads; {found['peak_resident_bytes'] / 1e6:.0f} MB at the peak for a result of "
-        f"{3 * (args.size * scale) ** 2 / 1e6:,.0f} MB ({found['file_bytes'] / 1e6:,.0f} MB as a file); "
-        f"{found['compared']} parts have the bits of that part alone"
-    )
+    named = "a small span" if args.small else args.model
+    result = 3 * (args.size * python_models.card(args.model).scale) ** 2
+    print(f"{named}: {args.size} x {args.size} pixels in {found['seconds']:.0f} s with {args.threads} threads")
+    print(f"result: {result / 1e6:,.0f} MB, {found['file_bytes'] / 1e6:,.0f} MB as a file")
+    print(f"resident memory at the peak: {found['peak_resident_bytes'] / 1e6:,.0f} MB")
+    print(f"{found['compared']} parts of {PART} x {PART} pixels have the bits of that part alone")
     return 0
 
 
