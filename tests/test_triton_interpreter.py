@@ -310,6 +310,24 @@ def test_loops_up_to_an_argument(size):
     torch.testing.assert_close(out, x * sum(range(size)) + sum(range(1, size, 2)))
 
 
+def test_types_are_made_once_and_tell_what_they_told():
+    block = tl.block_type(tl.float32, [2, tl.constexpr(4)])
+    assert block is tl.block_type(tl.float32, tl.tuple([2, 4]))
+    assert (block.shape.values, block.numel, block.element_ty) == ([2, 4], 8, tl.float32)
+    for other in (tl.block_type(tl.float16, [2, 4]), tl.block_type(tl.float32, [4, 2]), tl.block_type(tl.float32, [2])):
+        assert other != block and str(other) != str(block)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="must be a power of 2"):
+            tl.block_type(tl.float32, [3])
+    x = tl.tensor(None, block)
+    assert (x.shape[1].value, x.numel.value, x.dtype, x.type) == (4, 8, tl.float32, block)
+    scalar = tl.tensor(None, tl.int32)
+    assert (len(scalar.shape), scalar.numel.value, scalar.dtype) == (0, 1, tl.int32)
+    assert tl.constexpr(tl.constexpr(5)).value == 5 and hash(tl.constexpr(5)) == hash(tl.constexpr(5))
+    pair = tl.tuple([1, x])
+    assert len(pair.type.types) == 2 and pair.type.types[1] is block
+
+
 def test_installs_once(monkeypatch):
     before = interpreter.InterpreterBuilder.create_dot
     triton_interpreter.install()

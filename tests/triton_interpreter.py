@@ -27,7 +27,7 @@ def install() -> None:
 
     def is_bf16(x: Any) -> bool:
         # Elsewhere than in uint16 bit patterns the interpreter would have computed with the values themselves.
-        return isinstance(x, handle) and x.dtype.scalar == tl.bfloat16 and x.data.dtype == np.uint16
+        return isinstance(x, handle) and x.data.dtype.char == "H" and x.dtype.scalar == tl.bfloat16
 
     def decode(x: Any) -> Any:
         if not is_bf16(x):
@@ -101,6 +101,9 @@ def install() -> None:
         return patch_lang_tensor
 
     patched: set[frozenset[int]] = set()
+    # What replaces what in the language, by the modules whose names it goes by: looking through them for every launch
+    # would take longer than most launches.
+    replacements: dict[frozenset[int], list[tuple[Any, str, Any]]] = {}
 
     def once(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -109,8 +112,17 @@ def install() -> None:
             modules = frozenset(id(v) for v in fn.__globals__.values() if v is tl or v is tl.core)
             if modules in patched:
                 return interpreter._LangPatchScope()
+            first = not patched
             patched.add(modules)
-            return original(fn)
+            if first and modules in replacements:
+                scope = interpreter._LangPatchScope()
+                for owner, name, value in replacements[modules]:
+                    scope.set_attr(owner, name, value)
+                return scope
+            scope = original(fn)
+            if first:
+                replacements[modules] = [(owner, name, vars(owner)[name]) for owner, name, _ in scope._changes]
+            return scope
 
         return patch_lang
 
@@ -158,3 +170,99 @@ def install() -> None:
     if not hasattr(builder, "get_bf16"):
         # Without it tl.full cannot make a bfloat16 tensor of anything but zero.
         builder.get_bf16 = lambda self, value: encode(self.get_fp32(value))
+    _share_types(replace)
+
+
+def _share_types(replace: Callable[..., None]) -> None:
+    """Every value has a type, and every operation compares some: a type is made once, and what nobody asks for never.
+
+    Without this, two thirds of the interpreter's time go into types, their names and their sizes.
+    """
+    from triton.language import core, semantic
+
+    def made_when_asked_for(owner: Any, make: Callable[[Any], Any]) -> None:
+        # An attribute that instances may have of their own goes before it.
+        owner.type = functools.cached_property(make)
+        owner.type.__set_name__(owner, "type")
+
+    def tuple_of(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def init(self: Any, args: Any, type: Any = None) -> None:
+            if type is None:
+                self.values = list(args)
+            else:
+                original(self, args, type)
+
+        return init
+
+    replace(core.tuple, "__init__", tuple_of)
+    made_when_asked_for(core.tuple, lambda self: core._type_for_tuple_values(self.values))
+
+    def constant(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def init(self: Any, value: Any) -> None:
+            while isinstance(value, core.constexpr):
+                value = value.value
+            self.value = value
+
+        return init
+
+    replace(core.constexpr, "__init__", constant)
+    made_when_asked_for(core.constexpr, lambda self: core.constexpr_type(self.value))
+
+    blocks: dict[tuple[Any, ...], Any] = {}
+
+    def shared_block(cls: Any, element: Any, shape: Any) -> Any:
+        sides = tuple(s.value if isinstance(s, core.constexpr) else s for s in shape)
+        # Names of pointers do not tell their address space.
+        key = (element.name, getattr(element, "address_space", None), sides)
+        if key not in blocks:
+            self = object.__new__(cls)
+            initialize(self, element, shape)
+            self.tensor_shape = core.tuple([core.constexpr(s) for s in self.shape])
+            self.tensor_size = core.constexpr(self.numel)
+            blocks[key] = self
+        return blocks[key]
+
+    def initialized(_original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, *args: None
+
+    initialize = core.block_type.__init__
+    core.block_type.__new__ = shared_block
+    replace(core.block_type, "__init__", initialized)
+    no_sides, one = core.tuple([]), core.constexpr(1)
+
+    def tensor_of(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def init(self: Any, handle: Any, type: Any) -> None:
+            self.handle, self.type, self.dtype = handle, type, type.scalar
+            if type.is_block():
+                self.shape, self.numel = type.tensor_shape, type.tensor_size
+            else:
+                self.shape, self.numel = no_sides, one
+
+        return init
+
+    replace(core.tensor, "__init__", tensor_of)
+
+    def equal(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def eq(self: Any, other: Any) -> Any:
+            return self is other or original(self, other)
+
+        return eq
+
+    for owner in (core.dtype, core.pointer_type, core.block_type):
+        replace(owner, "__eq__", equal)
+
+    def broadcast(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def method(self: Any, lhs: Any, rhs: Any) -> Any:
+            a, b = lhs.type, rhs.type
+            if a is b or (a.is_block() and b.is_block() and a.shape.values == b.shape.values):
+                return lhs, rhs
+            return original(self, lhs, rhs)
+
+        return method
+
+    replace(semantic.TritonSemantic, "broadcast_impl_value", broadcast)
