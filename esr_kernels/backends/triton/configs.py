@@ -46,7 +46,7 @@ class Config(NamedTuple):
         return self.tile[0] * self.tile[1]
 
 
-# Everything the tuner tries. Tests run every entry in the interpreter.
+# Everything the tuner tries. Tests run every tile and pipelining in the interpreter, which has no warps.
 TILES = ((2, 16), (4, 16), (8, 16), (4, 32), (16, 16))
 # Lanes of a window at most, and results of a program with windows that have as many.
 WINDOWS = ((16, 8), (16, 32), (64, 8), (64, 16))
