@@ -44,7 +44,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def run(program: Path, *words: str) -> str:
-    outcome = subprocess.run([program, *words], capture_output=True, text=True, timeout=60)
+    outcome = subprocess.run([program, *words], capture_output=True, text=True, timeout=300)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     return outcome.stdout
 

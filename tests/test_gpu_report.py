@@ -36,6 +36,12 @@ TINY = Options(device="cpu", dtypes=("float32",), models=("span",), sizes=((16, 
 CEILINGS = {"copy": {"value": 1000.0, "unit": "GB/s"}, "matmul float16": {"value": 100.0, "unit": "TFLOP/s"}}
 
 
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch: pytest.MonkeyPatch):
+    """What is timed matters here, not how often: in the interpreter and the emulator a call takes a second."""
+    monkeypatch.setattr(Options, "timing", property(lambda self: {"rounds": 2, "budget": 0.1}))
+
+
 # --- arithmetic -------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +193,7 @@ def test_a_process_that_dies_is_replaced_without_the_item_it_died_of(tmp_path: P
 
 def test_a_process_that_hangs_is_stopped_and_what_it_had_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(jobs, "GRACE", 0.0)
-    state = jobs.run_in_processes(worker("a", "hangs", "b"), {}, 1.5, tmp_path / "state.json")
+    state = jobs.run_in_processes(worker("a", "hangs", "b"), {}, 3.0, tmp_path / "state.json")
     assert list(state["results"]) == ["a"]
     assert state["not_run"] == {"hangs": "stopped at the part's time limit"}
 
@@ -202,7 +208,7 @@ def test_a_command_is_stopped_with_its_children():
     begun = time.monotonic()
     finished = jobs.run_command(["sh", "-c", "echo one; sleep 60 & sleep 60; echo two"], 0.5)
     assert finished.returncode is None and finished.tail == ["one"]
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
     finished = jobs.run_command(["sh", "-c", "pwd; echo $WORD; exit 3"], 10, environment={"WORD": "word"})
     assert (finished.returncode, finished.tail) == (3, [str(ROOT), "word"])
 
