@@ -72,7 +72,8 @@ format: $(VENV)/.esr-requirements
 # A file stays in one process: fixtures of a module are made once.
 test: export ESR_KERNELS_EMULATOR = 1
 test: lint build
-	$(PY) -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --durations 15 $(ARGS)
+	$(PY) -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+		--durations 15 $(ARGS)
 
 # The Triton tests with other versions than the pinned one, each kept in a folder of its own.
 test-triton: build
