@@ -10,8 +10,8 @@ Environment:
                           and there are CUDA sources. 1: no nvcc is an error. 0: without CUDA.
     ESR_KERNELS_EMULATOR  1: in-place builds also compile the CUDA kernels for the CPU emulator, as
                           `esr_kernels/_esr_emulator.so`, with which the tests run them. Default 0.
-    TORCH_CUDA_ARCH_LIST  default 8.0;8.6;8.9;9.0+PTX; entries below 8.0 are left out. A source named `*_sm90a.cu` is
-                          compiled for that architecture alone
+    TORCH_CUDA_ARCH_LIST  default 8.0;8.6;8.9;9.0+PTX; entries below 8.0 are left out. Beside 8.6, 8.9 needs no machine
+                          code of its own. A source named `*_sm90a.cu` is compiled for that architecture alone
     CXX, CXXFLAGS, LDFLAGS, NVCC_FLAGS, MAX_JOBS
 """
 
@@ -68,6 +68,9 @@ NVCC_FLAGS = (
 )
 CUDA_MINIMUM = (12, 0)  # the first nvcc with C++20
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
+# Whose machine code another architecture has: from the same PTX ptxas makes the same instructions for both, and devices
+# of the later one run them.
+SAME_CODE = {"8.9": "8.6"}
 ARCHITECTURE_NAMES = {
     "Ampere": "8.0;8.6+PTX",
     "Ada": "8.9+PTX",
@@ -162,18 +165,27 @@ def cuda_architectures(text: str) -> tuple[str, ...]:
     return tuple(e for e in sorted(found, key=lambda e: (found[e], e)) if f"{e}+PTX" not in found)
 
 
+def shared_code(architectures: Iterable[str]) -> dict[str, str]:
+    """Those of SAME_CODE for which no machine code is made, as that of the other one is."""
+    names = {entry.removesuffix("+PTX") for entry in architectures}
+    return {name: other for name, other in SAME_CODE.items() if name in names and other in names}
+
+
 def gencode_flags(architectures: Iterable[str]) -> list[str]:
     """nvcc's choice of architectures.
 
     Machine code comes from the PTX of the generation's first architecture: the front end runs once for all of them, and
-    no kernel makes a difference between them.
+    no kernel makes a difference between them. What another architecture's code serves as well is not made twice.
     """
+    architectures = tuple(architectures)
+    shared = shared_code(architectures)
     flags = []
     first: dict[str, str] = {}
     for entry in architectures:
         number = entry.removesuffix("+PTX").replace(".", "")
         virtual = number if not number.isdecimal() else first.setdefault(number[:-1], number)
-        flags.append(f"-gencode=arch=compute_{virtual},code=sm_{number}")
+        if entry.removesuffix("+PTX") not in shared:
+            flags.append(f"-gencode=arch=compute_{virtual},code=sm_{number}")
         if entry.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
@@ -451,7 +463,7 @@ class NinjaFile:
             "  deps = gcc",
             "  description = compile $in",
             "rule kernels",
-            f"  command = $python {self._command([str(KERNEL_REPORT)])} table $out $in",
+            f"  command = $python {self._command([str(KERNEL_REPORT)])} table $out $same $in",
             "  restat = 1",
             "  description = list the kernels",
             "rule link",
@@ -474,10 +486,13 @@ class NinjaFile:
         ]
         return output
 
-    def list_kernels(self, objects: Iterable[str], output: str) -> None:
-        """Writes C++ with the kernels that the objects' compilations told of."""
+    def list_kernels(self, objects: Iterable[str], output: str, same: Mapping[str, str]) -> None:
+        """Writes C++ with the kernels that the objects' compilations told of; `same` is as in `shared_code`."""
         inputs = " ".join(map(self._path, objects))
-        self.lines += [f"build {self._path(output)}: kernels {inputs} | {self._path(str(KERNEL_REPORT))}"]
+        self.lines += [
+            f"build {self._path(output)}: kernels {inputs} | {self._path(str(KERNEL_REPORT))}",
+            f"  same = {self._command(f'--same={name}={other}' for name, other in same.items())}",
+        ]
 
     def link(self, objects: Iterable[str], output: str, command: Iterable[str], libraries: Iterable[str]) -> None:
         self.lines += [
@@ -574,7 +589,7 @@ def plan_build(folder: Path, names: Iterable[str], tools: Toolchain, torch: Torc
         command = [*cxx, *python, *isystem, *tools.cxxflags]
         compiled = ninja.compile(ROOT / "csrc" / "python_module.cpp", "python_module.o", command)
         outputs[MODULE] = folder / "_build_info.so"
-        ninja.list_kernels(kernels, "cuda_kernels.cpp")
+        ninja.list_kernels(kernels, "cuda_kernels.cpp", shared_code(cuda.architectures if cuda else ()))
         table = ninja.compile(Path("cuda_kernels.cpp"), "cuda_kernels.o", [*tools.cxx, *COMPILE_FLAGS])
         # A module's Python symbols come from the interpreter that loads it.
         link = [word for word in shared if word != "-Wl,-z,defs"]

@@ -1,7 +1,8 @@
 """What nvcc tells of the kernels it compiles, as JSON beside their object and as one constant for `_build_info`.
 
     nvcc_resources.py compile OBJECT NVCC ARGUMENTS...    runs nvcc, which makes OBJECT, and writes OBJECT.json
-    nvcc_resources.py table SOURCE OBJECT...              writes C++ with the kernels of all objects
+    nvcc_resources.py table SOURCE [--same=8.9=8.6] OBJECT...
+        writes C++ with the kernels of all objects; those of 8.6 are those of 8.9 as well
 
 setup.py has it run. Registers, stack and spills are what `ptxas -v` says, the bounds of a launch stand in the PTX:
 that needs no tool beside nvcc, and no GPU.
@@ -14,7 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +106,18 @@ def compile_object(output: str, command: list[str]) -> int:
     return done.returncode
 
 
-def table_source(objects: Iterable[str]) -> str:
-    """C++ that defines the kernels of these objects, in order and each once, as a constant with JSON."""
+def table_source(objects: Iterable[str], same: Mapping[str, str]) -> str:
+    """C++ that defines the kernels of these objects, in order and each once, as a constant with JSON.
+
+    An architecture in `same` has the machine code of another one, and is listed like it.
+    """
     found: dict[tuple[str, str], Any] = {}
     files = [Path(f"{name}.json") for name in objects]
     for file in filter(Path.is_file, files):
         for kernel in json.loads(file.read_text(encoding="utf-8")):
-            found.setdefault((kernel["symbol"], kernel["architecture"]), kernel)
+            serves = [name for name, other in same.items() if other == kernel["architecture"]]
+            for architecture in (kernel["architecture"], *serves):
+                found.setdefault((kernel["symbol"], architecture), {**kernel, "architecture": architecture})
     lines = [json.dumps(json.dumps(kernel)) for kernel in found.values()]
     text = '\n    "," '.join(lines)
     return (
@@ -125,7 +131,8 @@ def main(arguments: list[str]) -> int:
     mode, output, *rest = arguments
     if mode == "compile":
         return compile_object(output, rest)
-    text, path = table_source(rest), Path(output)
+    same = dict(word.removeprefix("--same=").split("=") for word in rest if word.startswith("--same="))
+    text, path = table_source([word for word in rest if not word.startswith("--same=")], same), Path(output)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
     return 0

@@ -222,6 +222,20 @@ def test_one_front_end_serves_a_generation(script: ModuleType) -> None:
     ]
 
 
+def test_no_code_is_made_where_another_architecture_has_the_same(script: ModuleType) -> None:
+    assert script.gencode_flags(["8.0", "8.6", "8.9+PTX"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=sm_86",
+        "-gencode=arch=compute_89,code=compute_89",
+    ]
+    assert script.gencode_flags(["8.0", "8.9"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=sm_89",
+    ]
+    assert script.shared_code(["8.6+PTX", "8.9+PTX"]) == {"8.9": "8.6"}
+    assert script.shared_code(["8.0", "8.9"]) == {}
+
+
 def test_nvcc_is_for_files_with_kernels(script: ModuleType, tmp_path: Path) -> None:
     for name, text in {
         "device.h": "#define ESR_KERNEL(threads) __global__ void\n// ESR_KERNEL(128) is a __global__ function\n",

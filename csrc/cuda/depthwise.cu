@@ -116,15 +116,15 @@ depthwise_kernel(ESR_ARGUMENT(DepthwiseArgs) a) {
         add_row<Value, kHalves>(a, first + half, filters + half * kSlab, image, y, x, unit, c, tap_rows, sums[half]);
       }
     }
-#pragma unroll
+#pragma unroll 1  // activations are much code
     for (int r = 0; r < kRows; ++r) {
       const int y = y0 + r;
       if (y >= a.height) break;
-      float (&h)[8] = sums[0][r];
+      float (&h)[8] = sums[0][0];  // the next row moves up
       float given[8];
       if (a.given.data != nullptr) read_channels<Value>(a.given, 1, image, y, x, c, a.channels, given);
       if constexpr (kGated) {
-        float (&gate)[8] = sums[1][r];
+        float (&gate)[8] = sums[1][0];
         if (a.given.data == nullptr) {
           activate(h, a.activation, a.slope);
 #pragma unroll
@@ -148,6 +148,14 @@ depthwise_kernel(ESR_ARGUMENT(DepthwiseArgs) a) {
 #pragma unroll
       for (int k = 0; k < 8; ++k) h[k] = c + k < a.channels ? h[k] : 0.0f;
       write_channels<Value>(a.output[first], 1, image, y, x, c, a.channels, h);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+        for (int i = 1; i < kRows; ++i) {
+#pragma unroll
+          for (int k = 0; k < 8; ++k) sums[half][i - 1][k] = sums[half][i][k];
+        }
+      }
     }
   }
 }

@@ -2,12 +2,16 @@
 
 #ifndef ESR_EMULATOR
 
+#include <torch/headeronly/util/Exception.h>
+
 #include <array>
 #include <mutex>
 #include <optional>
 #include <set>
 #include <sstream>
 #include <utility>
+
+#include "rehearsal.h"
 
 namespace esr::device {
 namespace {

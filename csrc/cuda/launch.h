@@ -9,10 +9,7 @@
 #include "../emulator/launch.h"
 #else
 
-#include <torch/headeronly/util/Exception.h>
-
-#include <string>
-
+// Units with kernels are read several times, for the host and the architectures: nothing of PyTorch is included here.
 namespace esr::device {
 
 using Stream = cudaStream_t;
@@ -35,11 +32,7 @@ struct Properties {
 // Of the current device.
 const Properties& properties();
 
-// A rehearsal: until it ends, this thread's launches are listed instead of started, properties() tells of a device that
-// need not be there, and tensors may be anywhere.
-void begin_rehearsal(const Properties& device);
-// A line for every launch: name, instance, threads, rows, blocks, bytes of shared memory.
-std::string end_rehearsal();
+// Whether this thread's launches are listed instead of started (rehearsal.h).
 bool rehearsing();
 
 // Memory that kernels may touch; the emulator reports every other access.

@@ -9,6 +9,7 @@
 
 #include "engine.h"
 #include "launch.h"
+#include "rehearsal.h"
 
 namespace esr::cuda {
 namespace {

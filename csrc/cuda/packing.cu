@@ -114,10 +114,11 @@ ESR_DEVICE float transformed_weight(const PackArgs& a, int o, int i, int positio
     if (k == 3) return -x2;
     return 0.5f * (k == 1 ? x0 + x1 + x2 : x0 - x1 + x2);
   };
-  float columns[3];
-#pragma unroll
+  float columns[3] = {};
+#pragma unroll 1  // reading a weight, of three types and as any product, is much code
   for (int c = 0; c < 3; ++c) {
-    columns[c] =
+    columns[0] = columns[1], columns[1] = columns[2];
+    columns[2] =
         row(position / 4, weight_value(a, o, i, c), weight_value(a, o, i, 3 + c), weight_value(a, o, i, 6 + c));
   }
   return row(position % 4, columns[0], columns[1], columns[2]);

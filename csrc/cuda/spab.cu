@@ -95,6 +95,7 @@ void prepare_spab(Spab& spab, int64_t batch) {
       bytes <= gpu.shared_bytes && resident(p, *best, bytes) == resident(p, *best, layout_of(p, *best, false).bytes);
   const Layout l = layout_of(p, *best, stay);
   spab.large = best->large;
+  spab.args.steps = p.total_steps();
   spab.args.weights_stay = stay;
   spab.args.inner_at = l.inner_at;
   spab.args.weights_at = l.weights_at;

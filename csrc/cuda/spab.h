@@ -13,6 +13,7 @@ struct SpabArgs {
   // they are on every side.
   ConvolutionArgs last;
   Packing packing;  // of each of the three
+  int32_t steps;    // of its products
   const unsigned char* weights[3];
   const float* bias[3];
   View middle;  // data null: not wanted

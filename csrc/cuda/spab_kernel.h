@@ -23,7 +23,7 @@ ESR_DEVICE Region region_of(const SpabArgs& a, int k) {
 // For each convolution, where the units of every step lie, seen from the pixel of the first tap.
 ESR_DEVICE void write_tables(const SpabArgs& a, unsigned char* shared) {
   const Packing& p = a.packing;
-  const int count = 2 * p.total_steps();
+  const int count = 2 * a.steps;
   for (int i = device::thread_index(); i < 3 * count; i += device::thread_count()) {
     const int k = i / count, entry = i - k * count;
     const Packing::Slab slab = p.slab_of(entry / 2);
@@ -62,7 +62,7 @@ ESR_DEVICE void multiply_region(const SpabArgs& a, const Region& r, const Offset
     const int q = first + m * 16 + (lane & 15), i = q < r.pixels ? q : 0, y = divided(i, r.reciprocal);
     base[m] = (y * (r.width + 2) + i - y * r.width) * a.last.pitch;
   }
-  multiply_slab<P, kN, kM>(offsets, a.packing.total_steps(), pixels, base, sums);
+  multiply_slab<P, kN, kM>(offsets, a.steps, pixels, base, sums);
 }
 
 // The map between two convolutions; around the image it is what their padding is, zeros.
@@ -106,7 +106,7 @@ ESR_DEVICE void compute_spab(const SpabArgs& a) {
   using Value = typename P::Value;
   unsigned char* const shared = device::shared_memory();
   unsigned char* const inner = shared + a.inner_at;
-  const int weight_bytes = a.packing.total_steps() * a.packing.step_bytes();
+  const int weight_bytes = a.steps * a.packing.step_bytes();
   const auto weights_at = [&](int k) { return a.weights_at + (a.weights_stay ? k * weight_bytes : 0); };
   const auto load_weights_of = [&](int k) {
     unsigned char* const to = shared + weights_at(k);
@@ -115,8 +115,7 @@ ESR_DEVICE void compute_spab(const SpabArgs& a) {
     }
   };
   const auto offsets = [&](int k, int pixels_at) -> Offsets {
-    return {a.tables_at + k * a.packing.total_steps() * 8 - pixels_at, weights_at(k) - pixels_at,
-            a.zeros_at - pixels_at};
+    return {a.tables_at + k * a.steps * 8 - pixels_at, weights_at(k) - pixels_at, a.zeros_at - pixels_at};
   };
 
   write_tables(a, shared);
@@ -127,54 +126,55 @@ ESR_DEVICE void compute_spab(const SpabArgs& a) {
 
   const auto tiles = static_cast<uint32_t>(a.last.tiles), blocks = static_cast<uint32_t>(device::grid_size());
   auto t = static_cast<uint32_t>(device::block_index());
-  const auto load_tile = [&] {
-    load_input<Value>(a.last, a.last.inputs[0], locate(a.last, static_cast<int>(t)), 0, kN, shared);
-    device::commit_copies();
-  };
-  load_tile();
-  while (true) {
-    const Tile tile = locate(a.last, static_cast<int>(t));
+  Tile tile = {};
+  float sums[spab_rows<kLarge>(2)][kN][4];
+  for (bool first = true;; first = false) {
+    // A tile is loaded while the one before is finished.
+    const bool more = t < tiles;
+    const Tile next = locate(a.last, static_cast<int>(t));
+    if (more) {
+      if (!first && !a.weights_stay) load_weights_of(0);
+      load_input<Value>(a.last, a.last.inputs[0], next, 0, kN, shared);
+      device::commit_copies();
+    }
+    if (!first) {
+      constexpr int kRows = spab_rows<kLarge>(2);
+      store_results<P, kN, kRows, Variant::kForward>(a.last, tile, 0, sums, inner, PixelsInRows<kRows>{a.last, tile});
+    }
+    if (!more) break;
+    tile = next;
+    t += blocks;
     device::wait_for_copies<0>();
     device::sync_block();
     {
       const Region r = region_of(a, 0);
-      float sums[spab_rows<kLarge>(0)][kN][4];
-      multiply_region<P, kN>(a, r, offsets(0, 0), shared, a.bias[0], sums);
+      float inner_sums[spab_rows<kLarge>(0)][kN][4];
+      multiply_region<P, kN>(a, r, offsets(0, 0), shared, a.bias[0], inner_sums);
       if (!a.weights_stay) {
         device::sync_block();
         load_weights_of(1);
         device::commit_copies();
       }
-      keep_region<Value, kN>(a, r, tile, sums, inner);
+      keep_region<Value, kN>(a, r, tile, inner_sums, inner);
     }
     device::wait_for_copies<0>();
     device::sync_block();
     if (a.middle.data != nullptr) write_middle<Value, kN>(a, tile, inner);
     {
       const Region r = region_of(a, 1);
-      float sums[spab_rows<kLarge>(1)][kN][4];
-      multiply_region<P, kN>(a, r, offsets(1, a.inner_at), inner, a.bias[1], sums);
+      float inner_sums[spab_rows<kLarge>(1)][kN][4];
+      multiply_region<P, kN>(a, r, offsets(1, a.inner_at), inner, a.bias[1], inner_sums);
       if (!a.weights_stay) {
         device::sync_block();
         load_weights_of(2);
         device::commit_copies();
       }
-      keep_region<Value, kN>(a, r, tile, sums, shared);
+      keep_region<Value, kN>(a, r, tile, inner_sums, shared);
     }
     device::wait_for_copies<0>();
     device::sync_block();
-    float sums[spab_rows<kLarge>(2)][kN][4];
     multiply_region<P, kN>(a, region_of(a, 2), offsets(2, 0), shared, a.bias[2], sums);
     device::sync_block();
-    // The next tile is loaded while this one is finished.
-    t += blocks;
-    if (t < tiles) {
-      if (!a.weights_stay) load_weights_of(0);
-      load_tile();
-    }
-    constexpr int kRows = spab_rows<kLarge>(2);
-    store_results<P, kN, kRows, Variant::kForward>(a.last, tile, 0, sums, inner, PixelsInRows<kRows>{a.last, tile});
-    if (t >= tiles) break;
   }
 }
 
