@@ -304,7 +304,8 @@ def run_plan_outputs(inputs: list[Tensor], weights: list[Tensor], plan: str) -> 
     p = Plan.from_json(plan)
     x = inputs[0]
     return [
-        feature_map(x, p.channels[i]) if p.scales[i] == 1 else image(x, p.channels[i], p.scales[i]) for i in p.outputs
+        feature_map(x, p.channels[i]) if p.scales[i] == 1 else image(x, p.channels[i], int(p.scales[i]))
+        for i in p.outputs
     ]
 
 
@@ -356,8 +357,8 @@ def _norm_flops(x: Shape, weight: Any, bias: Any, *args: Any, out_shape: Any = N
 def _modulate_flops(
     x: Shape, maps: Sequence[Shape], mode: str, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
-    """Four multiply-adds for every value that a bilinear resize makes, as `layer_flops` counts ESA's."""
-    return 8 * math.prod(x) * sum(mode == "bilinear" and list(t[2:]) != list(x[2:]) for t in maps)
+    resized = [x[1] for t in maps if list(t[2:]) != list(x[2:])]
+    return _count("modulate", x, resized, x[1], mode=mode)
 
 
 @register_flop_formula(torch.ops.esr.esa)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -27,8 +28,13 @@ WEIGHTS = {
     "add": (),
     "multiply": (),
     "activate": (),
+    "slice": (),
+    "resize": (),
+    "adaptive_max_pool": (),
+    "modulate": (),
 }
-# Pixels a side that a layer's result depends on; None: the whole image. A depthwise_conv has its filter's.
+# Pixels a side that a layer's result depends on; None: the whole image. A depthwise_conv has its filter's, a resize its
+# filter's too; the windows of a pooling depend on the image's size.
 _HALO: dict[str, int | None] = {
     "normalize": 0,
     "conv3x3": 1,
@@ -40,7 +46,17 @@ _HALO: dict[str, int | None] = {
     "add": 0,
     "multiply": 0,
     "activate": 0,
+    "slice": 0,
+    "adaptive_max_pool": None,
+    "modulate": 1,
 }
+RESIZE_REACH = {"nearest": 0, "bilinear": 1, "bicubic": 2}
+MOST_MODULATE_MAPS = 8
+
+
+def _whole(scale: int | Fraction) -> int | Fraction:
+    """An int where it is one."""
+    return scale if isinstance(scale, int) or scale.denominator > 1 else int(scale)
 
 
 @dataclass(frozen=True)
@@ -52,7 +68,10 @@ class Layer:
         inputs: the values it reads; a residual comes last.
         weights: weight name -> index into the plan's weights; a missing bias has no entry.
         attributes: the operator's other arguments (activation, residual_mode, upscale_factor, ...); a conv1x1 and a
-            bsconv have `residual_mode` where they have a residual, a depthwise_conv its weight's `kernel_size`.
+            bsconv have `residual_mode` where they have a residual, a depthwise_conv its weight's `kernel_size`, a
+            slice the first of its channels (`start`), a resize its `mode` (nearest, bilinear or bicubic, corners not
+            aligned) and `upscale_factor`, an adaptive_max_pool its `divisor`: the result has as many pixels a side as
+            that goes into the input's.
         channels: channels of its result.
     """
 
@@ -66,13 +85,15 @@ class Layer:
     def halo(self) -> int | None:
         if self.op == "depthwise_conv":
             return int(self.attributes["dilation"]) * (max(self.attributes["kernel_size"]) // 2)
+        if self.op == "resize":
+            return RESIZE_REACH[self.attributes["mode"]]
         return _HALO[self.op]
 
     @property
     def residual(self) -> int | None:
         """The value that is added, or None."""
         added = "residual_mode" in self.attributes if self.op == "conv1x1" else len(self.inputs) > 1
-        return self.inputs[-1] if added and self.op not in ("add", "multiply") else None
+        return self.inputs[-1] if added and self.op not in ("add", "multiply", "modulate") else None
 
     @property
     def operands(self) -> tuple[int, ...]:
@@ -80,8 +101,10 @@ class Layer:
         return self.inputs if self.residual is None else self.inputs[:-1]
 
     @property
-    def scale(self) -> int:
-        """Height and width of the result as a multiple of the input's."""
+    def scale(self) -> int | Fraction:
+        """Height and width of the result as a multiple of the first input's, rounded down where it is a part."""
+        if self.op == "adaptive_max_pool":
+            return _whole(Fraction(1, int(self.attributes["divisor"])))
         return int(self.attributes.get("upscale_factor", 1))
 
 
@@ -92,10 +115,11 @@ class Plan:
     Attributes:
         inputs: (channels, scale) of each input; the scale is its height and width as a multiple of the first one's.
         layers: the layers in the order of execution.
-        outputs: the values that are returned: distinct results of layers.
+        outputs: the values that are returned: distinct results of layers, none of which is pooled.
 
     Raises:
-        ValueError: a layer is unknown or reads a value that does not exist yet, or an output is not a layer's result.
+        ValueError: a layer is unknown or reads a value that does not exist yet, an output is not a layer's result, or a
+            pooled value, whose size is rounded, is enlarged by a factor or returned.
     """
 
     inputs: tuple[tuple[int, int], ...]
@@ -118,6 +142,11 @@ class Plan:
             raise ValueError(f"plan: outputs must be distinct and at least one, got {self.outputs}")
         if not all(len(self.inputs) <= i < total for i in self.outputs):
             raise ValueError(f"plan: outputs {self.outputs} must be results of layers, {len(self.inputs)}..{total - 1}")
+        for k, layer in enumerate(self.layers):
+            if layer.op == "resize" and not isinstance(self.scales[layer.inputs[0]], int):
+                raise ValueError(f"plan: layer {k} (resize) reads %{layer.inputs[0]}, which is pooled")
+        if pooled := [i for i in self.outputs if not isinstance(self.scales[i], int)]:
+            raise ValueError(f"plan: outputs {pooled} are pooled, which can only be read by layers")
 
     @cached_property
     def channels(self) -> tuple[int, ...]:
@@ -125,17 +154,21 @@ class Plan:
         return (*(c for c, _ in self.inputs), *(layer.channels for layer in self.layers))
 
     @cached_property
-    def scales(self) -> tuple[int, ...]:
-        """Height and width of every value as a multiple of the first input's."""
-        scales = [s for _, s in self.inputs]
+    def scales(self) -> tuple[int | Fraction, ...]:
+        """Height and width of every value as a multiple of the first input's, rounded down where it is a part."""
+        scales: list[int | Fraction] = [s for _, s in self.inputs]
         for layer in self.layers:
-            scales.append(scales[layer.inputs[0]] * layer.scale)
+            scales.append(_whole(scales[layer.inputs[0]] * layer.scale))
         return tuple(scales)
+
+    def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Height and width of every value for a first input of this size."""
+        return [(int(height * s), int(width * s)) for s in self.scales]
 
     @property
     def scale(self) -> int:
         """The scale of the first output: 4 for a x4 network."""
-        return self.scales[self.outputs[0]]
+        return int(self.scales[self.outputs[0]])
 
     @cached_property
     def receptive_radius(self) -> int | None:
@@ -178,10 +211,13 @@ class Plan:
     def flops(self, batch: int, height: int, width: int) -> int:
         """Floating-point operations of a run, a multiply-add as two, activations and residuals not counted."""
         total = 0
-        for layer in self.layers:
-            scale = self.scales[layer.inputs[0]]
+        sizes = self.sizes(height, width)
+        for k, layer in enumerate(self.layers):
             cin = [self.channels[i] for i in layer.operands]
-            h, w = height * scale, width * scale
+            if layer.op == "modulate":
+                resized = sum(sizes[i] != sizes[layer.inputs[0]] for i in layer.inputs[1:])
+                cin = [layer.channels] * resized  # of the maps that are resized
+            h, w = sizes[len(self.inputs) + k if layer.op == "resize" else layer.inputs[0]]
             total += batch * layer_flops(layer.op, cin, layer.channels, layer.attributes, h, w)
         return total
 
@@ -200,7 +236,7 @@ class Plan:
             "inputs": self.inputs,
             "layers": layers,
             "outputs": self.outputs,
-            "scales": self.scales,
+            "scales": [s if isinstance(s, int) else str(s) for s in self.scales],
         }
         return json.dumps(description, separators=(",", ":"), sort_keys=True)
 
@@ -266,7 +302,11 @@ def _describe(layer: Layer) -> str:
         words.append(f"residual {a['residual_mode']}")
     if layer.op == "bsconv":
         words.append(f"padding {a['padding_mode']}")
-    if layer.scale > 1:
+    if layer.op == "slice":
+        words.append(f"from channel {a['start']}")
+    if layer.op in ("resize", "modulate"):
+        words.append(a["mode"])
+    if layer.scale != 1:
         words.append(f"x{layer.scale}")
     return ", ".join(words) + ("  " if words else "")
 
@@ -274,7 +314,8 @@ def _describe(layer: Layer) -> str:
 def layer_flops(op: str, cin: list[int], cout: int, attributes: dict[str, Any], height: int, width: int) -> int:
     """FLOPs of one layer on one image, a multiply-add as two.
 
-    ESA's bilinear resize counts as four multiply-adds per output value, as fvcore counts it.
+    A bilinear resize counts as four multiply-adds per output value, as fvcore counts it, a bicubic one as sixteen. The
+    size is that of the first input, of a resize that of the result; `cin` of a modulate are its maps of another size.
     """
     pixels = height * width
     if op == "conv3x3":
@@ -290,6 +331,10 @@ def layer_flops(op: str, cin: list[int], cout: int, attributes: dict[str, Any], 
     if op == "layer_norm2d":
         # A sum, a difference, a square and its sum, a quotient; then weight and bias.
         return (5 + attributes["has_weight"] + attributes["has_bias"]) * cout * pixels
+    if op == "resize":
+        return 2 * {"nearest": 0, "bilinear": 4, "bicubic": 16}[attributes["mode"]] * cout * pixels
+    if op == "modulate":
+        return 2 * (4 if attributes["mode"] == "bilinear" else 0) * sum(cin) * pixels
     if op == "esa":
         f, n = attributes["hidden"], cin[0]
         h2, w2 = (height - 3) // 2 + 1, (width - 3) // 2 + 1

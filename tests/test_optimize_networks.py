@@ -539,11 +539,11 @@ WHOLE = {
             head=conv(3, 12),
             tail=tail(2),
         ),
-        ["conv3x3 relu", "conv3x3_pixel_shuffle post"],
+        ["conv3x3 relu", "resize", "conv3x3_pixel_shuffle post"],
     ),
     "nearest skip": (
         lambda: Net(lambda m, x: F.interpolate(x, scale_factor=3) + m.tail(m.head(x)), head=conv(3, 12), tail=tail(3)),
-        ["conv3x3", "conv3x3_pixel_shuffle post"],
+        ["conv3x3", "resize", "conv3x3_pixel_shuffle post"],
     ),
     "two upsamplings": (
         lambda: Net(
@@ -860,6 +860,170 @@ def test_a_map_times_one_channel_stays_in_the_plan():
     fast = check(network)
     assert len(plans_of(fast)) == 1 and fast.plan is not None
     assert ops_of(fast).count("multiply") == 2
+
+
+# --- several resolutions
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
+@pytest.mark.parametrize("written", ["factor", "size", "module"])
+def test_the_resized_image_in_the_tail(written, mode, dtype):
+    corners = None if mode == "nearest" else False
+
+    def enlarge(m, x):
+        if written == "module":
+            return m.up(x)
+        where = {"scale_factor": 3} if written == "factor" else {"size": (3 * x.shape[2], 3 * x.shape[3])}
+        return F.interpolate(x, mode=mode, align_corners=corners, **where)
+
+    network = Net(
+        lambda m, x: F.pixel_shuffle(m.c2(F.relu(m.c1(x))), 3) + enlarge(m, x), c1=conv(3, 12), c2=conv(12, 27)
+    )
+    network.up = nn.Upsample(scale_factor=3, mode=mode, align_corners=corners)
+    if dtype == torch.float32:
+        fast = check(network)
+    else:
+        fast = optimize(network.eval(), dtype=dtype)
+        x = torch.rand(1, 3, 21, 18)
+        with torch.no_grad():
+            exact = copy.deepcopy(network).double()(x.double())
+            assert largest_error(fast(x), exact) <= 16 * torch.finfo(dtype).eps * float(exact.abs().max())
+    assert fast.plan is not None and fast.report().left == []
+    assert ops_of(fast) == ["conv3x3 relu", "resize", "conv3x3_pixel_shuffle post"]
+
+
+def test_maps_enlarged_between_convolutions():
+    """Real-ESRGAN's tail."""
+    network = Net(
+        lambda m, x: m.c3(F.leaky_relu(m.c2(F.interpolate(m.c1(x), scale_factor=2)), 0.2)),
+        c1=conv(3, 12),
+        c2=conv(12, 12),
+    )
+    network.c3 = conv(12, 3)
+    fast = check(network)
+    assert ops_of(fast) == ["conv3x3", "resize", "conv3x3 leaky_relu", "conv3x3"] and fast.plan.scale == 2
+
+
+@pytest.mark.parametrize(
+    "resize",
+    [
+        lambda x: F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True),
+        lambda x: F.interpolate(x, scale_factor=1.5, mode="bilinear"),
+        lambda x: F.interpolate(x, scale_factor=(2, 3)),
+        lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear"),
+        lambda x: F.interpolate(x, scale_factor=2, mode="nearest-exact"),
+        lambda x: F.interpolate(x, scale_factor=2, mode="bicubic", antialias=True),
+    ],
+)
+def test_resizes_that_plans_do_not_have(resize):
+    fast = check(Net(lambda m, x: m.c2(resize(m.c1(x))), c1=conv(3, 12), c2=conv(12, 3)))
+    assert ops_of(fast) == ["conv3x3", "conv3x3"]
+
+
+def test_a_resize_at_the_end_stays_plain():
+    """Its result would be copied out of the plan's layout."""
+    fast = check(Net(lambda m, x: F.interpolate(m.c2(F.relu(m.c1(x))), scale_factor=2), c1=conv(3, 12), c2=conv(12, 3)))
+    assert ops_of(fast) == ["conv3x3 relu", "conv3x3"]
+    assert [line.split(" has ")[0] for line in fast.report().left] == ["aten.upsample_nearest2d.vec"]
+
+
+class SpatiallyAdaptive(nn.Module):
+    """SAFMN's attention, as it is published."""
+
+    def __init__(self, channels, levels=4, mode="nearest", act=None):
+        super().__init__()
+        self.levels, self.mode = levels, mode
+        part = channels // levels
+        self.mfr = nn.ModuleList(conv(part, part, groups=part) for _ in range(levels))
+        self.aggr = conv(channels, channels, 1)
+        self.act = act or nn.GELU()
+
+    def forward(self, x):
+        h, w = x.size()[-2:]
+        out = []
+        for i, part in enumerate(x.chunk(self.levels, dim=1)):
+            if i > 0:
+                pooled = F.adaptive_max_pool2d(part, (h // 2**i, w // 2**i))
+                s = F.interpolate(self.mfr[i](pooled), size=(h, w), mode=self.mode)
+            else:
+                s = self.mfr[i](part)
+            out.append(s)
+        return self.act(self.aggr(torch.cat(out, dim=1))) * x
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize(
+    "act", [nn.GELU(), nn.Identity(), nn.SiLU(), nn.LeakyReLU(0.1)], ids=lambda m: type(m).__name__
+)
+def test_modulation_by_pooled_maps(mode, act):
+    network = Net(lambda m, x: m.tail((y := m.head(x)) + m.safm(m.norm(y))), head=conv(3, 12), tail=conv(12, 3))
+    network.norm, network.safm = Norm(published_norm), SpatiallyAdaptive(12, mode=mode, act=act)
+    fast = check(network)
+    assert fast.plan is not None and fast.report().left == []
+    names = [layer.op for layer in layers_of(fast)]
+    assert names.count("adaptive_max_pool") == 3 and names.count("modulate") == 1 and names.count("slice") == 4
+    (modulate,) = (layer for layer in layers_of(fast) if layer.op == "modulate")
+    expected = {"GELU": "gelu", "Identity": "none", "SiLU": "silu", "LeakyReLU": "leaky_relu"}[type(act).__name__]
+    assert (modulate.attributes["mode"], modulate.attributes["activation"]) == (mode, expected)
+    assert fast.minimum_size == 8
+    with pytest.raises(ValueError, match="at least 8"):
+        fast(torch.rand(1, 3, 7, 9))
+
+
+def test_one_resized_gate():
+    network = Net(
+        lambda m, x: m.tail(
+            F.gelu(F.interpolate(m.dw(F.adaptive_max_pool2d(y := m.head(x), size(x, 4))), x.shape[2:])) * y
+        ),
+        head=conv(3, 12),
+        dw=conv(12, 12, groups=12),
+        tail=conv(12, 3),
+    )
+    fast = check(network)
+    assert ops_of(fast) == ["conv3x3", "adaptive_max_pool", "depthwise_conv", "modulate gelu", "conv3x3"]
+    assert fast.plan is not None
+
+
+def size(x, divisor):
+    return x.shape[2] // divisor, x.shape[3] // divisor
+
+
+@pytest.mark.parametrize(
+    ("gate", "expected"),
+    [
+        # The pooled map is read outside: by the mean, or returned with a size of its own.
+        (
+            lambda m, y: (
+                F.interpolate(p := m.c(F.adaptive_max_pool2d(y, size(y, 4))), y.shape[2:]) * y + p.cumsum(2).mean()
+            ),
+            1,
+        ),
+        (lambda m, y: F.interpolate(m.c(F.adaptive_max_pool2d(y, (8, 8))), y.shape[2:]) * y, 1),
+        (lambda m, y: F.interpolate(m.c(F.adaptive_avg_pool2d(y, 4)), y.shape[2:], mode="bicubic") * y, 0),
+    ],
+)
+def test_pooled_maps_outside_of_plans(gate, expected):
+    fast = check(Net(lambda m, x: m.tail(gate(m, m.head(x))), head=conv(3, 12), c=conv(12, 12), tail=conv(12, 3)))
+    names = [layer.op for layer in layers_of(fast)]
+    assert "adaptive_max_pool" not in names and "modulate" not in names and names.count("conv3x3") >= 2
+    assert sum(line.startswith("modulate: ") for line in fast.report().fused) == expected
+
+
+def test_channels_of_a_sum():
+    """Read in parts by layers of the plan, by others, and from outside."""
+
+    def run(m, x):
+        y = m.a(x) + F.silu(m.b(x))
+        first, second, third = y.split([4, 5, 3], 1)
+        return m.tail(torch.cat([m.c(first), F.relu(second)], 1)) + m.d(torch.cumsum(third, 2))
+
+    network = Net(run, a=conv(3, 12), b=conv(3, 12), c=conv(4, 6), d=conv(3, 3), tail=conv(11, 3))
+    fast = check(network)
+    assert sorted(layer.attributes["start"] for layer in layers_of(fast) if layer.op == "slice") == [0, 4]
+
+
+# --- failing rewrites
 
 
 def test_what_no_rewrite_foresaw_runs_as_it_was(monkeypatch):

@@ -299,6 +299,236 @@ def test_wrong_weights_of_a_depthwise_layer(backend, shape, gated, message):
         torch.ops.esr.run_plan([rand(1, 5, 7, 8)], [rand(*shape)], plan.to_json())
 
 
+# --- several resolutions: resizing, pooling, modulation, some of the channels
+
+RESIZES = {
+    mode: (lambda x, r, mode=mode: F.interpolate(x, scale_factor=r, mode=mode))
+    for mode in ("nearest", "bilinear", "bicubic")
+}
+
+
+def resizing_network(mode, factor, dtype=torch.float32):
+    """An image enlarged for the sum with a pixel shuffle's, and a map of 20 channels enlarged for a convolution and to
+    be returned."""
+    torch.manual_seed(factor)
+    tail = kernel(3 * factor**2, 20)
+    weights = [kernel(20, 3), rand(20), tail, tail, kernel(6, 20)]
+    weights = [w.to(dtype) for w in weights]
+    b = PlanBuilder()
+    x = b.input(3)
+    n = b.add("normalize", [x], 3, shift=[0.4, 0.5, 0.6], scale=[2.0, 3.0, 4.0])
+    f = b.add("conv3x3", [n], 20, {"weight": 0, "bias": 1}, **SILU, residual_mode="post")
+    options = {"mode": mode, "upscale_factor": factor}
+    image = b.add("resize", [x], 3, **options)
+    y = b.add("conv3x3_pixel_shuffle", [f, image], 3, {"weight": 2}, upscale_factor=factor)
+    normalized = b.add("resize", [n], 3, **options)
+    z = b.add("conv3x3_pixel_shuffle", [f, normalized], 3, {"weight": 3}, upscale_factor=factor)
+    large = b.add("resize", [f], 20, **options)
+    g = b.add("conv3x3", [large], 6, {"weight": 4}, **LINEAR, residual_mode="post")
+    plan = b.finish([y, z, g, large])
+
+    def oracle(x, dtype=torch.float64):
+        w = [t.to(dtype) for t in weights]
+        n = (x - x.new_tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1)) * x.new_tensor([2.0, 3.0, 4.0]).view(1, 3, 1, 1)
+        f = F.silu(F.conv2d(n, w[0], w[1], padding=1))
+        tail = F.pixel_shuffle(F.conv2d(f, w[2], padding=1), factor)
+        large = RESIZES[mode](f, factor)
+        return tail + RESIZES[mode](x, factor), tail + RESIZES[mode](n, factor), F.conv2d(large, w[4], padding=1), large
+
+    return plan, weights, oracle
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("factor", "size"), [(4, (7, 9)), (3, (1, 1)), (2, (19, 33)), (5, (2, 3))])
+@pytest.mark.parametrize("mode", RESIZES)
+def test_resizing_layers(backend, mode, factor, size, dtype):
+    plan, weights, oracle = resizing_network(mode, factor, dtype)
+    assert plan.scales == (1, 1, 1, *[factor] * 6) and plan.scale == factor
+    layout = LAYOUTS[(factor + len(mode)) % len(LAYOUTS)]
+    x = lay_out(torch.rand(2, 3, *size).to(dtype), layout)
+    # What an earlier run left in the backend's memory is no number, and must not come through.
+    torch.ops.esr.run_plan([torch.full_like(x, torch.nan)], weights, plan.to_json())
+    results = torch.ops.esr.run_plan([x], weights, plan.to_json())
+    exact = oracle(x.double())
+    for i, got in enumerate(results):
+        check_close(got, exact[i], lambda i=i: oracle(x, dtype)[i], backend)
+        if dtype == torch.float32 and i < 2:
+            assert largest_error(got, exact[i]) <= 1e-5 * max(float(exact[i].abs().max()), 1.0)
+
+
+# Channels, size, divisors, mode, activation; one pixel pooled from all of a side, windows that overlap.
+MODULATIONS = [
+    (36, (37, 43), (4, 8, 16), "nearest", "gelu"),
+    (12, (16, 33), (8,), "bilinear", "gelu"),
+    (24, (17, 24), (8,), "nearest", "none"),
+    (8, (5, 7), (5, 2, 3), "bilinear", "silu"),
+    (44, (3, 2), (1, 2), "nearest", "leaky_relu"),
+]
+
+
+def modulating_network(channels, divisors, mode, activation, dtype=torch.float32):
+    """SAFMN's attention with normalisation before it and a residual around it: parts of the channels pooled, convolved
+    and modulating all."""
+    torch.manual_seed(channels)
+    part = channels // (len(divisors) + 1)
+    weights = [kernel(channels, 5), rand(channels)]
+    for _ in range(len(divisors) + 1):
+        weights += [rand(part, 1, 3, 3), kernel(channels, part, 1)]
+    weights += [kernel(7, channels)]
+    weights = [w.to(dtype) for w in weights]
+    b = PlanBuilder()
+    x = b.input(5)
+    f = b.add("conv3x3", [x], channels, {"weight": 0, "bias": 1}, **SILU, residual_mode="post")
+    depthwise = {"kernel_size": [3, 3], "dilation": 1, "gated": False, **LINEAR}
+    maps = []
+    for k, divisor in enumerate((None, *divisors)):
+        y = b.add("slice", [f], part, start=k * part)
+        y = y if divisor is None else b.add("adaptive_max_pool", [y], part, divisor=divisor)
+        y = b.add("depthwise_conv", [y], part, {"weight": 2 + 2 * k}, **depthwise)
+        maps.append(b.add("conv1x1", [y], channels, {"weight": 3 + 2 * k}, **LINEAR))
+    m = b.add("modulate", [f, *maps], channels, mode=mode, activation=activation, negative_slope=0.1)
+    s = b.add("add", [m, f], channels)
+    y = b.add("conv3x3", [s], 7, {"weight": len(weights) - 1}, **LINEAR, residual_mode="post")
+    plan = b.finish([y, m])
+
+    def oracle(x, dtype=torch.float64):
+        w = [t.to(dtype) for t in weights]
+        f = F.silu(F.conv2d(x, w[0], w[1], padding=1))
+        total = 0
+        for k, divisor in enumerate((None, *divisors)):
+            y = f[:, k * part : (k + 1) * part]
+            if divisor is not None:
+                # PyTorch has no half types here, and a maximum needs no more than they have.
+                wide = y if dtype == torch.float64 else y.float()
+                y = F.adaptive_max_pool2d(wide, [n // divisor for n in x.shape[2:]]).to(y)
+            y = F.conv2d(F.conv2d(y, w[2 + 2 * k], padding=1, groups=part), w[3 + 2 * k])
+            corners = None if mode == "nearest" else False
+            total = total + F.interpolate(y, size=x.shape[2:], mode=mode, align_corners=corners)
+        functions = {"none": lambda t: t, "silu": F.silu, "gelu": F.gelu, "leaky_relu": lambda t: F.leaky_relu(t, 0.1)}
+        m = functions[activation](total) * f
+        return F.conv2d(m + f, w[-1], padding=1), m
+
+    return plan, weights, oracle
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("channels", "size", "divisors", "mode", "activation"),
+    MODULATIONS,
+    ids=["-".join(map(str, (c, *d, m, a))) for c, _, d, m, a in MODULATIONS],
+)
+def test_pooling_and_modulating_layers(backend, channels, size, divisors, mode, activation, dtype):
+    plan, weights, oracle = modulating_network(channels, divisors, mode, activation, dtype)
+    x = lay_out(rand(2, 5, *size, dtype=dtype), LAYOUTS[channels % len(LAYOUTS)])
+    # What an earlier run left in the backend's memory is no number, and must not come through.
+    torch.ops.esr.run_plan([torch.full_like(x, torch.nan)], weights, plan.to_json())
+    results = torch.ops.esr.run_plan([x], weights, plan.to_json())
+    exact = oracle(x.double())
+    for i, got in enumerate(results):
+        assert got.is_contiguous(memory_format=expected_format(x))
+        check_close(got, exact[i], lambda i=i: oracle(x, dtype)[i], backend)
+        if dtype == torch.float32:
+            assert largest_error(got, exact[i]) <= 1e-5 * max(float(exact[i].abs().max()), 1.0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [3, 16, 21])
+def test_some_channels_of_an_input(backend, layout, channels):
+    """Returned as they are, and modulated by one of another size that comes from outside."""
+    b = PlanBuilder()
+    small, x = b.input(channels), b.input(40, 3)
+    part = b.add("slice", [x], channels, start=7)
+    m = b.add("modulate", [part, small], channels, mode="nearest", activation="none", negative_slope=0.0)
+    plan = b.finish([part, m])
+    inputs = [lay_out(rand(2, channels, 4, 5), layout), lay_out(rand(2, 40, 12, 15), layout)]
+    got = torch.ops.esr.run_plan(inputs, [], plan.to_json())
+    exact = inputs[1].double()[:, 7 : 7 + channels]
+    check_close(got[0], exact, lambda: got[0], backend)
+    check_close(got[1], exact * F.interpolate(inputs[0].double(), scale_factor=3), lambda: got[1], backend)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 16, 18), (2, 5, 0, 18)])
+def test_no_images_or_pixels_in_several_resolutions(backend, shape):
+    plan, weights, _ = modulating_network(36, (4, 8, 16), "nearest", "gelu")
+    if shape[0] and backend == "reference":
+        pytest.skip("PyTorch's resize wants pixels")
+    results = torch.ops.esr.run_plan([torch.empty(shape)], weights, plan.to_json())
+    assert [r.shape for r in results] == [(shape[0], c, *shape[2:]) for c in (7, 36)]
+    if not shape[0]:
+        plan, weights, _ = resizing_network("bilinear", 2)
+        results = torch.ops.esr.run_plan([torch.empty(0, 3, 4, 5)], weights, plan.to_json())
+        assert [r.shape for r in results] == [(0, c, 8, 10) for c in (3, 3, 6, 20)]
+
+
+def test_an_image_too_small_to_be_pooled(backend):
+    plan, weights, _ = modulating_network(36, (4, 8, 16), "nearest", "gelu")
+    with pytest.raises(
+        (RuntimeError, ValueError), match=r"16 pixels a side|expected output_size|non-empty|greater than"
+    ):
+        torch.ops.esr.run_plan([rand(1, 5, 15, 40)], weights, plan.to_json())
+
+
+def test_facts_of_layers_in_several_resolutions():
+    plan, weights, _ = modulating_network(12, (8,), "bilinear", "gelu")
+    assert plan.receptive_radius is None and Plan.from_json(plan.to_json()) == plan
+    assert plan.sizes(37, 43)[5:9] == [(37, 43), (4, 5), (4, 5), (4, 5)]
+    assert json.loads(plan.to_json())["scales"][6] == "1/8"
+    lines = [line.split() for line in str(plan).splitlines()[1:]]
+    assert lines[5][1:6] == ["slice", "%1", "6", "1", "0"] and lines[5][7:] == ["from", "channel", "6"]
+    assert lines[6][1:6] == ["adaptive_max_pool", "%5", "6", "1/8", "all"] and lines[6][7:] == ["x1/8"]
+    assert lines[9][1:6] == ["modulate", "%1", "%4", "%8", "12"] and lines[9][-1] == "returned"
+    large, small = 2 * 37 * 43, 2 * 4 * 5
+    convolutions = large * 2 * 9 * 5 * 12 + (large + small) * (2 * 9 * 6 + 2 * 6 * 12) + large * 2 * 9 * 12 * 7
+    assert plan.flops(2, 37, 43) == convolutions + large * 8 * 12
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        torch.ops.esr.run_plan([rand(2, 5, 37, 43)], weights, plan.to_json())
+    assert counter.get_total_flops() == plan.flops(2, 37, 43)
+
+    plan, _, _ = resizing_network("bicubic", 4)
+    assert [layer.halo for layer in plan.layers] == [0, 1, 2, 1, 2, 1, 2, 1]
+    pixels = 7 * 9
+    expected = 2 * 9 * 20 * (3 + 2 * 48) * pixels + 16 * pixels * (2 * 9 * 20 * 6 + 32 * (3 + 3 + 20))
+    assert plan.flops(1, 7, 9) == expected
+
+
+def test_opcheck_of_layers_in_several_resolutions(backend):
+    plan, weights, _ = modulating_network(12, (4,), "bilinear", "gelu")
+    torch.library.opcheck(torch.ops.esr.run_plan.default, ([rand(2, 5, 9, 11)], weights, plan.to_json()))
+
+
+def test_pooled_values_stay_inside():
+    b = PlanBuilder()
+    pooled = b.add("adaptive_max_pool", [b.input(5)], 5, divisor=8)
+    with pytest.raises(ValueError, match=r"outputs \[1\] are pooled"):
+        b.finish([pooled])
+    large = b.add("resize", [pooled], 5, mode="nearest", upscale_factor=8)
+    with pytest.raises(ValueError, match=r"layer 1 \(resize\) reads %1, which is pooled"):
+        b.finish([large])
+
+
+@pytest.mark.parametrize(
+    ("op", "integers", "message"),
+    [
+        ("slice", [0, 3, 3], r"layer 0 \(slice\): x has 5 channels, 6 are needed"),
+        ("slice", [0, -1, 3], r"layer 0 \(slice\) takes 3 channels from -1 on"),
+        ("resize", [0, 3, 2], r"mode is 3, must be 0..2"),
+        ("resize", [0, 1, 65], r"upscale_factor of layer 0 \(resize\) is 65, must be 1..64"),
+        ("adaptive_max_pool", [0, 0], r"divisor of layer 0 \(adaptive_max_pool\) is 0"),
+        ("modulate", [9, *[0] * 10, 0, 0, -1], r"layer 0 \(modulate\) has 9 maps, allowed are 1..8"),
+        ("modulate", [1, 0, 0, 2, 0, -1], r"mode is 2, must be 0..1"),
+    ],
+)
+def test_wrong_programs_in_several_resolutions(op, integers, message):
+    program = [engine.PROGRAM_FORMAT, 1, 1, 1, engine.OP_CODES[op], len(integers), *integers, 1]
+
+    def run():
+        handle = torch.ops.esr_native.compile_plan(program, [], [])
+        torch.ops.esr_native.execute_plan(handle, [rand(1, 5, 8, 8)], [rand(1, 3, 8, 8)])
+
+    with pytest.raises(RuntimeError, match=message):
+        run()
+
+
 def test_empty_batch(backend):
     plan, weights, _ = small_network()
     y, g = torch.ops.esr.run_plan([torch.empty(0, 3, 8, 9), torch.empty(0, 3, 16, 18)], weights, plan.to_json())

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "activation.h"
+#include "resize.h"
 
 namespace esr {
 
@@ -23,13 +24,18 @@ enum class Op : int32_t {
   kActivate = 8,
   kDepthwiseConv = 9,
   kLayerNorm2d = 10,
+  kSlice = 11,
+  kResize = 12,
+  kAdaptiveMaxPool = 13,
+  kModulate = 14,
 };
-inline constexpr int64_t kOpCount = 11;
+inline constexpr int64_t kOpCount = 15;
 
 inline const char* op_name(Op op) {
-  constexpr const char* kNames[kOpCount] = {"normalize", "conv3x3",        "conv1x1",     "conv3x3_pixel_shuffle",
-                                            "esa",       "bsconv",         "add",         "multiply",
-                                            "activate",  "depthwise_conv", "layer_norm2d"};
+  constexpr const char* kNames[kOpCount] = {
+      "normalize", "conv3x3",           "conv1x1",  "conv3x3_pixel_shuffle", "esa",          "bsconv",
+      "add",       "multiply",          "activate", "depthwise_conv",        "layer_norm2d", "slice",
+      "resize",    "adaptive_max_pool", "modulate"};
   return kNames[static_cast<int32_t>(op)];
 }
 
@@ -49,8 +55,11 @@ struct Layer {
   std::vector<float> low, high;  // of an activate, one for each channel
   int64_t dilation = 1;
   bool gated = false;    // act(first half of the channels) * second half
-  int64_t channels = 0;  // of a layer_norm2d
+  int64_t channels = 0;  // of a layer_norm2d or slice
   float epsilon = 0.0f;
+  int64_t start = 0;  // the first channel of a slice
+  Resize resize = Resize::kNearest;
+  int64_t divisor = 1;  // of an adaptive_max_pool: how often a side of the result goes into that of the input
 
   // How many of the inputs are no residual.
   size_t operands() const { return inputs.size() - (has_residual ? 1 : 0); }
@@ -252,6 +261,36 @@ class ProgramReader {
                         layer.channels, " channels, must be 1..", kMostChannels);
         layer.epsilon = static_cast<float>(constant("epsilon", next("epsilon")));
         break;
+      case Op::kSlice:
+        layer.inputs.push_back(value("x", defined));
+        layer.start = next("start");
+        layer.channels = next("channels");
+        STD_TORCH_CHECK(
+            layer.start >= 0 && layer.start <= kMostChannels && layer.channels >= 1 && layer.channels <= kMostChannels,
+            "plan: ", layer.name(), " takes ", layer.channels, " channels from ", layer.start, " on");
+        break;
+      case Op::kResize:
+        layer.inputs.push_back(value("x", defined));
+        layer.resize = static_cast<Resize>(choice("mode", kResizeCount));
+        layer.upscale_factor = next("upscale_factor");
+        STD_TORCH_CHECK(layer.upscale_factor >= 1 && layer.upscale_factor <= kMostResize, "plan: upscale_factor of ",
+                        layer.name(), " is ", layer.upscale_factor, ", must be 1..", kMostResize);
+        break;
+      case Op::kAdaptiveMaxPool:
+        layer.inputs.push_back(value("x", defined));
+        layer.divisor = next("divisor");
+        STD_TORCH_CHECK(layer.divisor >= 1 && layer.divisor <= kMostDilation, "plan: divisor of ", layer.name(), " is ",
+                        layer.divisor, ", must be 1..", kMostDilation);
+        break;
+      case Op::kModulate: {
+        const int64_t n = next("number of maps");
+        STD_TORCH_CHECK(n >= 1 && n <= kMostModulateMaps, "plan: ", layer.name(), " has ", n, " maps, allowed are 1..",
+                        kMostModulateMaps);
+        for (int64_t i = 0; i <= n; ++i) layer.inputs.push_back(value(i == 0 ? "x" : "a map", defined));
+        layer.resize = static_cast<Resize>(choice("mode", kBlendModeCount));
+        activation(layer);
+        break;
+      }
     }
     STD_TORCH_CHECK(position_ == end_, "plan: ", layer.name(), " has ", end_ - position_, " integers too many");
     end_ = program_.size();
@@ -274,7 +313,7 @@ class ProgramReader {
 
   static constexpr int64_t kMaxConcatenated = 64;
   static constexpr int64_t kMostDilation = int64_t{1} << 24;  // larger than any image's side
-  static constexpr int64_t kMostChannels = int64_t{1} << 20;  // of a layer_norm2d, whose weights need not tell
+  static constexpr int64_t kMostChannels = int64_t{1} << 20;  // where no weights tell
 
   const std::vector<int64_t>& program_;
   const std::vector<double>& constants_;

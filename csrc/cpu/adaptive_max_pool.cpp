@@ -27,7 +27,46 @@ Shape pooled_shape(const char* name, const Batch& pooled, const Shape& in) {
   return pooled.shape;
 }
 
+// A layer of a plan: as many pixels a side as `divisor` goes into it.
+class AdaptiveMaxPool final : public Operator {
+ public:
+  using Operator::Operator;
+
+  Shape result(const std::vector<Shape>& in) const override {
+    const Shape out{in[0].channels, in[0].height / layer_.divisor, in[0].width / layer_.divisor};
+    const bool empty = in[0].height == 0 || in[0].width == 0;
+    STD_TORCH_CHECK(empty || (out.height > 0 && out.width > 0), layer_.name(), ": x is ", in[0].height, "x",
+                    in[0].width, ", must have at least ", layer_.divisor, " pixels a side");
+    return out;
+  }
+
+  bool takes_views() const override { return true; }
+
+  void run(const Run& run) const override {
+    const MapLayout &in = run.inputs[0].layout, &out = run.output.layout;
+    AdaptiveMaxPoolArgs a = pooling({out.channels, in.height, in.width}, {out.channels, out.height, out.width});
+    a.in = run.producer != nullptr ? run.producer->view(run.inputs) : run.inputs[0].view();
+    a.out = run.output.view();
+    const int64_t cost = ceil_div(in.height, out.height) * in.width * out.step;
+    parallel_ranges(out.height, cost, [&](int64_t y0, int64_t y1) {
+      if (out.channels < out.step) {
+        for (int64_t y = y0; y < y1; ++y) {
+          float* const row = run.output.pixels() + y * out.pitch;
+          for (int64_t x = 0; x < out.width; ++x)
+            std::fill_n(row + (x + 1) * out.step - kernels_.lanes, kernels_.lanes, 0.0f);
+        }
+      }
+      kernels_.adaptive_max_pool_pixels(a, y0, y1);
+      complete_rows(kernels_, run, y0, y1);
+    });
+  }
+};
+
 }  // namespace
+
+std::unique_ptr<Operator> make_adaptive_max_pool(const Layer& layer, const Kernels& kernels) {
+  return std::make_unique<AdaptiveMaxPool>(layer, kernels);
+}
 
 void adaptive_max_pool(const Tensor& x, const Tensor& out) {
   constexpr const char* kName = "adaptive_max_pool";

@@ -33,6 +33,7 @@ class Conv3x3 final : public Operator {
   bool reads_tensor(size_t k) const override { return shuffles_ && k == 1; }
   bool reads_strips(size_t) const override { return true; }
   bool exports_directly() const override { return true; }
+  bool takes_enlarged_residual() const override { return shuffles_; }
 
   void run(const Run& run) const override {
     const Map& in = run.inputs[0];
@@ -97,7 +98,9 @@ class Conv3x3 final : public Operator {
   void shuffle(const Run& run, const MapLayout& rows, const float* pixels, int64_t first_row, int64_t y0,
                int64_t y1) const {
     const int64_t r = layer_.upscale_factor;
-    const Workspace scratch(2 * rows.width * r);
+    const int64_t line_floats = round_up(2 * rows.width * r, kernels_.lanes);
+    const int64_t strip_floats = run.enlarger == nullptr ? 0 : run.enlarger->strip_floats(run.inputs[1], y1 - y0);
+    const Workspace scratch(line_floats + strip_floats);
     ShuffleArgs a;
     a.in = pixels;
     a.first_row = first_row;
@@ -106,7 +109,11 @@ class Conv3x3 final : public Operator {
     a.colours = cout_ / (r * r);
     a.width = rows.width;
     a.factor = r;
-    if (layer_.has_residual) a.residual = run.inputs[1].view();
+    if (run.enlarger != nullptr) {
+      a.residual = run.enlarger->enlarge(run.inputs[1], y0, y1, scratch.data() + line_floats);
+    } else if (layer_.has_residual) {
+      a.residual = run.inputs[1].view();
+    }
     a.scratch = scratch.data();
     for (const TensorView& t : run.exports) {
       a.tensor = t;

@@ -93,6 +93,14 @@ class CompiledPlan {
         return make_depthwise_conv(layer, kernels_, weights);
       case Op::kLayerNorm2d:
         return make_layer_norm2d(layer, kernels_, weights);
+      case Op::kSlice:
+        return make_slice(layer, kernels_);
+      case Op::kResize:
+        return make_resize(layer, kernels_);
+      case Op::kAdaptiveMaxPool:
+        return make_adaptive_max_pool(layer, kernels_);
+      case Op::kModulate:
+        return make_modulate(layer, kernels_);
       default:
         return make_conv3x3(layer, kernels_, weights);
     }
@@ -121,17 +129,54 @@ class CompiledPlan {
     }
   }
 
-  // Layers whose only reader comes next and takes their rows one by one.
+  // Layers whose only reader comes next and takes their rows one by one, or what they are a part of, and enlargements
+  // whose only reader makes them strip by strip.
   void find_producers() {
     produces_.assign(operators_.size(), false);
+    enlarges_.assign(operators_.size(), false);
     for (size_t k = 0; k + 1 < operators_.size(); ++k) {
       const int64_t value = program_.inputs + static_cast<int64_t>(k);
       const auto& outputs = program_.outputs;
       const bool returned = std::find(outputs.begin(), outputs.end(), value) != outputs.end();
-      const bool next = program_.layers[k + 1].inputs == std::vector<int64_t>{value};
-      const bool only = next && readers_[static_cast<size_t>(value)] == 1 && !returned;
-      produces_[k] = only && operators_[k]->computes_rows() && operators_[k + 1]->takes_rows();
+      if (returned || readers_[static_cast<size_t>(value)] != 1) continue;
+      const Operator &op = *operators_[k], &next = *operators_[k + 1];
+      if (next.layer().inputs == std::vector<int64_t>{value}) {
+        produces_[k] = (op.computes_rows() && next.takes_rows()) || (op.is_view() && next.takes_views());
+      }
+      for (const auto& reader : operators_) {
+        const bool adds = reader->layer().has_residual && reader->layer().inputs.back() == value;
+        if (adds && op.enlarges() && reader->takes_enlarged_residual()) enlarges_[k] = true;
+      }
     }
+  }
+
+  // Whether layer k has no map and is not run: others do its work.
+  bool is_done_elsewhere(size_t k) const { return produces_[k] || enlarges_[k]; }
+
+  // The layer that makes a value for its reader strip by strip, or null.
+  const Operator* enlarger_of(int64_t value) const {
+    const int64_t k = value - program_.inputs;
+    return k >= 0 && enlarges_[static_cast<size_t>(k)] ? operators_[static_cast<size_t>(k)].get() : nullptr;
+  }
+
+  // What the work of layer k reads, and whether it can read the tensor that a value came in.
+  struct Source {
+    int64_t value;
+    bool in_tensor, in_strips;
+  };
+  std::vector<Source> sources_of(size_t k) const {
+    const Operator* const producer = producer_of(k);
+    const Operator& op = producer != nullptr ? *producer : *operators_[k];
+    std::vector<Source> sources;
+    for (size_t i = 0; i < op.layer().inputs.size(); ++i) {
+      const int64_t v = op.layer().inputs[i];
+      if (const Operator* const enlarger = enlarger_of(v)) {
+        sources.push_back({enlarger->layer().inputs[0], true, false});
+      } else {
+        sources.push_back({v, op.reads_tensor(i), op.reads_strips(i) && readers_[static_cast<size_t>(v)] == 1});
+      }
+    }
+    return sources;
   }
 
   // The layer before that computes rows for layer k, or null.
@@ -147,13 +192,9 @@ class CompiledPlan {
       u.needs_map = true;
     };
     for (int64_t k = 0; k < layers; ++k) {
-      if (produces_[static_cast<size_t>(k)]) continue;
-      const Operator* const producer = producer_of(static_cast<size_t>(k));
-      const Operator& op = producer != nullptr ? *producer : *operators_[static_cast<size_t>(k)];
-      for (size_t i = 0; i < op.layer().inputs.size(); ++i) {
-        const size_t v = static_cast<size_t>(op.layer().inputs[i]);
-        const bool in_tensor = op.reads_tensor(i) || (op.reads_strips(i) && readers_[v] == 1);
-        if (v >= static_cast<size_t>(program_.inputs) || !in_tensor) use(uses_[v], k);
+      if (is_done_elsewhere(static_cast<size_t>(k))) continue;
+      for (const Source& s : sources_of(static_cast<size_t>(k))) {
+        if (s.value >= program_.inputs || !(s.in_tensor || s.in_strips)) use(uses_[static_cast<size_t>(s.value)], k);
       }
     }
     for (size_t i = 0; i < program_.outputs.size(); ++i) {
@@ -168,7 +209,7 @@ class CompiledPlan {
       u.first = k;
       u.last = std::max(u.last, k);
       const bool exports_directly = operators_[static_cast<size_t>(k)]->exports_directly();
-      u.needs_map = u.needs_map || !(exports_directly || produces_[static_cast<size_t>(k)]);
+      u.needs_map = u.needs_map || !(exports_directly || is_done_elsewhere(static_cast<size_t>(k)));
     }
   }
 
@@ -255,15 +296,14 @@ class CompiledPlan {
           import_map(kernels_, map.tensor, nullptr, nullptr, map, exports_of(v));
         }
       }
-      if (produces_[k]) continue;
+      if (is_done_elsewhere(k)) continue;
       Run run;
       run.producer = producer_of(k);
-      const Operator& reader = run.producer != nullptr ? *run.producer : *operators_[k];
-      const std::vector<int64_t>& values = reader.layer().inputs;
-      for (size_t i = 0; i < values.size(); ++i) {
-        run.inputs.push_back(map_of(static_cast<size_t>(values[i])));
+      run.enlarger = enlarger_of(operators_[k]->layer().inputs.back());
+      for (const Source& s : sources_of(k)) {
+        run.inputs.push_back(map_of(static_cast<size_t>(s.value)));
         // The map of an input may be filled for a later layer only.
-        if (values[i] < program_.inputs && reader.reads_tensor(i)) run.inputs[i].ring = nullptr;
+        if (s.value < program_.inputs && s.in_tensor) run.inputs.back().ring = nullptr;
       }
       run.output = map_of(in.size() + k);
       run.exports = exports_of(in.size() + k);
@@ -284,7 +324,8 @@ class CompiledPlan {
   const Kernels& kernels_;
   std::vector<std::unique_ptr<Operator>> operators_;
   std::vector<int64_t> readers_;        // of every value: how often layers read it
-  std::vector<bool> produces_;          // of every layer: the next one takes its rows one by one
+  std::vector<bool> produces_;          // of every layer: the next one takes its rows one by one, or parts of its input
+  std::vector<bool> enlarges_;          // of every layer: its only reader enlarges strip by strip
   std::unique_ptr<PlanarPlan> planar_;  // null: the program is none of those it runs
   std::vector<Use> uses_;
   mutable std::mutex mutex_;

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../common/activation.h"
+#include "../common/resize.h"
 
 namespace esr {
 
@@ -348,8 +349,6 @@ struct ResizeTable {
   const float* weight = nullptr;
 };
 
-inline constexpr int64_t kModulateMostMaps = 8;
-
 struct ModulateMapArgs {
   TensorView map;
   int64_t height = 0, width = 0;
@@ -364,7 +363,7 @@ struct ModulateArgs {
   bool planar = true;
   int64_t step = 1;  // channels of a line
   int64_t count = 0;
-  ModulateMapArgs maps[kModulateMostMaps];
+  ModulateMapArgs maps[kMostModulateMaps];
   bool blend = false;  // bilinear
   Activation activation = Activation::kNone;
   float slope = 0.0f;
@@ -375,7 +374,40 @@ struct ModulateGradientArgs {
   ModulateArgs forward;  // without `out`
   TensorView grad;
   TensorView to_x;  // data null: not wanted, here and below
-  TensorView to_maps[kModulateMostMaps];
+  TensorView to_maps[kMostModulateMaps];
+};
+
+// An image, as it is in memory, enlarged by a whole factor.
+struct ResizePlanesArgs {
+  TensorView in;
+  int64_t channels = 0;
+  int64_t height = 0, width = 0;  // of `in`
+  int64_t factor = 1;
+  const ResizeTaps* taps = nullptr;  // of every phase
+  float* out = nullptr;              // planes of the rows that are asked for, from the first on
+  int64_t plane = 0;                 // floats from a plane to the next
+  float* scratch = nullptr;          // resize_planes_floats()
+};
+
+// The same for a map in the internal layout; the rows are those of the result.
+struct ResizeMapArgs {
+  const float* in = nullptr;  // pixel (0, 0), as `out`
+  int64_t in_pitch = 0;
+  int64_t height = 0, width = 0;  // of `in`
+  int64_t step = 0;               // of both
+  float* out = nullptr;
+  int64_t out_pitch = 0;
+  int64_t factor = 1;
+  const ResizeTaps* taps = nullptr;
+};
+
+struct SliceArgs {
+  const float* in = nullptr;  // the first of the channels of pixel (0, 0)
+  int64_t in_pitch = 0, in_step = 0;
+  float* out = nullptr;
+  int64_t out_pitch = 0, out_step = 0;
+  int64_t channels = 0;
+  int64_t width = 0;
 };
 
 struct Kernels {
@@ -435,6 +467,10 @@ struct Kernels {
   void (*modulate_rows)(const ModulateArgs&, int64_t row0, int64_t row1);
   int64_t (*modulate_gradient_floats)(const ModulateArgs&);
   void (*modulate_gradient)(const ModulateGradientArgs&, int64_t channel);
+  int64_t (*resize_planes_floats)(const ResizePlanesArgs&, int64_t rows);
+  void (*resize_planes)(const ResizePlanesArgs&, int64_t y0, int64_t y1);
+  void (*resize_map)(const ResizeMapArgs&, int64_t y0, int64_t y1);
+  void (*slice_rows)(const SliceArgs&, int64_t y0, int64_t y1);
 };
 
 // Null where the compiler's target has no such instructions; whether this CPU has them is not asked here.

@@ -46,8 +46,8 @@ struct Modulation {
     args.activation = epilogue.activation;
     args.slope = epilogue.slope;
     args.count = static_cast<int64_t>(given.size());
-    STD_TORCH_CHECK(args.count >= 1 && args.count <= kModulateMostMaps, name, ": ", args.count,
-                    " maps given, must be 1 to ", kModulateMostMaps);
+    STD_TORCH_CHECK(args.count >= 1 && args.count <= kMostModulateMaps, name, ": ", args.count,
+                    " maps given, must be 1 to ", kMostModulateMaps);
     sides.reserve(2 * given.size());
     for (size_t m = 0; m < given.size(); ++m) {
       const Batch map = t.read(given[m], "a map");
@@ -75,7 +75,63 @@ struct Modulation {
   }
 };
 
+// A layer of a plan.
+class Modulate final : public Operator {
+ public:
+  using Operator::Operator;
+
+  Shape result(const std::vector<Shape>& in) const override {
+    for (size_t k = 1; k < in.size(); ++k) {
+      if (in[0].channels >= 0) check_channels(in[k], in[0].channels, "a map");
+    }
+    return in[0];
+  }
+
+  bool overwrites(size_t k) const override { return k == 0; }
+
+  void run(const Run& run) const override {
+    const MapLayout& m = run.output.layout;
+    ModulateArgs a;
+    a.x = run.inputs[0].view();
+    a.out = run.output.view();
+    // The channels that fill up the last vector are zeros, and stay so.
+    a.channels = a.step = m.step;
+    a.height = m.height;
+    a.width = m.width;
+    a.planar = false;
+    a.blend = layer_.resize == Resize::kBilinear;
+    a.activation = layer_.activation;
+    a.slope = layer_.slope;
+    a.count = static_cast<int64_t>(run.inputs.size()) - 1;
+    std::vector<Side> sides;
+    sides.reserve(2 * run.inputs.size());
+    for (int64_t k = 0; k < a.count; ++k) {
+      const Map& map = run.inputs[static_cast<size_t>(k) + 1];
+      ModulateMapArgs& to = a.maps[k];
+      to.map = map.view();
+      to.height = map.layout.height;
+      to.width = map.layout.width;
+      to.resized = to.height != m.height || to.width != m.width;
+      if (!to.resized) continue;
+      to.rows = sides.emplace_back(to.height, m.height, a.blend).table();
+      to.columns = sides.emplace_back(to.width, m.width, a.blend).table();
+    }
+    const int64_t floats = kernels_.modulate_floats(a);
+    parallel_ranges(m.height, m.width * m.step * (8 + 2 * a.count), [&](int64_t y0, int64_t y1) {
+      const Workspace scratch(floats);
+      ModulateArgs mine = a;
+      mine.scratch = scratch.data();
+      kernels_.modulate_rows(mine, y0, y1);
+      complete_rows(kernels_, run, y0, y1);
+    });
+  }
+};
+
 }  // namespace
+
+std::unique_ptr<Operator> make_modulate(const Layer& layer, const Kernels& kernels) {
+  return std::make_unique<Modulate>(layer, kernels);
+}
 
 void modulate(const Tensor& x, const std::vector<Tensor>& maps, bool bilinear, int64_t activation, double slope,
               const Tensor& out) {

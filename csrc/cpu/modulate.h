@@ -102,7 +102,7 @@ struct MapLines {
 // What a tile of x needs of the maps.
 struct ModulateTile {
   int64_t channel = 0, x0 = 0, pixels = 0;
-  MapLines maps[kModulateMostMaps];
+  MapLines maps[kMostModulateMaps];
 };
 
 // The sum of the maps along row y, for whole vectors.
@@ -247,7 +247,7 @@ inline void modulate_gradient(const ModulateGradientArgs& g, int64_t channel) {
   float* const lines = row_memory + modulate_row_floats(a);
   float* const gathered = lines + 2 * a.count * floats;
   float* free = gathered + 2 * a.count * floats;
-  float* planes[kModulateMostMaps] = {};
+  float* planes[kMostModulateMaps] = {};
   for (int64_t m = 0; m < a.count; ++m) {
     if (!a.maps[m].resized || g.to_maps[m].data == nullptr) continue;
     const int64_t size = a.maps[m].height * a.maps[m].width * a.step;
@@ -258,7 +258,7 @@ inline void modulate_gradient(const ModulateGradientArgs& g, int64_t channel) {
   const Vec slope = set1(a.slope);
   for_modulate_tiles(a, channel, lines, [&](ModulateTile& tile) {
     const int64_t n = tile.pixels * a.step;
-    MapLines sums[kModulateMostMaps];
+    MapLines sums[kMostModulateMaps];
     const auto flush = [&](int64_t m, int k) {
       if (sums[m].row[k] < 0) return;
       float* row = planes[m] + sums[m].row[k] * a.maps[m].width * a.step;

@@ -52,6 +52,8 @@ struct Run {
   std::vector<Map> inputs;
   // The layer before, of which no map is made: its rows are computed as they are needed, and `inputs` are its own.
   const Operator* producer = nullptr;
+  // Enlarges the last input, a residual, to the size of the result.
+  const Operator* enlarger = nullptr;
   Map output;                       // its ring is null when no later layer reads it
   std::vector<TensorView> exports;  // the outside tensors that take the result
   float* temporary = nullptr;       // Operator::temporary_floats()
@@ -82,6 +84,17 @@ class Operator {
   // Writes row y of a result of this layout, from pixel 0 on; `scratch` has row_floats().
   virtual int64_t row_floats(const std::vector<Map>&) const { return 0; }
   virtual void compute_row(const std::vector<Map>&, const MapLayout&, int64_t, float*, float*) const {}
+  // Whether its result is a part of its input that can be read where it is, and whether it can read such a part of the
+  // layer before.
+  virtual bool is_view() const { return false; }
+  virtual bool takes_views() const { return false; }
+  virtual TensorView view(const std::vector<Map>&) const { return {}; }
+  // Whether it enlarges its input, and whether it can do with an enlarged residual that is made strip by strip.
+  virtual bool enlarges() const { return false; }
+  virtual bool takes_enlarged_residual() const { return false; }
+  // What rows [y0, y1) of the input become, as planes in `memory` of strip_floats(); addressed like the whole result.
+  virtual int64_t strip_floats(const Map&, int64_t) const { return 0; }
+  virtual TensorView enlarge(const Map&, int64_t, int64_t, float*) const { return {}; }
   virtual void run(const Run& run) const = 0;
 
  protected:
@@ -114,6 +127,10 @@ std::unique_ptr<Operator> make_esa(const Layer&, const Kernels&, const Weights&)
 std::unique_ptr<Operator> make_bsconv(const Layer&, const Kernels&, const Weights&);
 std::unique_ptr<Operator> make_depthwise_conv(const Layer&, const Kernels&, const Weights&);
 std::unique_ptr<Operator> make_layer_norm2d(const Layer&, const Kernels&, const Weights&);
+std::unique_ptr<Operator> make_adaptive_max_pool(const Layer&, const Kernels&);
+std::unique_ptr<Operator> make_modulate(const Layer&, const Kernels&);
+std::unique_ptr<Operator> make_resize(const Layer&, const Kernels&);
+std::unique_ptr<Operator> make_slice(const Layer&, const Kernels&);
 std::unique_ptr<Operator> make_pair(const Layer&, const Kernels&);
 std::unique_ptr<Operator> make_activate(const Layer&, const Kernels&);
 

@@ -40,6 +40,7 @@ struct Constant {
 #include "layer_norm2d.h"
 #include "adaptive_max_pool.h"
 #include "modulate.h"
+#include "resize.h"
 // clang-format on
 
 constexpr Kernels make_kernels(const char* name) {
@@ -96,7 +97,11 @@ constexpr Kernels make_kernels(const char* name) {
                  modulate_floats,
                  modulate_rows,
                  modulate_gradient_floats,
-                 modulate_gradient};
+                 modulate_gradient,
+                 resize_planes_floats,
+                 resize_planes,
+                 resize_map,
+                 slice_rows};
 }
 
 }  // namespace ESR_PATH

@@ -169,7 +169,11 @@ class CompiledPlan {
         return make_esa(layer, precision_, weights, inputs);
       case Op::kAdd:
       case Op::kMultiply:
-        return make_pair(layer, precision_);
+      case Op::kSlice:
+      case Op::kResize:
+      case Op::kAdaptiveMaxPool:
+      case Op::kModulate:
+        return make_weightless(layer, precision_);
       case Op::kDepthwiseConv:
       case Op::kLayerNorm2d:
         return make_channelwise(layer, precision_, weights, inputs);

@@ -1,9 +1,12 @@
 // The layers that are one launch: convolutions, and what happens pixel by pixel or channel by channel.
 #include <algorithm>
 
+#include "adaptive_max_pool.h"
 #include "chain.h"
 #include "depthwise.h"
+#include "enlarge.h"
 #include "layer_norm.h"
+#include "modulate.h"
 #include "pointwise.h"
 #include "spab.h"
 #include "step.h"
@@ -348,6 +351,111 @@ class PairStep : public Step {
   }
 };
 
+// Some of a map's channels.
+class SliceStep : public Step {
+ public:
+  using Step::Step;
+
+  Shape result(const Shapes& inputs) const override {
+    STD_TORCH_CHECK(layer_.start + layer_.channels <= inputs[0].channels, layer_.name(), ": x has ", inputs[0].channels,
+                    " channels, ", layer_.start + layer_.channels, " are needed");
+    return {layer_.channels, inputs[0].height, inputs[0].width};
+  }
+
+  void run(const Run& run) const override {
+    PointwiseArgs a = {};
+    a.a = run.inputs[0].view;
+    a.a.data += layer_.start * a.a.channel;
+    a.a.blocked = false;  // it may begin within a unit
+    a.output = run.output.view;
+    a.channels = static_cast<int32_t>(layer_.channels);
+    a.height = static_cast<int32_t>(run.output.shape.height);
+    a.width = static_cast<int32_t>(run.output.shape.width);
+    launch_pointwise(a, precision_, run.batch, run.stream, run.overlap);
+  }
+};
+
+class ResizeStep : public Step {
+ public:
+  using Step::Step;
+
+  Shape result(const Shapes& inputs) const override {
+    const int64_t r = layer_.upscale_factor;
+    return {inputs[0].channels, inputs[0].height * r, inputs[0].width * r};
+  }
+
+  void run(const Run& run) const override {
+    const Shape& shape = run.inputs[0].shape;
+    EnlargeArgs a = {};
+    a.input = run.inputs[0].view;
+    a.output = run.output.view;
+    a.channels = static_cast<int32_t>(shape.channels);
+    a.height = static_cast<int32_t>(shape.height);
+    a.width = static_cast<int32_t>(shape.width);
+    a.factor = static_cast<int32_t>(layer_.upscale_factor);
+    for (int32_t k = 0; k < a.factor; ++k) a.taps[k] = resize_taps(layer_.resize, a.factor, k);
+    launch_enlarge(a, precision_, run.batch, run.stream, run.overlap);
+  }
+};
+
+// As many pixels a side as the layer's divisor goes into it.
+class AdaptiveMaxPoolStep : public Step {
+ public:
+  using Step::Step;
+
+  Shape result(const Shapes& inputs) const override {
+    const Shape &x = inputs[0], out{x.channels, x.height / layer_.divisor, x.width / layer_.divisor};
+    const bool empty = x.height == 0 || x.width == 0;
+    STD_TORCH_CHECK(empty || (out.height > 0 && out.width > 0), layer_.name(), ": x is ", x.height, "x", x.width,
+                    ", must have at least ", layer_.divisor, " pixels a side");
+    return out;
+  }
+
+  void run(const Run& run) const override {
+    const Shape &x = run.inputs[0].shape, &out = run.output.shape;
+    AdaptiveMaxPoolArgs a = {};
+    a.input = run.inputs[0].view;
+    a.output = run.output.view;
+    a.channels = static_cast<int32_t>(x.channels);
+    a.height = static_cast<int32_t>(x.height);
+    a.width = static_cast<int32_t>(x.width);
+    a.pooled_height = static_cast<int32_t>(out.height);
+    a.pooled_width = static_cast<int32_t>(out.width);
+    launch_adaptive_max_pool(a, precision_, run.batch, run.stream, run.overlap);
+  }
+};
+
+class ModulateStep : public Step {
+ public:
+  using Step::Step;
+
+  Shape result(const Shapes& inputs) const override {
+    for (size_t k = 1; k < inputs.size(); ++k) check_channels(inputs[k], inputs[0].channels, "a map");
+    return inputs[0];
+  }
+
+  void run(const Run& run) const override {
+    const Shape& shape = run.output.shape;
+    ModulateArgs a = {};
+    a.input = run.inputs[0].view;
+    a.output = run.output.view;
+    a.count = static_cast<int32_t>(run.inputs.size()) - 1;
+    for (int32_t k = 0; k < a.count; ++k) {
+      const Map& map = run.inputs[static_cast<size_t>(k) + 1];
+      a.maps[k].view = map.view;
+      a.maps[k].height = static_cast<int32_t>(map.shape.height);
+      a.maps[k].width = static_cast<int32_t>(map.shape.width);
+    }
+    a.bilinear = layer_.resize == Resize::kBilinear;
+    a.channels = static_cast<int32_t>(shape.channels);
+    a.height = static_cast<int32_t>(shape.height);
+    a.width = static_cast<int32_t>(shape.width);
+    a.activation = layer_.activation;
+    a.slope = layer_.slope;
+    launch_modulate(a, precision_, run.batch, run.stream, run.overlap);
+  }
+};
+
 // Layers that compute every channel with numbers of its own: a weight and a bias, kept as float32.
 class ChannelwiseStep : public Step {
  public:
@@ -449,8 +557,19 @@ std::unique_ptr<Step> make_convolution(const Layer& layer, Precision precision, 
 std::unique_ptr<Step> make_table(const Layer& layer, Precision precision) {
   return std::make_unique<TableStep>(layer, precision);
 }
-std::unique_ptr<Step> make_pair(const Layer& layer, Precision precision) {
-  return std::make_unique<PairStep>(layer, precision);
+std::unique_ptr<Step> make_weightless(const Layer& layer, Precision precision) {
+  switch (layer.op) {
+    case Op::kSlice:
+      return std::make_unique<SliceStep>(layer, precision);
+    case Op::kResize:
+      return std::make_unique<ResizeStep>(layer, precision);
+    case Op::kAdaptiveMaxPool:
+      return std::make_unique<AdaptiveMaxPoolStep>(layer, precision);
+    case Op::kModulate:
+      return std::make_unique<ModulateStep>(layer, precision);
+    default:
+      return std::make_unique<PairStep>(layer, precision);
+  }
 }
 std::unique_ptr<Step> make_channelwise(const Layer& layer, Precision precision, const Weights& weights,
                                        const Shapes& inputs) {

@@ -5,13 +5,12 @@
 #include <cstdint>
 
 #include "../common/activation.h"
+#include "../common/resize.h"
 #include "launch.h"
 #include "teams.h"
 #include "view.h"
 
 namespace esr::cuda {
-
-inline constexpr int kMostModulateMaps = 8;
 
 struct ModulateMap {
   View view;

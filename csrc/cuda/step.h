@@ -115,7 +115,8 @@ std::unique_ptr<Step> make_table(const Layer&, Precision);
 // `network`: weights are packed once for many runs.
 std::unique_ptr<Step> make_convolution(const Layer&, Precision, const Weights&, const Shapes&, bool network);
 std::unique_ptr<Step> make_esa(const Layer&, Precision, const Weights&, const Shapes&);
-std::unique_ptr<Step> make_pair(const Layer&, Precision);
+// add, multiply, slice, resize, adaptive_max_pool and modulate.
+std::unique_ptr<Step> make_weightless(const Layer&, Precision);
 // depthwise_conv and layer_norm2d.
 std::unique_ptr<Step> make_channelwise(const Layer&, Precision, const Weights&, const Shapes&);
 

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx, nn
 
 from ..plan import ESA_WEIGHTS, Plan, PlanBuilder
 from .capture import adaptive_max_pool2d
 from .simplify import affine_of, function_of
-from .workspace import Workspace, aten, dims, is_map, location
+from .workspace import Workspace, aten, dims, is_map, location, ratio, resized, slice_of
 
 ops = torch.ops.esr
 
@@ -23,8 +22,10 @@ _CHANNELWISE = {op.default for op in (ops.depthwise_conv, ops.layer_norm2d)}
 _HOT = _CHANNELWISE | {
     op.default for op in (ops.conv3x3, ops.conv1x1, ops.conv3x3_pixel_shuffle, ops.esa, ops.bsconv, ops.spab)
 }
-# Called by themselves: plans do not have them, or of one layer only.
+# Called by themselves where they would be a plan of one layer, or where plans do not have them.
 _ALONE = _CHANNELWISE | {op.default for op in (ops.adaptive_max_pool, ops.modulate)}
+_POOLS = (ops.adaptive_max_pool.default, ops.adaptive_max_pool2d.default)
+_MOST_RESIZE = 64  # upscale factor of a resize
 
 
 class NotPlannableError(Exception):
@@ -51,6 +52,7 @@ class Lowered:
 
 def lower(ws: Workspace, image: fx.Node) -> Lowered:
     """Turn a matched graph into plans and what is between them."""
+    _sizes_of_image(ws, image)
     refused: dict[fx.Node, str] = {}
     while True:
         groups = _groups(ws, refused)
@@ -72,6 +74,35 @@ def lower(ws: Workspace, image: fx.Node) -> Lowered:
         if segment.inputs == [image] and segment.outputs == [ws.returned()]:
             result.plan, result.weights = segment.plan, segment.weights
     return result
+
+
+def _sizes_of_image(ws: Workspace, image: fx.Node) -> None:
+    """Ask the image for sizes that it has too, so that no map is computed for its size."""
+    for node in list(ws.graph.nodes):
+        if node.target is not aten.sym_size.int or node.args[0] is image:
+            continue
+        size = node.meta["val"]
+        same = [i for i, d in enumerate(dims(image)) if isinstance(size, torch.SymInt) and d == size.node.expr]
+        if same:
+            ws.replace(node, ws.call(node, aten.sym_size.int, (image, same[0]), node))
+    ws.clean()
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
+
+
+def _reads(node: fx.Node) -> list[fx.Node]:
+    """What a node reads besides sizes."""
+    return [n for n in node.all_input_nodes if not _is_size(n)]
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """The nodes that read a node, or sizes computed from its."""
+    found = []
+    for user in node.users:
+        found += _readers(user) if _is_size(user) else [user]
+    return found
 
 
 def _alone(node: fx.Node) -> str:
@@ -105,6 +136,14 @@ def _is_plannable(ws: Workspace, node: fx.Node) -> bool:
         elif node.target is ops.bsconv.default:
             weights = weights[:3]
         return all(w in ws.values for w in weights if isinstance(w, fx.Node))
+    if node.target in _POOLS:
+        return _divisor(node) is not None
+    if node.target is ops.modulate.default:
+        return all(is_map(m) and m not in ws.values for m in (node.args[0], *node.args[1]))  # type: ignore[misc]
+    if resized(ws, node) is not None:
+        return _factor(node) is not None
+    if node.target is aten.slice.Tensor and slice_of(node) is not None:
+        return True
     if node.target is operator.getitem:
         return node.args[0].target is ops.spab.default and _is_plannable(ws, node.args[0])  # type: ignore[union-attr,arg-type]
     pair = node.target in (aten.add.Tensor, aten.mul.Tensor) and len(node.args) == 2 and not node.kwargs
@@ -116,6 +155,29 @@ def _is_plannable(ws: Workspace, node: fx.Node) -> bool:
         return True
     found = affine_of(ws, node)
     return found is not None and bool((found[1] != 0).all())
+
+
+def _divisor(node: fx.Node) -> int | None:
+    """How many pixels of a side make one of an adaptive pooling's result, rounded up, whatever the image's size."""
+    x = node.args[0]
+    if not is_map(x):
+        return None
+    candidates = set()
+    for side in (2, 3):
+        size, pooled = x.meta["val"].shape[side], node.meta["val"].shape[side]  # type: ignore[union-attr]
+        hints = [s.node.hint if isinstance(s, torch.SymInt) else s for s in (size, pooled)]
+        if isinstance(size, int) or isinstance(pooled, int) or None in hints or hints[1] < 1:
+            return None
+        low, high = hints[0] // (hints[1] + 1) + 1, hints[0] // hints[1]
+        candidates.add(next((d for d in range(low, high + 1) if (size // d).node.expr == pooled.node.expr), None))
+    return candidates.pop() if len(candidates) == 1 else None
+
+
+def _factor(node: fx.Node) -> int | None:
+    """By how much a node enlarges a map, where that is a whole number, the same for both sides."""
+    ratios = {ratio(a, b) for a, b in zip(dims(node)[2:], dims(node.args[0])[2:], strict=True)}  # type: ignore[arg-type]
+    factor = ratios.pop() if len(ratios) == 1 else None
+    return factor if factor is not None and 1 < factor <= _MOST_RESIZE else None
 
 
 def _whole_first(maps: Iterable[Any]) -> list[fx.Node]:
@@ -139,7 +201,7 @@ def _groups(ws: Workspace, refused: dict[fx.Node, str]) -> dict[int, list[fx.Nod
         level: dict[fx.Node, int] = {}
         planned: dict[fx.Node, int] = {}  # node -> its set
         for node in ws.graph.nodes:
-            inputs = [n for n in node.all_input_nodes if n not in ws.values]
+            inputs = [n for n in _reads(node) if n not in ws.values]
             if node not in refused and node not in dropped and _is_plannable(ws, node):
                 level[node] = max((level[n] + _is_shuffled(n) for n in inputs), default=0)
                 same = [planned[n] for n in inputs if n in planned and level[n] == level[node] and not _is_shuffled(n)]
@@ -164,8 +226,9 @@ def _join(ws: Workspace, planned: dict[fx.Node, int]) -> None:
         after: dict[Any, dict[Any, None]] = {}  # a set or a node outside -> those that read it
         candidates: dict[tuple[int, int], bool] = {}
         for node in ws.graph.nodes:
-            for n in node.all_input_nodes:
-                a, b = planned.get(n, n), planned.get(node, node)
+            for n in _reads(node):
+                a: Any = planned.get(n, n)
+                b: Any = planned.get(node, node)
                 if n in ws.values or a == b:
                     continue
                 after.setdefault(a, {})[b] = None
@@ -197,16 +260,21 @@ def _light(ws: Workspace, nodes: list[fx.Node]) -> list[fx.Node]:
     hot = [n for n in nodes if n.target in _HOT]
     if not hot:
         return nodes
+    # What has its map from outside or for outside only, and costs less there than its conversion would.
+    edges = [n for n in nodes if slice_of(n) is not None and not _inside(n, nodes)]
+    edges += [n for n in nodes if resized(ws, n) is not None and not any(u in nodes for u in n.users)]
+    edges += [n for n in nodes if n.target in _POOLS and not all(u in nodes for u in _readers(n))]
+    if edges:
+        return edges
     # By themselves these run on tensors of any layout where they are.
     if len(hot) == 1 and hot[0].target is ops.conv1x1.default:
         return [n for n in nodes if n not in hot]
     return nodes if len(hot) == 1 and hot[0].target in _CHANNELWISE else []
 
 
-def _ratio(a: Any, b: Any) -> int | None:
-    """a / b where that is a whole number whatever the size of the image."""
-    quotient = sympy.cancel(sympy.sympify(a) / sympy.sympify(b))
-    return int(quotient) if quotient.is_Integer and quotient >= 1 else None
+def _inside(node: fx.Node, nodes: list[fx.Node]) -> bool:
+    """Whether what a node reads and one of its readers are in a set."""
+    return all(n in nodes for n in _reads(node)) and any(u in nodes for u in node.users)
 
 
 class _Segment:
@@ -217,9 +285,12 @@ class _Segment:
         self.builder = PlanBuilder()
         self.values: dict[fx.Node, int | tuple[int, ...]] = {}
         members = set(nodes)
-        inputs = dict.fromkeys(
-            n for node in nodes for n in node.all_input_nodes if n not in members and n not in ws.values
-        )
+        inputs = dict.fromkeys(n for node in nodes for n in _reads(node) if n not in members and n not in ws.values)
+        for node in nodes:
+            if node.target is ops.modulate.default:
+                x, maps = node.args[:2]
+                if not all(m in members or self._scale(m, x) is not None for m in maps):  # type: ignore[arg-type,union-attr]
+                    raise NotPlannableError("reads a map of another size that is no part of its plan", node)
         # The first input is the measure of all sizes: the smallest, of those the first.
         self.inputs = list(inputs)
         base = next((a for a in inputs if all(self._scale(b, a) for b in inputs)), None)
@@ -239,10 +310,13 @@ class _Segment:
             ops.bsconv.default: self._bsconv,
             ops.depthwise_conv.default: self._depthwise_conv,
             ops.layer_norm2d.default: self._layer_norm2d,
+            ops.modulate.default: self._modulate,
             operator.getitem: self._getitem,
-        }
+        } | dict.fromkeys(_POOLS, self._pool)
         for node in nodes:
             handler = handlers.get(node.target)
+            if slice_of(node) is not None or resized(ws, node) is not None:
+                continue  # where it is read first
             if handler is not None:
                 handler(node)
             elif (function := function_of(ws, node)) is not None:
@@ -253,11 +327,16 @@ class _Segment:
                 both = [self._value(a) for a in _whole_first(node.args)]
                 op = "add" if node.target is aten.add.Tensor else "multiply"
                 self.values[node] = self.builder.add(op, both, dims(node)[1])
-        self.outputs = [n for n in nodes if any(u not in members for u in n.users) and n.target is not ops.spab.default]
+        self.outputs = [
+            n for n in nodes if any(u not in members for u in _readers(n)) and n.target is not ops.spab.default
+        ]
         # Two nodes can be one value; the plan returns it once.
         self.results = list(dict.fromkeys(self._value(n) for n in self.outputs))
         if any(v < len(self.inputs) for v in self.results):
             raise NotPlannableError("it returns its input", nodes[-1])
+        for node in self.outputs:
+            if self._scale(node, self.inputs[0]) is None:
+                raise NotPlannableError("its size is a part of the image's, rounded, and it is read outside", node)
         self.plan = self.builder.finish(self.results)
         self.weights = [w.to(ws.dtype(n)).contiguous() for n, w in self.builder.weights]
 
@@ -265,10 +344,17 @@ class _Segment:
         a, b = dims(node), dims(base)
         if len(a) != 4 or len(b) != 4 or a[0] != b[0] or not isinstance(a[1], int):
             return None
-        ratios = {_ratio(a[i], b[i]) for i in (2, 3)}
+        ratios = {ratio(a[i], b[i]) for i in (2, 3)}
         return ratios.pop() if len(ratios) == 1 else None
 
     def _value(self, node: Any) -> int:
+        if node not in self.values:
+            if (part := slice_of(node)) is not None:
+                source, start, end = part
+                self.values[node] = self.builder.add("slice", [self._value(source)], end - start, start=start)
+            elif (found := resized(self.ws, node)) is not None:
+                options: dict[str, Any] = {"mode": found[1], "upscale_factor": _factor(node)}
+                self.values[node] = self.builder.add("resize", [self._value(found[0])], dims(node)[1], **options)
         value = self.values[node]
         assert isinstance(value, int)
         return value
@@ -361,6 +447,18 @@ class _Segment:
             "layer_norm2d", node, [self._value(x)], dims(node)[1], weights, eps=eps, **has
         )
 
+    def _pool(self, node: fx.Node) -> None:
+        self.values[node] = self.builder.add(
+            "adaptive_max_pool", [self._value(node.args[0])], dims(node)[1], divisor=_divisor(node)
+        )
+
+    def _modulate(self, node: fx.Node) -> None:
+        maps: Any
+        x, maps, mode, activation, slope = node.args
+        inputs = [self._value(t) for t in (x, *maps)]
+        options: dict[str, Any] = {"mode": mode, "activation": activation, "negative_slope": slope}
+        self.values[node] = self.builder.add("modulate", inputs, dims(node)[1], **options)
+
     def _residual(self, added: list[Any], attributes: dict[str, Any]) -> list[int]:
         """The value of a residual among an operator's last arguments, whose mode goes to the attributes, or nothing."""
         if not added or added[0] is None:
@@ -413,6 +511,8 @@ def _assemble(ws: Workspace, groups: dict[int, list[fx.Node]], segments: dict[in
         return new[node]
 
     waiting = [n for n in ws.graph.nodes if n.op != "output" and n not in ws.values]
+    # Plans need no sizes.
+    waiting = [n for n in waiting if not _is_size(n) or any(u not in member for u in _readers(n))]
     done: set[Any] = set()
     while waiting:
         rest = []

@@ -310,7 +310,8 @@ def optimize(
         report.graphs = ["none: only a fused network is captured"]
     if found.plan is not None:
         attention = any(layer.op == "esa" for layer in found.plan.layers)
-        smallest = max(found.minimum, ESA_MINIMUM if attention else 1)
+        pooled = max(s.denominator for s in found.plan.scales)
+        smallest = max(found.minimum, ESA_MINIMUM if attention else 1, pooled)
         if smallest > 1:
             attributes.setdefault("minimum_size", smallest)
     optimized = OptimizedModel(

@@ -18,13 +18,25 @@ from torch.fx.node import map_arg
 
 from ..backends.reference._common import activate, apply, attention
 from ..functional import DEPTHWISE_SIDES
+from ..plan import MOST_MODULATE_MAPS
 from .simplify import Conv, conv_of, function_of, within, write_conv
-from .workspace import _CASTS, Workspace, aten, dims, getitem, is_map, is_pointwise
+from .workspace import (
+    _CASTS,
+    SPLITS,
+    UPSAMPLES,
+    Workspace,
+    aten,
+    dims,
+    getitem,
+    is_map,
+    is_pointwise,
+    resized,
+    slice_of,
+)
 
 ops = torch.ops.esr
 
 _ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
-_SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 _LONGEST = 12  # operations between a convolution and the end of its epilogue
 _EXACT = 1e-9  # of float64 evaluations that should be equal; the approximations of GELU differ by 1e-4
 
@@ -35,6 +47,7 @@ def match(ws: Workspace, scale_limit: float | None = None) -> None:
     Args:
         scale_limit: as of `merge_linear`.
     """
+    _enlarged_sizes(ws)
     _convolutions(ws)
     _strips(ws)
     _separable(ws)
@@ -46,8 +59,22 @@ def match(ws: Workspace, scale_limit: float | None = None) -> None:
     _gates(ws)
     _spatial_attention(ws)
     _functions(ws)
+    _modulations(ws)
     _differences(ws)
+    _separate(ws)
     ws.clean()
+
+
+def _enlarged_sizes(ws: Workspace) -> None:
+    """Sizes of maps enlarged by a whole factor as products, where they were computed by way of floating point."""
+    for node in ws.graph.nodes:
+        if node.target not in UPSAMPLES or node in ws.values or len(node.args) < 3 or not is_map(node.args[0]):
+            continue
+        factors = node.args[-1]
+        if isinstance(factors, (list, tuple)) and all(isinstance(f, float) and f == int(f) >= 1 for f in factors):
+            value = node.args[0].meta["val"]
+            sides = [s * int(f) for s, f in zip(value.shape[2:], factors, strict=True)]  # type: ignore[arg-type]
+            node.meta["val"] = value.new_empty((*value.shape[:2], *sides))
 
 
 # --- convolutions
@@ -106,7 +133,7 @@ def _whole(ws: Workspace, xs: list[fx.Node], weight: Tensor) -> tuple[list[fx.No
         columns = weight[:, first : first + dims(x)[1]]
         first += dims(x)[1]
         source, start = x, 0
-        found = _slice_of(x)
+        found = slice_of(x)
         if found is not None and _slices(found[0]) is None:
             source, start, _end = found
         if source not in sources:
@@ -117,42 +144,10 @@ def _whole(ws: Workspace, xs: list[fx.Node], weight: Tensor) -> tuple[list[fx.No
     return (list(sources), whole) if whole.shape[1] <= 1.5 * weight.shape[1] else (xs, weight)
 
 
-def _slice_of(node: fx.Node) -> tuple[fx.Node, int, int] | None:
-    """A map and the range of its channels that a node is."""
-    if not is_map(node) or not isinstance(dims(node)[1], int):
-        return None
-    if node.target is aten.slice.Tensor and not node.kwargs:
-        defaults: list[Any] = [0, None, None, 1]
-        source, axis, start, _end, step = list(node.args) + defaults[len(node.args) - 1 :]
-        start = start or 0
-        if axis not in (1, -3) or step != 1 or not isinstance(start, int) or start < 0:
-            return None
-    elif node.target is operator.getitem:
-        split: Any
-        split, index = node.args
-        if split.target not in _SPLITS:
-            return None
-        assert isinstance(index, int)
-        source, _sizes, *rest = split.args
-        axis = rest[0] if rest else split.kwargs.get("dim", 0)
-        parts = split.meta.get("val")
-        if axis not in (1, -3) or not isinstance(parts, (list, tuple)):
-            return None
-        widths = [p.shape[1] for p in parts]
-        if not all(isinstance(w, int) for w in widths):
-            return None
-        start = sum(widths[:index])
-    else:
-        return None
-    if not is_map(source) or not isinstance(dims(source)[1], int):  # type: ignore[arg-type]
-        return None
-    return source, start, start + dims(node)[1]  # type: ignore[return-value]
-
-
 def _slices(node: fx.Node) -> list[tuple[fx.Node, int, int]] | None:
     """Who reads a map and which channels, where all do so by slices that do not overlap."""
-    readers = [u for n in node.users for u in (n.users if n.target in _SPLITS else [n])]
-    found = [(r, *s[1:]) for r in readers if (s := _slice_of(r)) is not None and s[0] is node]
+    readers = [u for n in node.users for u in (n.users if n.target in SPLITS else [n])]
+    found = [(r, *s[1:]) for r in readers if (s := slice_of(r)) is not None and s[0] is node]
     ranges = sorted((start, end) for _, start, end in found)
     if not found or len(found) != len(readers) or any(a[1] > b[0] for a, b in itertools.pairwise(ranges)):
         return None
@@ -387,7 +382,7 @@ def _halves(ws: Workspace, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         return None
     half = channels // 2
     users = list(node.users)
-    if len(users) == 1 and users[0].target in _SPLITS:
+    if len(users) == 1 and users[0].target in SPLITS:
         parts = getitem(users[0])
         if sorted(parts) != [0, 1] or len(users[0].users) != 2:
             return None
@@ -854,6 +849,76 @@ def _function(ws: Workspace, x: fx.Node, region: list[fx.Node], end: fx.Node) ->
     if bounded and low < high and _equal(y, v.clamp(low, high), v):
         return aten.clamp.default, (None if low == -1e30 else low, None if high == 1e30 else high)
     return None
+
+
+def _modulations(ws: Workspace) -> None:
+    """x times an activation of resized maps, or of a 1x1 convolution of such, which is computed in their resolutions.
+
+    A resize and a 1x1 convolution commute: both are sums with weights, and those of a resize add up to one.
+    """
+    for node in list(ws.graph.nodes):
+        if node._erased or node.target is not aten.mul.Tensor or len(node.args) != 2 or not is_map(node):
+            continue
+        a, b = node.args
+        if not all(is_map(t) and t not in ws.values and dims(t) == dims(node) for t in (a, b)) or a is b:
+            continue
+        for x, gate in ((a, b), (b, a)):
+            found = _modulation(ws, x, gate, node)  # type: ignore[arg-type]
+            if found is not None:
+                ws.replace(node, ws.call(node, ops.modulate.default, (x, *found), node))
+                ws.clean()
+                break
+
+
+def _modulation(ws: Workspace, x: fx.Node, gate: fx.Node, end: fx.Node) -> tuple[list[fx.Node], str, str, float] | None:
+    """The maps, the mode, the activation and its slope of a modulation that ends in `end` = x * gate."""
+    activation, slope = "none", 0.0
+    function = function_of(ws, gate)
+    if function is not None and len(gate.users) == 1:
+        inner, name, low, _high = function
+        if name in (*_ACTIVATIONS, "leaky_relu") and bool((low == low[0]).all()):
+            gate, activation, slope = inner, name, float(low[0])
+    if len(gate.users) != 1:
+        return None
+    found = resized(ws, gate)
+    if found is not None:
+        return None if found[1] == "bicubic" else ([found[0]], found[1], activation, slope)
+    conv = _fused_of(ws, gate)
+    if conv is None or conv.op != "conv1x1" or conv.residual is not None:
+        return None
+    if conv.activation != "none":
+        if activation != "none":
+            return None
+        activation, slope = conv.activation, float(conv.slope)
+    parts = [resized(ws, t) if len(t.users) == 1 else None for t in conv.xs]
+    modes = {p[1] for p in parts if p is not None}
+    widths = [dims(t)[1] for t in conv.xs]
+    if len(modes) != 1 or modes & {"bicubic"} or not all(isinstance(w, int) for w in widths):
+        return None
+    columns = conv.weight.split(widths, 1)
+    whole = [k for k, p in enumerate(parts) if p is None]
+    products: list[tuple[list[fx.Node], Tensor]] = []
+    if whole:
+        products.append(([conv.xs[k] for k in whole], torch.cat([columns[k] for k in whole], 1)))
+    products += [([p[0]], w) for p, w in zip(parts, columns, strict=True) if p is not None]
+    if len(products) > MOST_MODULATE_MAPS:
+        return None
+    maps = []
+    for k, (xs, weight) in enumerate(products):
+        part = _insert(ws, _Fused("conv1x1", conv.node, xs, weight, conv.bias if k == 0 else None), end)
+        value = xs[0].meta["val"]
+        part.meta["val"] = value.new_empty((value.shape[0], weight.shape[0], *value.shape[2:]))
+        maps.append(part)
+    return maps, modes.pop(), activation, slope
+
+
+def _separate(ws: Workspace) -> None:
+    """Channels of a map as nodes of their own, instead of results of one node."""
+    for node in list(ws.graph.nodes):
+        found = slice_of(node) if node.target is operator.getitem and node not in ws.values else None
+        if found is not None:
+            source, start, end = found
+            ws.replace(node, ws.call(node, aten.slice.Tensor, (source, 1, start, end), node))
 
 
 def _differences(ws: Workspace) -> None:

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
@@ -13,6 +14,7 @@ from torch.fx.node import map_arg
 aten = torch.ops.aten
 
 Dims = tuple[Any, ...]
+SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 
 _CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
 # Element by element, though not tagged so.
@@ -159,6 +161,68 @@ class Workspace:
 
     def returned(self) -> fx.Node:
         return self.graph.output_node().args[0][0]  # type: ignore[index,return-value]
+
+
+UPSAMPLES = {
+    aten.upsample_nearest2d.vec: "nearest",
+    aten.upsample_bilinear2d.vec: "bilinear",
+    aten.upsample_bicubic2d.vec: "bicubic",
+}
+
+
+def resized(ws: Workspace, node: Any) -> tuple[fx.Node, str] | None:
+    """A map and the mode in which a node resizes it, corners not aligned, by the quotient of the sizes."""
+    if not isinstance(node, fx.Node) or node.target not in UPSAMPLES or node in ws.values or node.kwargs:
+        return None
+    x, _size, *rest = node.args
+    mode = UPSAMPLES[node.target]
+    factors = rest.pop() if rest else None
+    if not is_map(x) or x in ws.values or (rest and rest[0]):
+        return None
+    # Given factors are what positions are computed with, whatever the size was rounded to.
+    if factors is not None:
+        sizes = zip(dims(node)[2:], dims(x)[2:], factors, strict=True)  # type: ignore[arg-type]
+        if any(ratio(a, b) != f for a, b, f in sizes):
+            return None
+    return x, mode  # type: ignore[return-value]
+
+
+def ratio(a: Any, b: Any) -> int | None:
+    """a / b where that is a whole number whatever the size of the image."""
+    quotient = sympy.cancel(sympy.sympify(a) / sympy.sympify(b))
+    return int(quotient) if quotient.is_Integer and quotient >= 1 else None
+
+
+def slice_of(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """A map and the range of its channels that a node is."""
+    if not is_map(node) or not isinstance(dims(node)[1], int):
+        return None
+    if node.target is aten.slice.Tensor and not node.kwargs:
+        defaults: list[Any] = [0, None, None, 1]
+        source, axis, start, _end, step = list(node.args) + defaults[len(node.args) - 1 :]
+        start = start or 0
+        if axis not in (1, -3) or step != 1 or not isinstance(start, int) or start < 0:
+            return None
+    elif node.target is operator.getitem:
+        split: Any
+        split, index = node.args
+        if split.target not in SPLITS:
+            return None
+        assert isinstance(index, int)
+        source, _sizes, *rest = split.args
+        axis = rest[0] if rest else split.kwargs.get("dim", 0)
+        parts = split.meta.get("val")
+        if axis not in (1, -3) or not isinstance(parts, (list, tuple)):
+            return None
+        widths = [p.shape[1] for p in parts]
+        if not all(isinstance(w, int) for w in widths):
+            return None
+        start = sum(widths[:index])
+    else:
+        return None
+    if not is_map(source) or not isinstance(dims(source)[1], int):  # type: ignore[arg-type]
+        return None
+    return source, start, start + dims(node)[1]  # type: ignore[return-value]
 
 
 def location(node: fx.Node) -> str:

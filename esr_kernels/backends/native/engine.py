@@ -26,11 +26,16 @@ OP_CODES = {
     "activate": 8,
     "depthwise_conv": 9,
     "layer_norm2d": 10,
+    "slice": 11,
+    "resize": 12,
+    "adaptive_max_pool": 13,
+    "modulate": 14,
 }
 ACTIVATION_CODES = {"none": 0, "relu": 1, "leaky_relu": 2, "silu": 3, "gelu": 4, "gelu_tanh": 5}
 FUNCTION_CODES = ACTIVATION_CODES | {"sigmoid": 6, "clamp": 7, "hardswish": 8, "mish": 9}
 RESIDUAL_CODES = {"pre": 0, "post": 1, "attention": 2}
 PADDING_CODES = {"zeros": 0, "reflect": 1}
+RESIZE_CODES = {"nearest": 0, "bilinear": 1, "bicubic": 2}
 
 
 def encode(plan: Plan) -> tuple[list[int], list[float]]:
@@ -68,6 +73,15 @@ def encode(plan: Plan) -> tuple[list[int], list[float]]:
             return [x[0], *weights, a["dilation"], int(a["gated"]), activation, slope]
         if layer.op == "layer_norm2d":
             return [x[0], *weights, layer.channels, constant(a["eps"])]
+        if layer.op == "slice":
+            return [x[0], a["start"], layer.channels]
+        if layer.op == "resize":
+            return [x[0], RESIZE_CODES[a["mode"]], a["upscale_factor"]]
+        if layer.op == "adaptive_max_pool":
+            return [x[0], a["divisor"]]
+        if layer.op == "modulate":
+            activation, slope = ACTIVATION_CODES[a["activation"]], constant(a["negative_slope"])
+            return [len(x) - 1, *x, RESIZE_CODES[a["mode"]], activation, slope]
         if layer.op == "activate":
             return [x[0], FUNCTION_CODES[a["function"]], layer.channels, constant(*a["low"], *a["high"])]
         return x  # add, multiply

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ...library import memory_format
 from ._common import apply, upcast
+from .adaptive_max_pool import adaptive_max_pool
 from .bsconv import bsconv
 from .conv1x1 import conv1x1
 from .conv3x3 import conv3x3
@@ -20,6 +21,7 @@ from .conv3x3_pixel_shuffle import conv3x3_pixel_shuffle
 from .depthwise_conv import depthwise_conv
 from .esa import esa
 from .layer_norm2d import layer_norm2d
+from .modulate import modulate
 
 
 @lru_cache(maxsize=64)
@@ -93,6 +95,16 @@ def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Ten
             values.append(depthwise_conv(x[0], w["weight"], w.get("bias"), a["dilation"], *activation, a["gated"]))
         elif op == "layer_norm2d":
             values.append(layer_norm2d(x[0], w.get("weight"), w.get("bias"), a["eps"]))
+        elif op == "slice":
+            values.append(x[0][:, a["start"] : a["start"] + layer["channels"]])
+        elif op == "resize":
+            corners = None if a["mode"] == "nearest" else False
+            factor = float(a["upscale_factor"])
+            values.append(F.interpolate(x[0], scale_factor=factor, mode=a["mode"], align_corners=corners))
+        elif op == "adaptive_max_pool":
+            values.append(adaptive_max_pool(x[0], [s // a["divisor"] for s in x[0].shape[2:]]))
+        elif op == "modulate":
+            values.append(modulate(x[0], x[1:], a["mode"], a["activation"], a["negative_slope"]))
         elif op == "add":
             values.append(x[0] + x[1])
         elif op == "multiply":

@@ -1,4 +1,4 @@
-"""What a plan has between fused layers: sums and products of maps, and functions of every element."""
+"""What a plan has between fused layers: sums and products of maps, functions of every element, some of the channels."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ def pointwise_kernel(
     x, y, table, out, pixels, size, tiles, x_batch, y_batch, out_batch,
     CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, OPERATION: tl.constexpr,
     X_PITCH: tl.constexpr, Y_PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, ONE_CHANNEL: tl.constexpr,
-    WIDE: tl.constexpr,
+    START: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """out = x + y, x * y, or a function of x with table[0] and table[1]; zeros in channels up to COLUMNS.
+    """out = x + y, x * y, a function of x with table[0] and table[1], or x as it is ("slice"), from channel START of x
+    on; zeros in channels up to COLUMNS.
 
     With ONE_CHANNEL y has a single one, for all of x.
     """
@@ -69,7 +70,7 @@ def pointwise_kernel(
     known = ok & (channel < CHANNELS)
     x += image_start(n, x_batch, X_PITCH)
     offsets = pixel_offsets(0, pixel, pixels, X_PITCH, 1, WIDE)
-    offsets = offsets + channel_offsets(channel, pixels, pixels, X_PITCH, 1, WIDE)
+    offsets = offsets + channel_offsets(channel + START, pixels, pixels, X_PITCH, 1, WIDE)
     value = tl.load(x + offsets, mask=known, other=0.0).to(tl.float32)
     if OPERATION == "add" or OPERATION == "multiply":
         y += image_start(n, y_batch, Y_PITCH)
@@ -81,7 +82,7 @@ def pointwise_kernel(
             value += other
         else:
             value *= other
-    else:
+    elif OPERATION != "slice":
         low = tl.load(table + channel, mask=known, other=0.0)
         high = tl.load(table + CHANNELS + channel, mask=known, other=0.0)
         value = apply_function(value, low, high, OPERATION)
@@ -97,6 +98,7 @@ def _kernel(
     operation: str,
     pitches: tuple[int, int, int],
     one_channel: bool,
+    start: int,
     is_wide: bool,
     dtypes: tuple[torch.dtype, ...],
 ) -> Kernel:
@@ -110,19 +112,21 @@ def _kernel(
         "Y_PITCH": pitches[1],
         "OUT_PITCH": pitches[2],
         "ONE_CHANNEL": one_channel,
+        "START": start,
         "WIDE": is_wide,
     }
     return Kernel(pointwise_kernel, constants, 4)
 
 
-def _launch(operation: str, x: Map, y: Map | None, table: Tensor | None, out: Map) -> None:
+def _launch(operation: str, x: Map, y: Map | None, table: Tensor | None, out: Map, start: int = 0) -> None:
     second = y if y is not None else NOTHING
     dtypes = tuple(t.dtype for t in (x.tensor, second.tensor, out.tensor) if t is not None)
     one_channel = second.channels == 1 < x.channels
-    kernel = _kernel(x.channels, operation, (x.pitch, second.pitch, out.pitch), one_channel, wide(x, y, out), dtypes)
-    columns = padded(x.channels)
+    pitches = (x.pitch, second.pitch, out.pitch)
+    kernel = _kernel(out.channels, operation, pitches, one_channel, start, wide(x, y, out), dtypes)
+    columns = padded(out.channels)
     pixels = out.height * out.width
-    size = pixels * (columns if out.pitch >= columns else x.channels)
+    size = pixels * (columns if out.pitch >= columns else out.channels)
     tiles = ceil_div(size, _BLOCK)
     kernel(
         (out.tensor.shape[0] * tiles, 1), x.tensor, second.tensor, table, out.tensor, pixels, size, tiles,
@@ -138,6 +142,11 @@ def combine(x: Map, y: Map, operation: str, out: Map) -> None:
 def normalize(x: Map, table: Tensor, out: Map) -> None:
     """out = (x - table[0]) * table[1], float32 [2, channels]."""
     _launch("normalize", x, None, table, out)
+
+
+def copy_channels(x: Map, start: int, out: Map) -> None:
+    """out = the channels of x from `start` on that it has room for."""
+    _launch("slice", x, None, None, out, start)
 
 
 def apply(x: Map, function: str, table: Tensor, out: Map) -> None:

@@ -1,4 +1,4 @@
-"""Resizing without aligned corners, nearest or bilinear, by PyTorch's rules: what is read where, and its adjoint."""
+"""Resizing without aligned corners by PyTorch's rules: what is read where, its adjoint, and enlargement by a factor."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._epilogue import channel_offsets, image_start, pixel_offsets
-from ._windows import Lanes, element, pixels_of
+from ._windows import Lanes, element, locate, pixels_of, tile_offsets, tiles
 from .configs import Config, choose
 from .launch import Kernel, ceil_div
 from .maps import Map, padded, precision, wide
@@ -183,4 +184,103 @@ def resize_gradient(g: Map, out: Map, *, bilinear: bool) -> None:
     kernel(
         (out.tensor.shape[0] * tiles, 1), g.tensor, out.tensor, g.height, g.width, out.height, out.width, tiles,
         elements, g.batch, out.batch,
+    )  # fmt: skip
+
+
+# --- enlargement by a whole factor
+
+
+def tap_table(mode: str, factor: int, device: torch.device) -> Tensor:
+    """The weights of what every phase of an enlargement reads, float32 [factor, 1, 2 or 4]."""
+    t = (torch.arange(factor, dtype=torch.float64) + 0.5) / factor - 0.5
+    t = (t - t.floor()).unsqueeze(1)
+    if mode == "nearest":
+        weights = torch.ones_like(t)
+    elif mode == "bilinear":
+        weights = torch.cat([1 - t, t], 1)
+    else:  # Keys' cubic convolution with a = -3 / 4
+
+        def near(d: Tensor) -> Tensor:
+            return (1.25 * d - 2.25) * d * d + 1
+
+        def far(d: Tensor) -> Tensor:
+            return -0.75 * (((d - 5) * d + 8) * d - 4)
+
+        weights = torch.cat([far(1 + t), near(t), near(1 - t), far(2 - t)], 1)
+    return weights.to(device, torch.float32)
+
+
+@triton.jit
+def enlarge_kernel(
+    x, table, out, height, width, low_height, low_width, tiles_x, tiles_y, x_batch, out_batch,
+    CHANNELS: tl.constexpr, STORED: tl.constexpr, FACTOR: tl.constexpr, TAPS: tl.constexpr, TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr, PLANAR: tl.constexpr, X_PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Every element of the result from TAPS x TAPS of the map; zeros in channels up to STORED."""
+    n, y, e, column, channel, stored = locate(
+        tiles_x, tiles_y, height, width, STORED, TILE_H, TILE_W, PLANAR, WIDE
+    )  # fmt: skip
+    ok = stored & (channel < CHANNELS)
+    phase_y = y % FACTOR
+    phase_x = column % FACTOR
+    first_y = y // FACTOR
+    first_x = column // FACTOR
+    if TAPS > 1:
+        first_y -= (2 * phase_y + 1 < FACTOR).to(tl.int32) + (TAPS // 2 - 1)
+        first_x -= (2 * phase_x + 1 < FACTOR).to(tl.int32) + (TAPS // 2 - 1)
+    x += image_start(n, x_batch, X_PITCH)
+    channels = channel_offsets(channel, low_height * low_width, low_width, X_PITCH, 1, WIDE)
+    total = tl.zeros([TILE_H, TILE_W], tl.float32)
+    for j in tl.static_range(0, TAPS):
+        row = tl.minimum(tl.maximum(first_y + j, 0), low_height - 1)
+        line = tl.zeros([TILE_H, TILE_W], tl.float32)
+        for k in tl.static_range(0, TAPS):
+            at = tl.minimum(tl.maximum(first_x + k, 0), low_width - 1)
+            offsets = pixel_offsets(row, at, low_width, X_PITCH, 1, WIDE) + channels
+            line += tl.load(table + phase_x * TAPS + k) * tl.load(x + offsets, mask=ok, other=0.0).to(tl.float32)
+        total += tl.load(table + phase_y * TAPS + j) * line
+    offsets = tile_offsets(y, e, column, channel, height, width, STORED, PLANAR, OUT_PITCH, WIDE)
+    out += image_start(n, out_batch, OUT_PITCH)
+    tl.store(out + offsets, total.to(out.dtype.element_ty), mask=stored)
+
+
+@lru_cache(maxsize=256)
+def _enlarge_kernel(
+    channels: int,
+    stored: int,
+    taps: tuple[int, int],
+    pitches: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    config: Config,
+    is_wide: bool,
+) -> Kernel:
+    constants = {
+        "CHANNELS": channels,
+        "STORED": stored,
+        "FACTOR": taps[0],
+        "TAPS": taps[1],
+        "TILE_H": config.tile[0],
+        "TILE_W": config.tile[1],
+        "PLANAR": pitches[1] == 0,
+        "X_PITCH": pitches[0],
+        "OUT_PITCH": pitches[1],
+        "WIDE": is_wide,
+    }
+    return Kernel(enlarge_kernel, constants, config.warps, config.registers)
+
+
+def enlarge(x: Map, table: Tensor, out: Map) -> None:
+    """Write the map enlarged by a whole factor, with the weights of `tap_table`."""
+    dtype = out.tensor.dtype
+    columns = padded(x.channels)
+    stored = columns if out.pitch >= columns else x.channels
+    config = choose("modulate", dtype, precision(dtype), 16, columns)  # the same work for an element
+    dtypes = (x.tensor.dtype, dtype)
+    kernel = _enlarge_kernel(
+        x.channels, stored, (table.shape[0], table.shape[1]), (x.pitch, out.pitch), dtypes, config, wide(x, out)
+    )
+    tiles_x, tiles_y = tiles(out._replace(channels=stored), config.tile, out.pitch == 0)
+    kernel(
+        (out.tensor.shape[0] * tiles_y * tiles_x, 1), x.tensor, table, out.tensor, out.height, out.width, x.height,
+        x.width, tiles_x, tiles_y, x.batch, out.batch,
     )  # fmt: skip

@@ -23,10 +23,12 @@ def adaptive_max_pool_kernel(
     x,
     out,  # [n, elements], the pooled maps as they lie in memory
     height, width, pooled_height, pooled_width, span_y, span_x, tiles, x_batch, out_batch,
-    CHANNELS: tl.constexpr, RESULTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MODE: tl.constexpr,
-    PLANAR: tl.constexpr, X_PITCH: tl.constexpr, WIDE: tl.constexpr,
+    CHANNELS: tl.constexpr, STORED: tl.constexpr, RESULTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MODE: tl.constexpr, PLANAR: tl.constexpr, X_PITCH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """MODE "maxima": those. "where": their pixels' numbers, of the first of equal ones, or of the last NaN."""
+    """MODE "maxima": those, and zeros in channels up to STORED. "where": their pixels' numbers, of the first of equal
+    ones, or of the last NaN.
+    """
     AXIS: tl.constexpr = 1 if X_PITCH == 0 else 0  # of the lanes that share a window
     n = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -36,7 +38,9 @@ def adaptive_max_pool_kernel(
     e = tl.expand_dims(results, AXIS)
     lane = tl.expand_dims(tl.arange(0, ROWS * COLUMNS), 1 - AXIS)
     known = e < out_batch
-    py, px, channel = element(e, pooled_height, pooled_width, CHANNELS, PLANAR)
+    py, px, channel = element(e, pooled_height, pooled_width, STORED, PLANAR)
+    if STORED > CHANNELS:
+        known = known & (channel < CHANNELS)
     y0 = py * height // pooled_height
     y1 = ((py + 1) * height + pooled_height - 1) // pooled_height
     x0 = px * width // pooled_width
@@ -70,6 +74,9 @@ def adaptive_max_pool_kernel(
         tl.store(out, tl.where(last < 0, first, last), mask=results < out_batch)
     else:
         best = tl.where(tl.max(nan.to(tl.int32), AXIS) > 0, float("nan"), best)
+        if STORED > CHANNELS:
+            _, _, channel = element(results, pooled_height, pooled_width, STORED, PLANAR)
+            best = tl.where(channel < CHANNELS, best, 0.0)
         tl.store(out, best.to(out.dtype.element_ty), mask=results < out_batch)
 
 
@@ -125,10 +132,19 @@ def _is_wide(x: Map, pooled: tuple[int, int]) -> bool:
 
 @lru_cache(maxsize=256)
 def _kernel(
-    channels: int, lanes: Lanes, mode: str, planar: bool, pitch: int, dtypes: object, config: Config, is_wide: bool
+    channels: int,
+    stored: int,
+    lanes: Lanes,
+    mode: str,
+    planar: bool,
+    pitch: int,
+    dtypes: object,
+    config: Config,
+    is_wide: bool,
 ) -> Kernel:
     constants = {
         "CHANNELS": channels,
+        "STORED": stored,
         "RESULTS": lanes.results,
         "ROWS": lanes.rows,
         "COLUMNS": lanes.columns,
@@ -140,15 +156,17 @@ def _kernel(
     return Kernel(adaptive_max_pool_kernel, constants, config.warps, config.registers)
 
 
-def _pool(x: Map, size: tuple[int, int], out: Tensor, planar: bool) -> None:
-    """Write the maxima of `size` windows, or where they are if `out` is of int32; dense, in planes or channels last."""
+def _pool(x: Map, size: tuple[int, int], out: Tensor, planar: bool, stored: int = 0) -> None:
+    """Write the maxima of `size` windows, or where they are if `out` is of int32; dense, in planes or channels last,
+    there with zeros in channels up to `stored`."""
+    stored = max(stored, x.channels)
     dtype = x.tensor.dtype
     sides = (x.height // size[0], x.width // size[1])
     config = choose("adaptive_max_pool", dtype, precision(dtype), pixels_of(*sides), padded(x.channels))
     lanes = Lanes.make(config, *sides)
     mode = "where" if out.dtype == torch.int32 else "maxima"
-    kernel = _kernel(x.channels, lanes, mode, planar, x.pitch, (dtype, out.dtype), config, _is_wide(x, size))
-    elements = x.channels * size[0] * size[1]
+    kernel = _kernel(x.channels, stored, lanes, mode, planar, x.pitch, (dtype, out.dtype), config, _is_wide(x, size))
+    elements = stored * size[0] * size[1]
     count = ceil_div(elements, lanes.results)
     kernel(
         (x.tensor.shape[0] * count, 1), x.tensor, out, x.height, x.width, *size, longest(x.height, size[0]),
@@ -175,6 +193,11 @@ def _gradient_kernel(
         "WIDE": is_wide,
     }
     return Kernel(adaptive_max_pool_gradient_kernel, constants, config.warps, config.registers)
+
+
+def pool(x: Map, out: Map) -> None:
+    """Write the maxima to a map of a plan, whose pixels follow each other, channels filled up with zeros."""
+    _pool(x, (out.height, out.width), out.tensor, False, out.pitch)
 
 
 @repeated

@@ -54,40 +54,44 @@ def modulate_kernel(
     P4: tl.constexpr, P5: tl.constexpr, P6: tl.constexpr, P7: tl.constexpr,
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, R3: tl.constexpr,
     R4: tl.constexpr, R5: tl.constexpr, R6: tl.constexpr, R7: tl.constexpr,
-    COUNT: tl.constexpr, CHANNELS: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, MODE: tl.constexpr,
-    TO_X: tl.constexpr, TO_SUM: tl.constexpr, ACTIVATION: tl.constexpr, BLEND: tl.constexpr, PLANAR: tl.constexpr,
-    X_PITCH: tl.constexpr, G_PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, SUM_PITCH: tl.constexpr,
-    WIDE: tl.constexpr,
+    COUNT: tl.constexpr, CHANNELS: tl.constexpr, STORED: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    MODE: tl.constexpr, TO_X: tl.constexpr, TO_SUM: tl.constexpr, ACTIVATION: tl.constexpr, BLEND: tl.constexpr,
+    PLANAR: tl.constexpr, X_PITCH: tl.constexpr, G_PITCH: tl.constexpr, OUT_PITCH: tl.constexpr,
+    SUM_PITCH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """MODE "forward": out = x * act(sum of COUNT maps). "gradient": from that of the result with TO_X the one to x in
-    `out`, with TO_SUM the one to the sum. P are the maps' pitches, R says which have another size than x.
+    """MODE "forward": out = x * act(sum of COUNT maps), zeros in channels up to STORED. "gradient": from that of the
+    result with TO_X the one to x in `out`, with TO_SUM the one to the sum. P are the maps' pitches, R says which have
+    another size than x.
     """
     n, y, e, column, channel, ok = locate(
-        tiles_x, tiles_y, height, width, CHANNELS, TILE_H, TILE_W, PLANAR, WIDE
+        tiles_x, tiles_y, height, width, STORED, TILE_H, TILE_W, PLANAR, WIDE
     )  # fmt: skip
-    total = _map(m0, n, m0_batch, y, e, column, channel, ok, height, width, h0, w0, P0, R0, BLEND, CHANNELS, PLANAR, WIDE)  # fmt: skip  # noqa: E501
+    stored = ok
+    if STORED > CHANNELS:
+        ok = ok & (channel < CHANNELS)
+    total = _map(m0, n, m0_batch, y, e, column, channel, ok, height, width, h0, w0, P0, R0, BLEND, STORED, PLANAR, WIDE)  # fmt: skip  # noqa: E501
     if COUNT > 1:
-        total += _map(m1, n, m1_batch, y, e, column, channel, ok, height, width, h1, w1, P1, R1, BLEND, CHANNELS, PLANAR, WIDE)  # fmt: skip  # noqa: E501
+        total += _map(m1, n, m1_batch, y, e, column, channel, ok, height, width, h1, w1, P1, R1, BLEND, STORED, PLANAR, WIDE)  # fmt: skip  # noqa: E501
     if COUNT > 2:
-        total += _map(m2, n, m2_batch, y, e, column, channel, ok, height, width, h2, w2, P2, R2, BLEND, CHANNELS, PLANAR, WIDE)  # fmt: skip  # noqa: E501
+        total += _map(m2, n, m2_batch, y, e, column, channel, ok, height, width, h2, w2, P2, R2, BLEND, STORED, PLANAR, WIDE)  # fmt: skip  # noqa: E501
     if COUNT > 3:
-        total += _map(m3, n, m3_batch, y, e, column, channel, ok, height, width, h3, w3, P3, R3, BLEND, CHANNELS, PLANAR, WIDE)  # fmt: skip  # noqa: E501
+        total += _map(m3, n, m3_batch, y, e, column, channel, ok, height, width, h3, w3, P3, R3, BLEND, STORED, PLANAR, WIDE)  # fmt: skip  # noqa: E501
     if COUNT > 4:
-        total += _map(m4, n, m4_batch, y, e, column, channel, ok, height, width, h4, w4, P4, R4, BLEND, CHANNELS, PLANAR, WIDE)  # fmt: skip  # noqa: E501
+        total += _map(m4, n, m4_batch, y, e, column, channel, ok, height, width, h4, w4, P4, R4, BLEND, STORED, PLANAR, WIDE)  # fmt: skip  # noqa: E501
     if COUNT > 5:
-        total += _map(m5, n, m5_batch, y, e, column, channel, ok, height, width, h5, w5, P5, R5, BLEND, CHANNELS, PLANAR, WIDE)  # fmt: skip  # noqa: E501
+        total += _map(m5, n, m5_batch, y, e, column, channel, ok, height, width, h5, w5, P5, R5, BLEND, STORED, PLANAR, WIDE)  # fmt: skip  # noqa: E501
     if COUNT > 6:
-        total += _map(m6, n, m6_batch, y, e, column, channel, ok, height, width, h6, w6, P6, R6, BLEND, CHANNELS, PLANAR, WIDE)  # fmt: skip  # noqa: E501
+        total += _map(m6, n, m6_batch, y, e, column, channel, ok, height, width, h6, w6, P6, R6, BLEND, STORED, PLANAR, WIDE)  # fmt: skip  # noqa: E501
     if COUNT > 7:
-        total += _map(m7, n, m7_batch, y, e, column, channel, ok, height, width, h7, w7, P7, R7, BLEND, CHANNELS, PLANAR, WIDE)  # fmt: skip  # noqa: E501
+        total += _map(m7, n, m7_batch, y, e, column, channel, ok, height, width, h7, w7, P7, R7, BLEND, STORED, PLANAR, WIDE)  # fmt: skip  # noqa: E501
     if MODE == "forward" or TO_SUM:
-        offsets = tile_offsets(y, e, column, channel, height, width, CHANNELS, PLANAR, X_PITCH, WIDE)
+        offsets = tile_offsets(y, e, column, channel, height, width, STORED, PLANAR, X_PITCH, WIDE)
         value = tl.load(x + image_start(n, x_batch, X_PITCH) + offsets, mask=ok, other=0.0).to(tl.float32)
     if MODE == "gradient":
-        offsets = tile_offsets(y, e, column, channel, height, width, CHANNELS, PLANAR, G_PITCH, WIDE)
+        offsets = tile_offsets(y, e, column, channel, height, width, STORED, PLANAR, G_PITCH, WIDE)
         given = tl.load(g + image_start(n, g_batch, G_PITCH) + offsets, mask=ok, other=0.0).to(tl.float32)
     if TO_SUM:
-        offsets = tile_offsets(y, e, column, channel, height, width, CHANNELS, PLANAR, SUM_PITCH, WIDE)
+        offsets = tile_offsets(y, e, column, channel, height, width, STORED, PLANAR, SUM_PITCH, WIDE)
         through = given * value * derivative(total, slope, ACTIVATION)
         to_sum += image_start(n, to_sum_batch, SUM_PITCH)
         tl.store(to_sum + offsets, through.to(to_sum.dtype.element_ty), mask=ok)
@@ -97,14 +101,15 @@ def modulate_kernel(
             result *= value
         else:
             result *= given
-        offsets = tile_offsets(y, e, column, channel, height, width, CHANNELS, PLANAR, OUT_PITCH, WIDE)
+        offsets = tile_offsets(y, e, column, channel, height, width, STORED, PLANAR, OUT_PITCH, WIDE)
         out += image_start(n, out_batch, OUT_PITCH)
-        tl.store(out + offsets, result.to(out.dtype.element_ty), mask=ok)
+        tl.store(out + offsets, result.to(out.dtype.element_ty), mask=stored)
 
 
 @lru_cache(maxsize=1024)
 def _kernel(
     channels: int,
+    stored: int,
     pitches: tuple[int, ...],
     resizes: tuple[bool, ...],
     mode: str,
@@ -122,6 +127,7 @@ def _kernel(
     constants |= {
         "COUNT": len(pitches),
         "CHANNELS": channels,
+        "STORED": stored,
         "TILE_H": config.tile[0],
         "TILE_W": config.tile[1],
         "MODE": mode,
@@ -165,8 +171,11 @@ def apply(
     config = choose(name, dtype, precision(dtype), 16 * len(maps), padded(channels))
     others = [NOTHING if m is None else m for m in (g, out, to_sum)]
     tensors = (x.tensor, *(m.tensor for m in others), *(m.tensor for m in maps))
+    # The channels that fill up a map of a plan.
+    stored = padded(channels) if g is None and written.pitch >= padded(channels) else channels
     kernel = _kernel(
         channels,
+        stored,
         tuple(m.pitch for m in maps),
         tuple((m.height, m.width) != (x.height, x.width) for m in maps),
         "forward" if g is None else "gradient",
@@ -178,7 +187,7 @@ def apply(
         config,
         wide(x, *maps, g, out, to_sum),
     )
-    tiles_x, tiles_y = tiles(x, config.tile, planar)
+    tiles_x, tiles_y = tiles(x._replace(channels=stored), config.tile, planar)
     missing = MAPS - len(maps)
     nothing, none = (None,) * missing, (1,) * missing
     kernel(

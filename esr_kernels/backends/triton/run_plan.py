@@ -13,7 +13,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...library import run_plan_outputs
 from ...plan import ESA_WEIGHTS, Layer, Plan
-from . import _pointwise, bsconv, configs, depthwise_conv, esa, interpreted, layer_norm2d
+from . import (
+    _pointwise,
+    _resize,
+    adaptive_max_pool,
+    bsconv,
+    configs,
+    depthwise_conv,
+    esa,
+    interpreted,
+    layer_norm2d,
+    modulate,
+)
 from ._conv1x1 import multiply
 from ._convolution import convolve
 from .launch import Program
@@ -72,39 +83,44 @@ class PreparedPlan:
     def _run(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         plan = self.plan
         _, _, height, width = inputs[0].shape
-        buffers = self._allocate(inputs[0], height, width)
+        sizes = plan.sizes(height, width)
+        buffers = self._allocate(inputs[0], sizes)
         values = [as_map(x) for x in inputs]
         for k, (layer, step) in enumerate(zip(plan.layers, self.steps, strict=True)):
             value = len(inputs) + k
-            scale = plan.scales[value]
-            h, w = height * scale, width * scale
+            h, w = sizes[value]
+            if layer.op == "adaptive_max_pool" and not (h and w):
+                least = layer.attributes["divisor"]
+                raise ValueError(f"plan: layer {k} (adaptive_max_pool): x must have at least {least} pixels a side")
             if value in plan.outputs:
                 out = as_map(outputs[plan.outputs.index(value)])
             elif step is None:
                 out = values[layer.inputs[0]]
             else:
                 buffer = buffers[plan.buffers[value]]  # type: ignore[index]
-                pitch, batch = self._layout(layer.channels, scale, h * w)
+                pitch, batch = self._layout(value, h * w)
                 out = Map(buffer, pitch, batch, layer.channels, h, w)
             if step is not None:
                 step([values[i] for i in layer.inputs], out)
             values.append(out)
 
-    def _layout(self, channels: int, scale: int, pixels: int) -> tuple[int, int]:
+    def _layout(self, value: int, pixels: int) -> tuple[int, int]:
         """Pitch and batch of a buffer's map: images are planes, as their pixel shuffle writes them."""
-        return (padded(channels), pixels) if scale == 1 else (0, channels * pixels)
+        channels = self.plan.channels[value]
+        return (padded(channels), pixels) if self.plan.scales[value] <= 1 else (0, channels * pixels)
 
-    def _allocate(self, like: Tensor, height: int, width: int) -> dict[int, Tensor]:
+    def _allocate(self, like: Tensor, value_sizes: list[tuple[int, int]]) -> dict[int, Tensor]:
         """The plan's buffers, which values share in turns; [n, elements], so that `shape[0]` is the batch."""
         plan = self.plan
         sizes: dict[int, int] = {}
         for k, layer in enumerate(plan.layers):
             value = len(plan.inputs) + k
-            slot, scale = plan.buffers[value], plan.scales[value]
+            slot = plan.buffers[value]
             if slot is None or self.steps[k] is None:
                 continue
-            channels = padded(layer.channels) if scale == 1 else layer.channels
-            sizes[slot] = max(sizes.get(slot, 0), height * width * scale * scale * channels)
+            height, width = value_sizes[value]
+            pitch, _ = self._layout(value, height * width)
+            sizes[slot] = max(sizes.get(slot, 0), height * width * (pitch or layer.channels))
         return {slot: empty(like, (like.shape[0], size)) for slot, size in sizes.items()}
 
     def _step(self, k: int, layer: Layer) -> Step | None:
@@ -125,6 +141,17 @@ class PreparedPlan:
             return lambda x, out: _pointwise.apply(x[0], a["function"], table, out)
         if layer.op in ("add", "multiply"):
             return lambda x, out: _pointwise.combine(x[0], x[1], layer.op, out)
+        if layer.op == "slice":
+            return lambda x, out: _pointwise.copy_channels(x[0], a["start"], out)
+        if layer.op == "resize":
+            taps = _resize.tap_table(a["mode"], a["upscale_factor"], self.device)
+            self._tables.append(taps)
+            return lambda x, out: _resize.enlarge(x[0], taps, out)
+        if layer.op == "adaptive_max_pool":
+            return lambda x, out: adaptive_max_pool.pool(x[0], out)
+        if layer.op == "modulate":
+            gate = {"bilinear": a["mode"] == "bilinear", "activation": a["activation"], "slope": a["negative_slope"]}
+            return lambda x, out: modulate.apply(x[0], x[1:], out, **gate)
         if layer.op == "conv1x1":
             channels = tuple(self.plan.channels[i] for i in layer.operands)
             parts = pack_parts(w["weight"], channels, self.dtype)
@@ -161,7 +188,7 @@ class PreparedPlan:
             options |= {"activation": a["activation"], "slope": a["negative_slope"]}
         mode = a.get("residual_mode", "post")
         packed = pack(weight, self.dtype)
-        r = layer.scale
+        r = int(layer.scale)
 
         def step(x: list[Map], out: Map) -> None:
             residual = x[1] if len(x) > 1 else None
