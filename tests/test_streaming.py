@@ -276,13 +276,15 @@ def test_a_process_under_a_real_limit_goes_on_in_smaller_tiles(tmp_path, large, 
 
 def start(folder, weights, *argv, before=""):
     """The command in a process of its own, in which small pictures count as large."""
+    # Whoever starts the tests in the background has interruptions ignored.
     code = f"""
-import resource, sys
+import resource, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from esr_kernels import tiling
 from esr_kernels.cli import main
 from esr_kernels.commands import upscale
 tiling.AUTO_PIXELS = upscale.AUTO_PIXELS = 2 ** 14
-tiling.BAND_PIXELS = 2 ** 11
+tiling.BAND_PIXELS = 2 ** 14
 {before}
 sys.exit(main(sys.argv[1:]))
 """
