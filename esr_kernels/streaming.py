@@ -125,7 +125,8 @@ class PngRows:
             step = max(_STRIP // self._above.size, 1)
             while end < bottom:
                 strip = self._next(min(step, self.height - end))
-                parts.append(strip[max(first - end, 0) :])
+                if end + len(strip) > first:
+                    parts.append(strip[max(first - end, 0) :])
                 end += len(strip)
             self._first = first
             self._kept = np.concatenate(parts) if len(parts) > 1 else parts[0]
