@@ -242,6 +242,6 @@ def prepared_plan(text: str, weights: list[Tensor], dtype: torch.dtype, device: 
 def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Tensor]:
     outputs = run_plan_outputs(inputs, weights, plan)
     x = inputs[0]
-    if x.shape[0]:
+    if x.numel():
         prepared_plan(plan, weights, x.dtype, x.device).execute(inputs, outputs)
     return outputs
