@@ -64,9 +64,14 @@ def wgmma_tflops(channels: int) -> float:
     return min(0.8 * peak, peak * cycles / max(cycles, read))
 
 
+def columns(layer: Layer) -> int:
+    """Channels of the product, before any pixel shuffle."""
+    return layer.channels * (int(layer.scale) ** 2 if layer.op == "conv3x3_pixel_shuffle" else 1)
+
+
 def products(layer: Layer, cin: list[int], height: int, width: int) -> float:
     """Floating-point operations with channels and steps padded as the kernel pads them."""
-    cout = padded(layer.channels * layer.scale**2)
+    cout = padded(columns(layer))
     if layer.op in CONVOLUTIONS:
         units = 9 * padded(cin[0]) // UNIT
         return 2 * (units + units % 2) * UNIT * cout * height * width
@@ -77,14 +82,14 @@ def products(layer: Layer, cin: list[int], height: int, width: int) -> float:
     return 0
 
 
-def traffic(layer: Layer, cin: list[int], height: int, width: int, tile: tuple[int, int] = TILE) -> float:
-    """Bytes read and written, the halo of a tile counted as often as it is read."""
+def traffic(layer: Layer, cin: list[int], pixels: list[int], tile: tuple[int, int] = TILE) -> float:
+    """Bytes read and written, the halo of a tile counted as often as it is read; `pixels` of inputs and result."""
     halo = (tile[0] + 2) * (tile[1] + 2) / (tile[0] * tile[1]) if layer.halo else 1
-    first = (cin[0] if cin[0] < UNIT else padded(cin[0])) * halo
-    rest = sum(padded(c) for c in cin[1:])
-    out = layer.channels * layer.scale**2 if layer.scale > 1 else padded(layer.channels)
+    first = (cin[0] if cin[0] < UNIT else padded(cin[0])) * halo * pixels[0]
+    rest = sum(padded(c) * n for c, n in zip(cin[1:], pixels[1:-1], strict=True))
+    out = (layer.channels if layer.scale > 1 else padded(layer.channels)) * pixels[-1]
     passes = 2 if layer.op == "esa" else 1  # the stride-2 convolution and the gate both read x
-    return 2 * (passes * first + rest + out) * height * width
+    return 2 * (passes * first + rest + out)
 
 
 LAUNCHES = {"normalize": 0, "esa": 3}
@@ -131,6 +136,7 @@ def rows(
     fits = chain_tiles(height, width) <= gpu.multiprocessors
     chains = chain_lengths(plan) if persistent and fits else {}
     chained = {first + i: first for first, count in chains.items() for i in range(count)}
+    sizes = plan.sizes(height, width)
     for k, layer in enumerate(plan.layers):
         if k in chained:
             if k in chains:
@@ -145,12 +151,13 @@ def rows(
         launches = 0 if behind else launches
         cin = [plan.channels[i] for i in layer.inputs]
         by_wgmma = wgmma and layer.op in CONVOLUTIONS and cin[0] <= MOST_WGMMA_CHANNELS
-        operations = products(layer, cin, height, width)
-        size = 0 if behind else traffic(layer, cin, height, width, WGMMA_TILE if by_wgmma else TILE)
-        tflops = wgmma_tflops(padded(layer.channels * layer.scale**2)) if by_wgmma else gpu.tflops
+        pixels = [h * w for h, w in (sizes[i] for i in (*layer.inputs, len(plan.inputs) + k))]
+        operations = products(layer, cin, *sizes[layer.inputs[0]])
+        size = 0 if behind else traffic(layer, cin, pixels, WGMMA_TILE if by_wgmma else TILE)
+        tflops = wgmma_tflops(padded(columns(layer))) if by_wgmma else gpu.tflops
         us = max(operations / tflops / 1e6, size / gpu.bandwidth * 1e6) + launches * gpu.gap_us
         suffix = "in the same launch, " if behind else ""
-        name = f"{layer.op} {suffix}{'+'.join(map(str, cin))} -> {layer.channels * layer.scale**2}"
+        name = f"{layer.op} {suffix}{'+'.join(map(str, cin))} -> {columns(layer)}"
         found.setdefault((name, operations / 1e9, size / 1e6, us), []).append(1)
     return [(str(k[0]), len(n), float(k[1]), float(k[2]), float(k[3])) for k, n in found.items()]  # type: ignore[arg-type]
 
