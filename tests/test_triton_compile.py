@@ -55,6 +55,7 @@ def test_no_kernel_spills_or_asks_for_too_much(compiled: dict[int, list[dict[str
     assert not [r for r in compiled[arch] if r["problem"]]
     found = {r["operator"].split()[0] for r in compiled[arch]}
     assert found >= {"span", "spab", "esa", "bsconv", "adaptive_max_pool", "modulate"}
+    assert "enlarge_kernel" in {r["kernel"] for r in compiled[arch]}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -31,7 +31,7 @@ from ...cases import CASES, OperatorCase, model_pair
 from ...library import ACTIVATIONS
 from ...optimize import optimize
 from ...timing import write_json
-from . import _pointwise, call, configs, launch, maps
+from . import _pointwise, _resize, call, configs, launch, maps
 
 ARCHITECTURES = (80, 86, 89, 90)
 # Shared memory that one program can have, in bytes.
@@ -287,9 +287,20 @@ _OPERATIONS = (
 
 
 def pointwise_launches(arch: int, name: str) -> list[Launch]:
-    """The launches of a plan's sums, products and functions, on buffers with padding and without, and on images."""
+    """The launches of a plan's sums, products, functions and enlargements, on buffers with padding and without, and on
+    images."""
     dtype = DTYPES[name]
     with collect(f"plan {name}", arch) as launches:
+        for mode in ("nearest", "bilinear", "bicubic"):
+            table = _resize.tap_table(mode, 2, torch.device("cpu"))
+            for channels, pitch in ((36, 48), (48, 48), (3, 0)):
+                low, high = (
+                    maps.Map(
+                        torch.zeros(1, side * side * (pitch or channels), dtype=dtype), pitch, 0, channels, side, side
+                    )
+                    for side in (8, 16)
+                )
+                _resize.enlarge(low, table, high)
         for operation in _OPERATIONS:
             for channels, pitch in ((36, 48), (48, 48), (3, 0)):
                 x = maps.Map(torch.zeros(1, 256 * (pitch or channels), dtype=dtype), pitch, 0, channels, 16, 16)
