@@ -266,7 +266,8 @@ def _enlarge_kernel(
         "OUT_PITCH": pitches[1],
         "WIDE": is_wide,
     }
-    return Kernel(enlarge_kernel, constants, config.warps, config.registers)
+    # Left to choose, the assembler spills with 16 taps.
+    return Kernel(enlarge_kernel, constants, config.warps, 255)
 
 
 def enlarge(x: Map, table: Tensor, out: Map) -> None:
