@@ -63,12 +63,12 @@ def compare(picture: Path, result: Path, name: str, weights: Path, size: int) ->
     Raises:
         ValueError: the result has another size, or a part has other bits than alone.
     """
-    model = load_network(name, weights)
+    model, chosen = load_network(name, weights), parts(size)
     scale, data_range, overlap = int(model.scale), float(model.data_range), exact_overlap(model)
     with open_rows(picture, max_pixels=MAX_PIXELS) as before, open_rows(result, max_pixels=MAX_PIXELS) as after:
         if (after.height, after.width) != (size * scale, size * scale):
             raise ValueError(f"{result}: {after.width} x {after.height} pixels")
-        for top, left in parts(size):
+        for top, left in chosen:
             y, x = max(top - overlap, 0), max(left - overlap, 0)
             window = before.read(y, min(top + PART + overlap, size)).pixels[:, x : left + PART + overlap]
             alone = model(imaging.to_tensor(Picture(window), data_range))
@@ -76,7 +76,7 @@ def compare(picture: Path, result: Path, name: str, weights: Path, size: int) ->
             got = after.read(top * scale, (top + PART) * scale).pixels[:, left * scale : (left + PART) * scale]
             if not np.array_equal(got, imaging.quantize(alone, data_range, 8, False)):
                 raise ValueError(f"{result}: other bits than alone at row {top}, column {left} of the picture")
-    return len(parts(size))
+    return len(chosen)
 
 
 def small_weights(folder: Path) -> Path:

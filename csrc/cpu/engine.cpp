@@ -143,9 +143,10 @@ class CompiledPlan {
       if (next.layer().inputs == std::vector<int64_t>{value}) {
         produces_[k] = (op.computes_rows() && next.takes_rows()) || (op.is_view() && next.takes_views());
       }
+      if (!op.enlarges()) continue;
       for (const auto& reader : operators_) {
         const bool adds = reader->layer().has_residual && reader->layer().inputs.back() == value;
-        if (adds && op.enlarges() && reader->takes_enlarged_residual()) enlarges_[k] = true;
+        if (adds && reader->takes_enlarged_residual()) enlarges_[k] = true;
       }
     }
   }

@@ -27,6 +27,17 @@ class Side {
   std::vector<float> weight_;
 };
 
+// Fills in how map m, of this size, is read; its tables are kept in `sides`, which has room for two of each map.
+void set_map(ModulateArgs& args, int64_t m, int64_t height, int64_t width, std::vector<Side>& sides) {
+  ModulateMapArgs& a = args.maps[m];
+  a.height = height;
+  a.width = width;
+  a.resized = height != args.height || width != args.width;
+  if (!a.resized) return;
+  a.rows = sides.emplace_back(height, args.height, args.blend).table();
+  a.columns = sides.emplace_back(width, args.width, args.blend).table();
+}
+
 // The arguments of a call and what they point to.
 struct Modulation {
   ModulateArgs args;
@@ -56,13 +67,7 @@ struct Modulation {
                       " channels of ", height, "x", width, " pixels, must have those of x and at least one pixel");
       STD_TORCH_CHECK(map.can_be(args.planar), name, ": map ", m, " has another memory format than x");
       maps.push_back(map);
-      ModulateMapArgs& a = args.maps[m];
-      a.height = height;
-      a.width = width;
-      a.resized = height != args.height || width != args.width;
-      if (!a.resized) continue;
-      a.rows = sides.emplace_back(height, args.height, bilinear).table();
-      a.columns = sides.emplace_back(width, args.width, bilinear).table();
+      set_map(args, static_cast<int64_t>(m), height, width, sides);
     }
   }
 
@@ -107,14 +112,8 @@ class Modulate final : public Operator {
     sides.reserve(2 * run.inputs.size());
     for (int64_t k = 0; k < a.count; ++k) {
       const Map& map = run.inputs[static_cast<size_t>(k) + 1];
-      ModulateMapArgs& to = a.maps[k];
-      to.map = map.view();
-      to.height = map.layout.height;
-      to.width = map.layout.width;
-      to.resized = to.height != m.height || to.width != m.width;
-      if (!to.resized) continue;
-      to.rows = sides.emplace_back(to.height, m.height, a.blend).table();
-      to.columns = sides.emplace_back(to.width, m.width, a.blend).table();
+      a.maps[k].map = map.view();
+      set_map(a, k, map.layout.height, map.layout.width, sides);
     }
     const int64_t floats = kernels_.modulate_floats(a);
     parallel_ranges(m.height, m.width * m.step * (8 + 2 * a.count), [&](int64_t y0, int64_t y1) {

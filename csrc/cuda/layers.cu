@@ -281,6 +281,15 @@ class ConvolutionStep : public Step {
   Packing tail_packing_;
 };
 
+// Launches what is computed pixel by pixel for the layer's result.
+void launch_pixels(PointwiseArgs a, const Run& run, Precision precision) {
+  a.output = run.output.view;
+  a.channels = static_cast<int32_t>(run.output.shape.channels);
+  a.height = static_cast<int32_t>(run.output.shape.height);
+  a.width = static_cast<int32_t>(run.output.shape.width);
+  launch_pointwise(a, precision, run.batch, run.stream, run.overlap);
+}
+
 // Normalisation, or a function of every element: two numbers for each channel.
 class TableStep : public Step {
  public:
@@ -309,14 +318,10 @@ class TableStep : public Step {
   void run(const Run& run) const override {
     PointwiseArgs a = {};
     a.a = run.inputs[0].view;
-    a.output = run.output.view;
     a.function = layer_.function;
     a.first = reinterpret_cast<const float*>(run.packed);
     a.second = a.first + first().size();
-    a.channels = static_cast<int32_t>(first().size());
-    a.height = static_cast<int32_t>(run.output.shape.height);
-    a.width = static_cast<int32_t>(run.output.shape.width);
-    launch_pointwise(a, precision_, run.batch, run.stream, run.overlap);
+    launch_pixels(a, run, precision_);
   }
 
  private:
@@ -343,11 +348,7 @@ class PairStep : public Step {
       a.b.blocked = false;  // read value by value
     }
     a.multiplies = layer_.op == Op::kMultiply;
-    a.output = run.output.view;
-    a.channels = static_cast<int32_t>(run.output.shape.channels);
-    a.height = static_cast<int32_t>(run.output.shape.height);
-    a.width = static_cast<int32_t>(run.output.shape.width);
-    launch_pointwise(a, precision_, run.batch, run.stream, run.overlap);
+    launch_pixels(a, run, precision_);
   }
 };
 
@@ -367,11 +368,7 @@ class SliceStep : public Step {
     a.a = run.inputs[0].view;
     a.a.data += layer_.start * a.a.channel;
     a.a.blocked = false;  // it may begin within a unit
-    a.output = run.output.view;
-    a.channels = static_cast<int32_t>(layer_.channels);
-    a.height = static_cast<int32_t>(run.output.shape.height);
-    a.width = static_cast<int32_t>(run.output.shape.width);
-    launch_pointwise(a, precision_, run.batch, run.stream, run.overlap);
+    launch_pixels(a, run, precision_);
   }
 };
 

@@ -124,9 +124,8 @@ def _launch(operation: str, x: Map, y: Map | None, table: Tensor | None, out: Ma
     one_channel = second.channels == 1 < x.channels
     pitches = (x.pitch, second.pitch, out.pitch)
     kernel = _kernel(out.channels, operation, pitches, one_channel, start, wide(x, y, out), dtypes)
-    columns = padded(out.channels)
     pixels = out.height * out.width
-    size = pixels * (columns if out.pitch >= columns else out.channels)
+    size = pixels * out.stored
     tiles = ceil_div(size, _BLOCK)
     kernel(
         (out.tensor.shape[0] * tiles, 1), x.tensor, second.tensor, table, out.tensor, pixels, size, tiles,

@@ -273,14 +273,12 @@ def _enlarge_kernel(
 def enlarge(x: Map, table: Tensor, out: Map) -> None:
     """Write the map enlarged by a whole factor, with the weights of `tap_table`."""
     dtype = out.tensor.dtype
-    columns = padded(x.channels)
-    stored = columns if out.pitch >= columns else x.channels
-    config = choose("modulate", dtype, precision(dtype), 16, columns)  # the same work for an element
+    config = choose("modulate", dtype, precision(dtype), 16, padded(x.channels))  # the same work for an element
     dtypes = (x.tensor.dtype, dtype)
     kernel = _enlarge_kernel(
-        x.channels, stored, (table.shape[0], table.shape[1]), (x.pitch, out.pitch), dtypes, config, wide(x, out)
+        x.channels, out.stored, (table.shape[0], table.shape[1]), (x.pitch, out.pitch), dtypes, config, wide(x, out)
     )
-    tiles_x, tiles_y = tiles(out._replace(channels=stored), config.tile, out.pitch == 0)
+    tiles_x, tiles_y = tiles(out._replace(channels=out.stored), config.tile, out.pitch == 0)
     kernel(
         (out.tensor.shape[0] * tiles_y * tiles_x, 1), x.tensor, table, out.tensor, out.height, out.width, x.height,
         x.width, tiles_x, tiles_y, x.batch, out.batch,

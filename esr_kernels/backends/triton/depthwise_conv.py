@@ -271,7 +271,7 @@ def convolve(
     bias = None if bias is None else dense(bias)
     given = NOTHING if g is None else g
     mode = "forward" if g is None else "gradient"
-    stored = padded(results) if mode == "forward" and out.pitch >= padded(results) else results
+    stored = out.stored if mode == "forward" else results
     kernel = _kernel(
         channels,
         (taps_y, taps_x),

@@ -141,7 +141,7 @@ def _kernel(
 def normalize(x: Map, weight: Tensor | None, bias: Tensor | None, out: Map, eps: float) -> None:
     """Write the operator's result."""
     channels, dtype = x.channels, x.tensor.dtype
-    stored = padded(channels) if out.pitch >= padded(channels) else channels
+    stored = out.stored
     config = _choose("layer_norm", dtype, next_power_of_two(stored))
     weight, bias = (None if t is None else dense(t) for t in (weight, bias))
     dtypes = tuple(None if t is None else t.dtype for t in (x.tensor, weight, bias, out.tensor))

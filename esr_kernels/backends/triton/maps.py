@@ -38,6 +38,12 @@ class Map(NamedTuple):
         """Elements from the first of an image to its last, at most."""
         return self.height * self.width * (self.pitch or self.channels)
 
+    @property
+    def stored(self) -> int:
+        """Channels that are written: with the zeros that fill it up, where its pixels have room for them."""
+        columns = padded(self.channels)
+        return columns if self.pitch >= columns else self.channels
+
 
 class _Nothing(NamedTuple):
     """In place of a map that is not there."""

@@ -172,7 +172,7 @@ def apply(
     others = [NOTHING if m is None else m for m in (g, out, to_sum)]
     tensors = (x.tensor, *(m.tensor for m in others), *(m.tensor for m in maps))
     # The channels that fill up a map of a plan.
-    stored = padded(channels) if g is None and written.pitch >= padded(channels) else channels
+    stored = written.stored if g is None else channels
     kernel = _kernel(
         channels,
         stored,
