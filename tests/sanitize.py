@@ -3,7 +3,10 @@
     python tests/sanitize.py [--quick] [address] [thread] [-- arguments of pytest]
 
 `--quick`, which `make test` runs: AddressSanitizer and UndefinedBehaviorSanitizer only, a few drawn calls of every
-operator and its gradients in many threads, with the plain kernels and with the fastest that this CPU has.
+operator and its gradients in many threads, with each of the kernels.
+
+On a CPU that has AVX2 and no AVX-512 the kernels for AVX-512 are compiled with emulated instructions
+(emulated_avx512.h), so that they are tested there too.
 
 "address" stands for AddressSanitizer and UndefinedBehaviorSanitizer, "thread" for ThreadSanitizer. Python and PyTorch
 are not compiled for them, so the sanitizers' libraries are loaded before everything else. For each sanitizer a planted
@@ -13,20 +16,26 @@ bug must be found first.
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "sanitize"
 TESTS = ("conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv", "depthwise_conv", "layer_norm2d")
 TESTS += ("adaptive_max_pool", "modulate")
-TESTS += ("native_cpu", "native_cpu_direct", "native_cpu_backward", "properties", "processes")
+NATIVE_TESTS = ("native_cpu", "native_cpu_direct", "native_cpu_backward")
+TESTS += (*NATIVE_TESTS, "properties", "processes")
 CHOSEN = "native-cpu or native_cpu or many_threads or winograd_keeps"
 QUICK_TESTS = ("properties", "processes")
 QUICK_CHOSEN = "native-cpu or one_operator_in_many_threads or winograd_keeps"
 QUICK_EXAMPLES = 8
+CAPABILITY = torch.backends.cpu.get_cpu_capability()  # of this CPU, in PyTorch's words
+EMULATES = CAPABILITY == "AVX2"
 FOUND = 66  # exit status of a program in which something was found
 
 OVERFLOW = """
@@ -106,13 +115,14 @@ def build(name: str, sanitizer: Sanitizer, folder: Path) -> None:
     command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(folder), "build_ext"]
     command += ["--build-lib", str(folder), "--build-temp", str(FOLDER / f"{name}-objects")]
     flags = f"-fsanitize={sanitizer.flags}"
+    emulation = f" -DESR_EMULATED_AVX512 -I{shlex.quote(str(ROOT / 'tests'))}" if EMULATES else ""
     subprocess.run(
         command,
         cwd=ROOT,
         check=True,
         env={
             **os.environ,
-            "CXXFLAGS": f"{flags} -fno-omit-frame-pointer -g1 -O1",
+            "CXXFLAGS": f"{flags} -fno-omit-frame-pointer -g1 -O1{emulation}",
             "LDFLAGS": flags,
             "ESR_KERNELS_NATIVE": "1",
             "ESR_KERNELS_CUDA": "0",
@@ -149,11 +159,14 @@ def quick(*options: str) -> int:
     build("address", sanitizer, folder)
     env = environment(sanitizer, folder) | {"ESR_KERNELS_EXAMPLES": str(QUICK_EXAMPLES)}
     check_planted(sanitizer, env)
-    for capability in ("plain", ""):
-        print(f"--- {sanitizer.flags}, {capability or 'the fastest'} kernels", flush=True)
+    for capability in ("plain", *(["avx2", "avx512"] if CAPABILITY in ("AVX2", "AVX512") else [])):
+        print(f"--- {sanitizer.flags}, {capability} kernels", flush=True)
         env["ESR_KERNELS_CPU_CAPABILITY"] = capability
         if status := run(sanitizer, env, QUICK_TESTS, QUICK_CHOSEN, *options):
             return status
+    # Elsewhere they have all their tests.
+    if EMULATES and (status := run(sanitizer, env, NATIVE_TESTS, "avx512", *options)):
+        return status
     return 0
 
 

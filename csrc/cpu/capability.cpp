@@ -28,10 +28,20 @@ const Kernels* usable_avx2() {
 #endif
 }
 
+// What is emulated is for tests that ask for it.
+const Kernels* usable_or_emulated_avx512() {
+#if defined(ESR_EMULATED_AVX512)
+  return usable_avx2() != nullptr ? kernels_avx512() : nullptr;
+#else
+  return usable_avx512();
+#endif
+}
+
 const Kernels* by_name(const std::string& name) {
   const bool known = name == "avx512" || name == "avx2" || name == "plain";
   STD_TORCH_CHECK(known, "CPU capability: '", name, "' is unknown, allowed are avx512, avx2 and plain");
-  const Kernels* kernels = name == "avx512" ? usable_avx512() : (name == "avx2" ? usable_avx2() : kernels_plain());
+  const Kernels* kernels =
+      name == "avx512" ? usable_or_emulated_avx512() : (name == "avx2" ? usable_avx2() : kernels_plain());
   STD_TORCH_CHECK(kernels != nullptr, "CPU capability: this CPU has no ", name);
   return kernels;
 }

@@ -8,13 +8,24 @@
 
 #include <immintrin.h>
 
+#if defined(ESR_EMULATED_AVX512)  // for tests on a CPU without
+#define ESR_TARGET "avx2,fma,f16c"
+#else
+#define ESR_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+#endif
+
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
-                             apply_to = function)
+#pragma clang attribute push(__attribute__((target(ESR_TARGET))), apply_to = function)
 #else
 // Undefined registers inside the intrinsics' own header.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define ESR_PRAGMA(words) _Pragma(#words)
+#define ESR_TARGET_REGION(names) ESR_PRAGMA(GCC target(names))
+ESR_TARGET_REGION(ESR_TARGET)
+#endif
+
+#if defined(ESR_EMULATED_AVX512)
+#include "emulated_avx512.h"
 #endif
 
 #define ESR_PATH avx512
