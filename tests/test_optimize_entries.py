@@ -142,11 +142,7 @@ BLOCKS = {
         None,
         [],
     ),
-    "channel shuffle": (
-        lambda: Net(channel_shuffle, c=conv(8, 8)),
-        None,
-        ["aten.slice.Tensor", "aten.cat", "aten.reshape", "aten.transpose.int"],
-    ),
+    "channel shuffle": (lambda: Net(channel_shuffle, c=conv(8, 8)), None, []),
     "recursion": (lambda: pair(recursion, act=nn.LeakyReLU(0.1, True)), ["conv3x3 leaky_relu", "conv3x3 post"] * 3, []),
     "activation of a view": (lambda: Net(activation_of_a_view, a=conv(16, 16), b=conv(16, 16, 1)), None, []),
     "distillation": (

@@ -402,6 +402,7 @@ ONE_CONVOLUTION = {
     ),
     "weight norm": lambda: nn.utils.parametrizations.weight_norm(conv(3, 12)),
     "difference": lambda: Net(lambda m, x: m.a(x) - m.b(x), a=conv(3, 8), b=conv(3, 8)),
+    "groups": lambda: conv(3, 12, groups=3),
     "dropout": lambda: nn.Sequential(nn.Dropout(0.5), conv(3, 12), nn.Identity(), nn.Dropout2d(0.5)),
 }
 
@@ -422,7 +423,7 @@ NOT_ONE = {
     ),
     "stride": (lambda: nn.Sequential(conv(3, 12, stride=2), nn.ReLU()), []),
     "dilation": (lambda: conv(3, 12, padding=2, dilation=2), []),
-    "groups": (lambda: conv(3, 12, groups=3), []),
+    "groups of another kernel": (lambda: conv(3, 12, 5, groups=3, dilation=2, padding=4), []),
     "padding of 2": (lambda: conv(3, 12, padding=2), []),
     "no padding": (lambda: conv(3, 12, padding=0), []),
     "reflected": (lambda: conv(3, 12, padding_mode="reflect"), []),
@@ -531,7 +532,7 @@ WHOLE = {
     "shuffle by views": (lambda: Net(lambda m, x: space(m.c(x), 2), c=conv(3, 12)), ["conv3x3_pixel_shuffle"]),
     "shuffle after the sum": (
         lambda: Net(lambda m, x: F.pixel_shuffle(m.c(x) + torch.repeat_interleave(x, 4, 1), 2), c=conv(3, 12)),
-        ["conv3x3_pixel_shuffle post"],
+        ["resize", "conv3x3_pixel_shuffle post"],
     ),
     "bilinear skip": (
         lambda: Net(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 import time
@@ -213,17 +214,17 @@ def find_example(network: nn.Module) -> Tensor:
     # A multiple of 64 too, for networks that cut the image into windows or halve it and do not pad.
     sizes = [(max(EXAMPLE_SIZE[0], smallest), max(EXAMPLE_SIZE[1], smallest)), (64, 128)]
     failure: Exception | None = None
-    for size in sizes:
-        for channels in candidates:
-            example = torch.zeros(2, channels, *size, dtype=like.dtype, device=like.device)
-            try:
-                # The kernels of separate operators are not those of a plan: nothing is compiled for them.
-                with torch.no_grad(), use_backend("reference"):
-                    network(example)
-            except Exception as error:
-                failure = failure or error
-            else:
-                return example
+    # One image last, for networks that take no more at a time.
+    for batch, size, channels in itertools.product((2, 1), sizes, candidates):
+        example = torch.zeros(batch, channels, *size, dtype=like.dtype, device=like.device)
+        try:
+            # The kernels of separate operators are not those of a plan: nothing is compiled for them.
+            with torch.no_grad(), use_backend("reference"):
+                network(example)
+        except Exception as error:
+            failure = failure or error
+        else:
+            return example
     raise OptimizeError(
         f"model: running it on an example [2, C, {EXAMPLE_SIZE[0]}, {EXAMPLE_SIZE[1]}] with C one of "
         f"{list(candidates)} failed: {type(failure).__name__}: {failure}; pass an example that it takes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ _HOT = _CHANNELWISE | {
 # Called by themselves where they would be a plan of one layer, or where plans do not have them.
 _ALONE = _CHANNELWISE | {op.default for op in (ops.adaptive_max_pool, ops.modulate)}
 _POOLS = (ops.adaptive_max_pool.default, ops.adaptive_max_pool2d.default)
+_MOST_JOINED = 128  # channels of a concatenation that a plan makes
 _MOST_RESIZE = 64  # upscale factor of a resize
 
 
@@ -39,6 +41,7 @@ class Lowered:
     Attributes:
         module: the whole network as a graph that calls `esr::run_plan` for its fused parts.
         plan, weights: the network as one plan, or None and no weights where it is not one.
+        clip: the bounds to which what the plan returns is still to be clamped, or None.
         fused: one line per layer, and per operator that is called by itself.
         left: one line per kind of operation that stayed plain, and where.
     """
@@ -46,6 +49,7 @@ class Lowered:
     module: fx.GraphModule
     plan: Plan | None = None
     weights: list[Tensor] = field(default_factory=list)
+    clip: tuple[float, float] | None = None
     fused: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
 
@@ -53,6 +57,7 @@ class Lowered:
 def lower(ws: Workspace, image: fx.Node) -> Lowered:
     """Turn a matched graph into plans and what is between them."""
     _sizes_of_image(ws, image)
+    _concatenations(ws, image)
     refused: dict[fx.Node, str] = {}
     while True:
         groups = _groups(ws, refused)
@@ -69,11 +74,25 @@ def lower(ws: Workspace, image: fx.Node) -> Lowered:
         lines = str(segment.plan).splitlines()[1 + len(segment.plan.inputs) :]
         result.fused += lines if len(segments) == 1 else [f"plan {k + 1}: {line}" for line in lines]
     result.fused += [_alone(n) for n in outside if n.target in _ALONE]
-    if len(segments) == 1 and not outside:
+    end = ws.returned()
+    clip = _clip_of(ws, end) if outside == [end] else None
+    if len(segments) == 1 and (clip is not None or not outside):
         (segment,) = segments.values()
-        if segment.inputs == [image] and segment.outputs == [ws.returned()]:
-            result.plan, result.weights = segment.plan, segment.weights
+        if segment.inputs == [image] and segment.outputs == [end if clip is None else end.args[0]]:
+            result.plan, result.weights, result.clip = segment.plan, segment.weights, clip
+            result.left = []
     return result
+
+
+def _clip_of(ws: Workspace, node: fx.Node) -> tuple[float, float] | None:
+    """Between which bounds a node clamps a map, the same for all channels, if it does that."""
+    found = function_of(ws, node)
+    if found is None or found[1] not in ("clamp", "relu"):
+        return None
+    low, high = (float(bounds[0]) for bounds in found[2:])
+    if bool((found[2] != low).any()) or bool((found[3] != high).any()):
+        return None
+    return (low, high) if found[1] == "clamp" else (0.0, math.inf)
 
 
 def _sizes_of_image(ws: Workspace, image: fx.Node) -> None:
@@ -86,6 +105,20 @@ def _sizes_of_image(ws: Workspace, image: fx.Node) -> None:
         if same:
             ws.replace(node, ws.call(node, aten.sym_size.int, (image, same[0]), node))
     ws.clean()
+
+
+def _concatenations(ws: Workspace, image: fx.Node) -> None:
+    """A concatenation of what plans make for what they read: a 1x1 convolution that leaves every channel as it is."""
+    for node in list(ws.graph.nodes):
+        if node.target is not aten.cat.default or node in ws.values or node.args[1:] not in ((1,), (-3,)):
+            continue
+        parts: Any = node.args[0]
+        channels = dims(node)[1]
+        if not is_map(node) or not isinstance(channels, int) or channels > _MOST_JOINED:
+            continue
+        if all(n is image or _is_plannable(ws, n) for n in (*parts, *node.users)):
+            weight = ws.constant(torch.eye(channels, dtype=torch.float64)[:, :, None, None], ws.dtype(node))
+            ws.replace(node, ws.call(node, ops.conv1x1.default, (parts, weight, None, "none", 0.0, None, "post"), node))
 
 
 def _is_size(node: fx.Node) -> bool:

@@ -23,6 +23,7 @@ from ..graphs import GraphCache
 from ..plan import Plan
 from ..reparam import deploy
 from .capture import PATIENCE, CaptureError, Guard, capture, find_example, reason, sample_sizes
+from .channels import canonicalize_channels
 from .lower import Lowered, lower
 from .patterns import match
 from .report import Report
@@ -108,6 +109,7 @@ class OptimizedModel(nn.Module):
 
     Attributes:
         plan: the layers, or None when the network is not one plan.
+        clip: the bounds to which the plan's result is clamped at the end, or None.
         fallback: what runs when it is not: a `Program`, or the network as it was, or with some of its modules replaced.
         scale, data_range: the model's, where it has them.
     """
@@ -123,9 +125,10 @@ class OptimizedModel(nn.Module):
         memory_format: torch.memory_format | None,
         cuda_graphs: str | bool,
         attributes: dict[str, Any],
+        clip: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        self.plan = plan
+        self.plan, self.clip = plan, clip
         self.fallback = fallback
         self._report = report
         self._plan_json = plan.to_json() if plan is not None else ""
@@ -160,14 +163,17 @@ class OptimizedModel(nn.Module):
             inputs = [x if self._dtype is None else x.to(self._dtype)]
             weights = [getattr(self, name) for name in self._weight_names]
             run = reference.run_plan if decomposes() else ops.run_plan
-            y = run(inputs, weights, self._plan_json)[0].to(x.dtype)
+            y = self._clipped(run(inputs, weights, self._plan_json)[0]).to(x.dtype)
         return y if self._memory_format is None else y.contiguous(memory_format=self._memory_format)
+
+    def _clipped(self, y: Tensor) -> Tensor:
+        return y if self.clip is None else y.clamp_(*self.clip)
 
     def _replay(self, graphs: GraphCache, x: Tensor, at_once: bool) -> Tensor | None:
         parameters: dict[str, Any] = self._parameters  # attribute look-up in a module takes several times as long
         weights = [parameters[name] for name in self._weight_names]
         return graphs.run(
-            lambda image: ops.run_plan([image], weights, self._plan_json)[0],
+            lambda image: self._clipped(ops.run_plan([image], weights, self._plan_json)[0]),
             x,
             weights,
             dtype=self._dtype,
@@ -323,6 +329,7 @@ def optimize(
         memory_format=memory_format,
         cuda_graphs=cuda_graphs if cuda_graphs == "auto" else bool(cuda_graphs),
         attributes=attributes,
+        clip=found.clip,
     ).eval()
     return optimized.warmup(sizes)
 
@@ -370,6 +377,7 @@ def rewrite(ws: Workspace, image: fx.Node, example: Tensor, scale_limit: float |
     canonicalize(ws)
     channels_first(ws)
     recognize_shuffles(ws, image, example)
+    canonicalize_channels(ws, image, example)
     merge_linear(ws, scale_limit)
     match(ws, scale_limit)
 
@@ -383,6 +391,7 @@ class _Optimizer:
         self.report = Report()
         self.plan: Plan | None = None
         self.weights: list[Tensor] = []
+        self.clip: tuple[float, float] | None = None
         self.module: nn.Module | None = None
         self.minimum = 1
         self.plain: list[str] = []  # what is hot and not fused
@@ -419,8 +428,10 @@ class _Optimizer:
                 note = f"fused for {guard}; other images run through the network as it was"
                 self.report.notes.append(note)
             if lowered.plan is not None and guard.trivial:
-                self.plan, self.weights = lowered.plan, lowered.weights
+                self.plan, self.weights, self.clip = lowered.plan, lowered.weights, lowered.clip
                 self.report.whole = True
+                if self.clip is not None:
+                    self.report.notes.append(f"clamped in place behind the plan: {self.clip[0]:g} to {self.clip[1]:g}")
         self.module = candidate
         self._count(candidate)
         self._convert()
@@ -575,7 +586,7 @@ class _Optimizer:
                 self._as_it_was(
                     self._refuse(f"on the sample image {list(x.shape)} the kernels differ from the original")
                 )
-                self.plan, self.weights, self.report.whole = None, [], False
+                self.plan, self.clip, self.weights, self.report.whole = None, None, [], False
             return
         half = _in(self.module, dtype)
         if self._is_close(half, x, dtype):

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 
-from .workspace import _CASTS, Workspace, aten, dims, getitem, is_map, is_pointwise, is_random
+from .workspace import _CASTS, Workspace, aten, dims, getitem, is_map, is_pointwise, is_random, slice_of
 
 _SAME = {
     *_CASTS,
@@ -404,11 +404,11 @@ def _batch_norm(ws: Workspace, node: fx.Node) -> bool:
     if w is None or b is None or not isinstance(m, Tensor) or not isinstance(v, Tensor):
         return False
     scale: Tensor = w * torch.rsqrt(v + float(eps))  # type: ignore[arg-type,operator]
-    _write_affine(ws, results[0], x, scale, b - m * scale)
+    write_affine(ws, results[0], x, scale, b - m * scale)
     return True
 
 
-def _write_affine(ws: Workspace, target: fx.Node, x: Any, scale: Tensor, shift: Tensor) -> None:
+def write_affine(ws: Workspace, target: fx.Node, x: Any, scale: Tensor, shift: Tensor) -> None:
     """Replace `target` by x * scale + shift."""
     dtype = target.meta["val"].dtype
     new = ws.call(target, aten.mul.Tensor, (x, ws.constant(scale.view(1, -1, 1, 1), dtype)), target)
@@ -441,7 +441,14 @@ def merge_linear(ws: Workspace, scale_limit: float | None = None) -> None:
     Args:
         scale_limit: factors larger than it, or smaller than its inverse, stay out of weights that will be float16.
     """
-    rules: tuple[Callable[..., bool], ...] = (_scale_after, _scale_before, _padding, _pointwise_pair, _parallel)
+    rules: tuple[Callable[..., bool], ...] = (
+        _scale_after,
+        _scale_before,
+        _padding,
+        _pointwise_pair,
+        _pointwise_parts,
+        _parallel,
+    )
     changed = True
     while changed:
         changed = False
@@ -540,6 +547,41 @@ def _pointwise_pair(ws: Workspace, node: fx.Node) -> bool:
     return True
 
 
+def _pointwise_parts(ws: Workspace, node: fx.Node) -> bool:
+    """A 1x1 convolution of a concatenation: 1x1 convolutions among its parts go into it, where that is cheaper."""
+    conv = conv_of(ws, node)
+    if conv is None or not conv.plain or conv.kernel != (1, 1) or conv.padding != (0, 0):
+        return False
+    cat = conv.x
+    if cat.target is not aten.cat.default or cat.args[1:] not in ((1,), (-3,)) or len(cat.users) != 1:
+        return False
+    parts: Any = cat.args[0]
+    if not all(is_map(p) and isinstance(dims(p)[1], int) for p in parts):
+        return False
+    bias, changed = conv.bias, False
+    xs, weights = list(parts), list(conv.weight.split([dims(p)[1] for p in parts], 1))
+    for i, (part, columns) in enumerate(zip(parts, weights, strict=True)):
+        inner = conv_of(ws, part)
+        if inner is None or not inner.plain or inner.kernel != (1, 1) or inner.padding != (0, 0):
+            continue
+        if len(part.users) != 1 or parts.count(part) > 1:
+            continue
+        merged = columns[:, :, 0, 0] @ inner.weight[:, :, 0, 0]
+        if merged.numel() > columns.numel() + inner.cost:
+            continue
+        if inner.bias is not None:
+            constant = columns[:, :, 0, 0] @ inner.bias
+            bias = constant if bias is None else bias + constant
+        xs[i], weights[i], changed = inner.x, merged[:, :, None, None], True
+    if not changed:
+        return False
+    value = cat.meta["val"]
+    both = ws.call(cat, aten.cat.default, (xs, 1), cat)
+    both.meta["val"] = value.new_empty((value.shape[0], sum(w.shape[1] for w in weights), *value.shape[2:]))
+    ws.replace(node, write_conv(ws, replace(conv, x=both, weight=torch.cat(weights, 1), bias=bias), node), [cat])
+    return True
+
+
 def _centred(conv: Conv) -> bool:
     """Odd kernel with as much padding as keeps the size, so that its middle tap is at the pixel itself."""
     same = all(k % 2 == 1 and p == k // 2 for k, p in zip(conv.kernel, conv.padding, strict=True))
@@ -613,10 +655,18 @@ def _grown(weight: Tensor, kernel: list[int]) -> Tensor:
 # --- channels moved last
 
 _LAST, _BACK = [0, 2, 3, 1], [0, 3, 1, 2]
+# What reduces the channels of every pixel; their second argument are the axes.
+_REDUCTIONS = {
+    aten.mean.dim: 2,
+    aten.sum.dim_IntList: 2,
+    aten.amax.default: 2,
+    aten.var.dim: 3,
+    aten.var.correction: None,
+}  # operator -> the place of `keepdim` among its arguments
 
 
 def channels_first(ws: Workspace) -> None:
-    """Layers on maps whose channels were moved last: the same on the maps themselves.
+    """Layers on maps whose channels were moved last, [N, H, W, C] or [N, H W, C]: the same on the maps themselves.
 
     Linear layers become 1x1 convolutions and layer normalisations operators; the move goes behind them, until it meets
     the one that undoes it.
@@ -624,30 +674,85 @@ def channels_first(ws: Workspace) -> None:
     for node in list(ws.graph.nodes):
         if node._erased or node.op != "call_function" or node in ws.values:
             continue
-        if node.target is aten.permute.default and list(node.args[1]) == _BACK:  # type: ignore[arg-type]
-            source = _moved(node.args[0])
-            if source is not None:
-                ws.replace(node, source)
+        source = _moved_back(node)
+        if source is not None:
+            ws.replace(node, source)
             continue
-        if not is_map(node) or not isinstance(dims(node)[3], int):
+        if not (is_map(node) or is_map(node, 3)) or not isinstance(dims(node)[-1], int):
             continue
         first = _with_channels_first(ws, node)
         if first is not None:
-            first.meta["val"] = node.meta["val"].permute(_BACK)
-            ws.replace(node, ws.call(node, aten.permute.default, (first, _LAST), node))
+            ws.replace(node, _move(ws, first, node))
     ws.clean()
 
 
+def _move(ws: Workspace, first: fx.Node, node: fx.Node) -> fx.Node:
+    """A map with its channels last, in the form of the node whose place it takes."""
+    if is_map(node):
+        return ws.call(node, aten.permute.default, (first, _LAST), node)
+    flat = ws.call(node, aten.flatten.using_ints, (first, 2, 3), node)
+    n, pixels, channels = node.meta["val"].shape
+    flat.meta["val"] = node.meta["val"].new_empty((n, channels, pixels))
+    return ws.call(node, aten.transpose.int, (flat, 1, 2), node)
+
+
+def _is_turned(node: Any) -> bool:
+    """Whether a node swaps the last two axes of three."""
+    if not isinstance(node, fx.Node) or not is_map(node, 3):
+        return False
+    if node.target is aten.transpose.int:
+        return {int(a) % 3 for a in node.args[1:]} == {1, 2}  # type: ignore[call-overload,arg-type]
+    return node.target is aten.permute.default and [a % 3 for a in node.args[1]] == [0, 2, 1]  # type: ignore[union-attr,operator]
+
+
 def _moved(node: Any) -> fx.Node | None:
-    """The map of which a node is the one with its channels last."""
-    if isinstance(node, fx.Node) and node.target is aten.permute.default and list(node.args[1]) == _LAST:  # type: ignore[arg-type]
+    """The map of which a node is the one with its channels last, its pixels in rows or one after the other."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or not (is_map(node) or is_map(node, 3)):
+        return None
+    source: Any = None
+    if node.target is aten.permute.default and list(node.args[1]) == _LAST:  # type: ignore[arg-type]
         return node.args[0] if is_map(node.args[0]) else None  # type: ignore[return-value]
-    return None
+    if node.target in _RESHAPES:
+        source = _moved(node.args[0])
+    elif _is_turned(node):
+        source = _flattened(node.args[0])
+    if source is None:
+        return None
+    n, c, h, w = dims(source)
+    return source if dims(node) in ((n, h, w, c), (n, h * w, c)) else None  # type: ignore[no-any-return]
+
+
+def _flattened(node: Any) -> fx.Node | None:
+    """The map [N, C, H, W] of which a node is [N, C, H W]."""
+    if not isinstance(node, fx.Node) or node.target not in _RESHAPES or not is_map(node.args[0]):
+        return None
+    source: Any = node.args[0]
+    n, c, h, w = dims(source)
+    return source if dims(node) == (n, c, h * w) else None
+
+
+def _moved_back(node: fx.Node) -> fx.Node | None:
+    """The map that a node is, if it moves the channels of one with them last to where they were."""
+    if not is_map(node):
+        return None
+    source: Any = None
+    if node.target is aten.permute.default and list(node.args[1]) == _BACK:  # type: ignore[arg-type]
+        source = _moved(node.args[0])
+    elif node.target in _RESHAPES and _is_turned(node.args[0]):
+        source = _moved(node.args[0].args[0])  # type: ignore[union-attr]
+    return source if source is not None and dims(source) == dims(node) else None
 
 
 def _with_channels_first(ws: Workspace, node: fx.Node) -> fx.Node | None:
     """What makes a node's result with its channels first, from maps that have them so."""
-    dtype = ws.dtype(node)
+    rank = len(dims(node))
+
+    def call(target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+        n, _, h, w = like.meta["val"].shape
+        new = ws.call(node, target, args, node)
+        new.meta["val"] = node.meta["val"].new_empty((n, dims(node)[-1], h, w))
+        return new
+
     if node.target in (aten.linear.default, aten.layer_norm.default):
         source = _moved(node.args[0])
         rest: list[Any] = [*node.args[1:]]
@@ -659,24 +764,43 @@ def _with_channels_first(ws: Workspace, node: fx.Node) -> fx.Node | None:
             if not isinstance(w, Tensor) or (bias is not None and not isinstance(b, Tensor)):
                 return None
             settings = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
-            kernel = ws.constant(w[:, :, None, None], dtype)
-            return ws.call(node, aten.convolution.default, (source, kernel, bias, *settings), node)
+            kernel = ws.constant(w[:, :, None, None], ws.dtype(node))
+            return call(aten.convolution.default, (source, kernel, bias, *settings), source)
         defaults: list[Any] = [None, None, None, 1e-5]
         shape, weight, bias, eps = (rest + defaults[len(rest) :])[:4]
-        if list(shape) != [dims(node)[3]] or any(p is not None and p not in ws.values for p in (weight, bias)):
+        if list(shape) != [dims(node)[-1]] or any(p is not None and p not in ws.values for p in (weight, bias)):
             return None
-        return ws.call(node, torch.ops.esr.layer_norm2d.default, (source, weight, bias, float(eps)), node)
+        return call(torch.ops.esr.layer_norm2d.default, (source, weight, bias, float(eps)), source)
+    if node.target in _REDUCTIONS:
+        source, place = _moved(node.args[0]), _REDUCTIONS[node.target]
+        axes = node.args[1] if len(node.args) > 1 else None
+        given = place is not None and len(node.args) > place
+        keeps = node.args[place] if given else node.kwargs.get("keepdim", False)  # type: ignore[index]
+        if source is None or not keeps or not isinstance(axes, (list, tuple)) or [a % rank for a in axes] != [rank - 1]:  # type: ignore[operator]
+            return None
+        new = call(node.target, (source, [1], *node.args[2:]), source)
+        new.kwargs = node.kwargs
+        return new
+    if node.target is aten.cat.default:
+        parts, *axis = node.args
+        maps = [_moved(p) for p in parts]  # type: ignore[union-attr]
+        if not axis or axis[0] not in (-1, rank - 1) or any(m is None for m in maps):
+            return None
+        return call(aten.cat.default, (maps, 1), maps[0])  # type: ignore[arg-type]
+    found = slice_of(node, rank - 1)
+    if found is not None:
+        source = _moved(found[0])
+        return None if source is None else call(aten.slice.Tensor, (source, 1, *found[1:]), source)
     if not is_pointwise(node):
         return None
-    channels, found = dims(node)[3], False
+    maps, channels = [], dims(node)[-1]
 
     def first(argument: Any) -> Any:
-        nonlocal found
         if not isinstance(argument, fx.Node):
             return argument
         source = _moved(argument)
-        if source is not None and dims(argument) == dims(node):
-            found = True
+        if source is not None and dims(argument)[:-1] == dims(node)[:-1] and dims(argument)[-1] in (channels, 1):
+            maps.append(source)
             return source
         value = ws.values.get(argument)
         if isinstance(value, Tensor) and value.numel() == 1:
@@ -689,9 +813,9 @@ def _with_channels_first(ws: Workspace, node: fx.Node) -> fx.Node | None:
         args, kwargs = map_arg(node.args, first), map_arg(node.kwargs, first)
     except LookupError:
         return None
-    if not found or node.target is aten.prelu.default:
+    if not maps or node.target is aten.prelu.default:
         return None
-    new = ws.call(node, node.target, args, node)  # type: ignore[arg-type]
+    new = call(node.target, args, maps[0])  # type: ignore[arg-type]
     new.kwargs = kwargs
     return new
 

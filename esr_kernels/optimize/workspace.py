@@ -193,15 +193,17 @@ def ratio(a: Any, b: Any) -> int | None:
     return int(quotient) if quotient.is_Integer and quotient >= 1 else None
 
 
-def slice_of(node: fx.Node) -> tuple[fx.Node, int, int] | None:
-    """A map and the range of its channels that a node is."""
-    if not is_map(node) or not isinstance(dims(node)[1], int):
+def slice_of(node: fx.Node, channels: int = 1) -> tuple[fx.Node, int, int] | None:
+    """A map and the range of its channels that a node is; their axis is 1, or the last of three or four."""
+    rank = 4 if channels == 1 else channels + 1
+    if not is_map(node, rank) or not isinstance(dims(node)[channels], int):
         return None
+    here = (channels, channels - rank)
     if node.target is aten.slice.Tensor and not node.kwargs:
         defaults: list[Any] = [0, None, None, 1]
         source, axis, start, _end, step = list(node.args) + defaults[len(node.args) - 1 :]
         start = start or 0
-        if axis not in (1, -3) or step != 1 or not isinstance(start, int) or start < 0:
+        if axis not in here or step != 1 or not isinstance(start, int) or start < 0:
             return None
     elif node.target is operator.getitem:
         split: Any
@@ -212,17 +214,17 @@ def slice_of(node: fx.Node) -> tuple[fx.Node, int, int] | None:
         source, _sizes, *rest = split.args
         axis = rest[0] if rest else split.kwargs.get("dim", 0)
         parts = split.meta.get("val")
-        if axis not in (1, -3) or not isinstance(parts, (list, tuple)):
+        if axis not in here or not isinstance(parts, (list, tuple)):
             return None
-        widths = [p.shape[1] for p in parts]
+        widths = [p.shape[channels] for p in parts]
         if not all(isinstance(w, int) for w in widths):
             return None
         start = sum(widths[:index])
     else:
         return None
-    if not is_map(source) or not isinstance(dims(source)[1], int):  # type: ignore[arg-type]
+    if not is_map(source, rank) or not isinstance(dims(source)[channels], int):  # type: ignore[arg-type]
         return None
-    return source, start, start + dims(node)[1]  # type: ignore[return-value]
+    return source, start, start + dims(node)[channels]  # type: ignore[return-value]
 
 
 def location(node: fx.Node) -> str:
