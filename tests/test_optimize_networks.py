@@ -305,6 +305,21 @@ def test_what_only_looks_like_a_residual(name):
         assert "post" not in operators and "pre" not in operators
 
 
+def test_sums_that_begin_with_zeros():
+    """Neither a zero that is added nor a one that multiplies is a layer."""
+
+    def total(net, x):
+        y = net.head(x)
+        sums = torch.zeros_like(y)
+        for block in (net.a, net.b):
+            y = F.relu(block(y))
+            sums = sums + y
+        return net.tail(sums * 1.0 - 0)
+
+    network = Net(total, head=conv(3, 8), a=conv(8, 8), b=conv(8, 8), tail=conv(8, 3))
+    assert ops_of(check(network)) == ["conv3x3", "conv3x3 relu", "conv3x3 relu post", "conv3x3"]
+
+
 # --- linear layers
 
 

@@ -293,6 +293,8 @@ def _identity(ws: Workspace, node: fx.Node) -> bool:
             return False
     elif node.target in _RESHAPES or _is_whole(node):
         source = node.args[0]
+    elif (affine := affine_of(ws, node)) is not None and bool((affine[1] == 1).all() and (affine[2] == 0).all()):
+        source = affine[0]
     else:
         return False
     if not isinstance(source, fx.Node) or (source.op == "placeholder" and ws.returned() is node):
