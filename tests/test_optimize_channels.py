@@ -54,9 +54,9 @@ def test_a_grouped_convolution_of_the_image(center, expected):
 
 def test_groups_as_convolutions_of_slices():
     """CARN-M's blocks: the second reads the first's parts as they are, the 1x1 all of them as a list."""
-    body = nn.Sequential(conv(32, 32, groups=4), nn.ReLU(True), conv(32, 32, groups=4), nn.ReLU(True), conv(32, 32, 1))
+    body = nn.Sequential(conv(72, 72, groups=4), nn.ReLU(True), conv(72, 72, groups=4), nn.ReLU(True), conv(72, 72, 1))
     fast = check(
-        Net(lambda m, x: m.tail(F.relu(m.body(y := m.head(x)) + y)), head=conv(3, 32), body=body, tail=tail(2, 32))
+        Net(lambda m, x: m.tail(F.relu(m.body(y := m.head(x)) + y)), head=conv(3, 72), body=body, tail=tail(2, 72))
     )
     assert ops_of(fast) == ["conv3x3", *["slice", "conv3x3 relu"] * 4, *["conv3x3 relu"] * 4, "conv1x1 relu pre", TAIL]
     assert fast.plan is not None
@@ -111,6 +111,16 @@ def test_kernels_with_a_middle_alone():
     network.tail = tail(2)
     # The factors go into ... nothing: an activation is before and after them.
     assert ops_of(check(network)) == ["conv3x3 silu", "normalize", "activate relu", "conv1x1", TAIL]
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(True), nn.LeakyReLU(0.1), nn.GELU(), nn.GELU("tanh"), nn.SiLU()], ids=str)
+def test_an_activation_before_a_pixel_shuffle(act):
+    """CARN-M's enlargement: the image's shuffle in the convolution, the activation behind it."""
+    network = Net(lambda m, x: m.c(F.pixel_shuffle(m.act(m.b(m.a(x))), 2)), a=conv(3, 12), b=conv(12, 48, groups=4))
+    network.c, network.act = conv(12, 3), act
+    fast = check(network)
+    assert ops_of(fast)[:2] == ["conv3x3", TAIL] and ops_of(fast)[-1] == "conv3x3"
+    assert fast.report().left == []
 
 
 # --- selections
@@ -206,6 +216,14 @@ def gate_of_a_concatenation(m, x):
     return m.tail(m.down(F.mish(g) * torch.cat((i, m.c(c)), dim=1)) + y)
 
 
+def spellings(m, x):
+    """Parts by `narrow`, sums by `lerp` and `addcmul`."""
+    y = m.head(x)
+    y = torch.lerp(y, F.relu(m.c(y)), 0.25)
+    y = torch.cat([y.narrow(1, 0, 5), F.silu(y.narrow(1, 5, 7))], 1)
+    return m.tail(torch.addcmul(y, m.s, F.relu(m.c(y))))
+
+
 def activation_of_a_concatenation(m, x):
     y = torch.cat([m.a(x), m.b(x)], 1)
     return m.tail(F.prelu(torch.clamp(m.s * y, -1, 1), m.w))
@@ -234,6 +252,12 @@ def test_a_gate_of_a_concatenation():
 def test_an_activation_of_a_concatenation():
     network = Net(activation_of_a_concatenation, a=conv(3, 8), b=conv(3, 4), tail=tail(2))
     network.w, network.s = nn.Parameter(torch.rand(12)), nn.Parameter(torch.rand(12, 1, 1))
+    assert check(network).plan is not None
+
+
+def test_other_spellings_of_parts_and_sums():
+    network = Net(spellings, head=conv(3, 12), c=conv(12, 12), tail=tail(2))
+    network.s = nn.Parameter(torch.rand(12, 1, 1))
     assert check(network).plan is not None
 
 
@@ -317,6 +341,20 @@ def test_pixels_in_another_order_stay():
     assert "aten.linear" in str(fast.report())
 
 
+def test_a_plan_is_not_given_up_for_a_small_map_in_it():
+    """A map of another size that is read by the same layers: that one stays outside, the large ones are in the plan."""
+
+    def run(m, x):
+        y = m.head(x)
+        small = m.low(F.adaptive_avg_pool2d(y, (x.shape[2] // 8, x.shape[3] // 8)))
+        large = F.interpolate(F.gelu(small), size=x.shape[2:], mode="nearest")
+        return m.tail(m.c(y) + m.p(F.relu(m.c(y)) * large))
+
+    fast = check(Net(run, head=conv(3, 12), low=conv(12, 12, 1), c=conv(12, 12), p=conv(12, 12, 1), tail=tail(2)))
+    assert max(len(plan.layers) for plan in plans_of(fast)) >= 3
+    assert all(line.startswith(("aten.adaptive_avg_pool2d", "esr.")) for line in fast.report().left)
+
+
 # --- the end
 
 CLIPS = {
@@ -350,11 +388,12 @@ def test_a_clamped_image_in_half_types(dtype):
 
 
 def clamped(m, x):
-    return m.tail(m.head(x)).clamp(0.0, 0.125)
+    return F.pixel_shuffle(m.tail(m.head(x)), 2).clamp(0.0, 0.125)
 
 
-def test_a_clamp_is_kept_by_copies_pickles_and_exports():
-    network = Net(clamped, head=conv(3, 12), tail=tail(2)).eval()
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_end_is_kept_by_copies_pickles_and_exports(size):
+    network = Net(clamped, head=conv(3, 12), tail=conv(12, 12, size)).eval()
     fast, x = optimize(network), torch.rand(1, 3, 17, 19)
     expected = fast(x)
     assert float(expected.min()) == 0 and float(expected.max()) == 0.125
@@ -367,6 +406,22 @@ def test_a_clamp_is_kept_by_copies_pickles_and_exports():
     torch._dynamo.reset()
     assert torch.equal(torch.compile(fast, fullgraph=True, dynamic=True, backend="aot_eager")(x), expected)
     torch._dynamo.reset()
+
+
+def narrow(m, x):
+    return (F.pixel_shuffle(m.p(F.relu(m.head(x - 0.5))), 2) + 0.5) * m.s
+
+
+@pytest.mark.parametrize("clip", [None, (0.0, 1.0)])
+def test_a_1x1_convolution_before_the_pixel_shuffle(clip):
+    """As SPAN's 2026 successor ends; the mean that is added behind it is part of the convolution."""
+    network = Net(lambda m, x: narrow(m, x) if clip is None else narrow(m, x).clamp(*clip), head=conv(3, 12))
+    network.p = conv(12, 12, 1)
+    network.s = nn.Parameter(torch.rand(1, 3, 1, 1))
+    fast = check(network)
+    assert ops_of(fast) == ["normalize", "conv3x3 relu", "conv1x1"]
+    assert fast.plan is not None and (fast.shuffle, fast.clip) == (2, clip) and fast.report().whole
+    assert "pixel shuffle by 2" in str(fast.report())
 
 
 def test_ends_that_are_no_clamp():

@@ -31,7 +31,7 @@ _SELECTS = {
     aten.native_channel_shuffle.default,
 }
 # Multiply-adds per pixel up to which a selection or a grouped convolution is written out.
-_LARGEST_SELECTION, _LARGEST_DENSE, _SMALL_DENSE = 1 << 14, 1 << 15, 1 << 11
+_LARGEST_SELECTION, _LARGEST_DENSE, _SMALL_DENSE = 1 << 14, 9 * 64**2, 1 << 11
 _MOST_GROUPS, _LEAST_CHANNELS = 8, 8
 _MOST_PARTS = 8
 
@@ -189,7 +189,7 @@ def _groups(ws: Workspace, conv: Conv) -> None:
     written_out = conv.weight.numel() * groups
     hot = (conv.kernel, conv.padding) in (((3, 3), (1, 1)), ((1, 1), (0, 0)))
     separate = groups <= _MOST_GROUPS and min(each, out // groups) >= _LEAST_CHANNELS
-    if hot and (written_out <= _SMALL_DENSE or (each > 1 and not separate and written_out <= _LARGEST_DENSE)):
+    if hot and written_out <= (_LARGEST_DENSE if each > 1 else _SMALL_DENSE):
         dense = replace(conv, weight=conv.dense(), groups=1)
         ws.replace(node, write_conv(ws, dense, node))
     elif each == 1 and all(k in DEPTHWISE_SIDES for k in conv.kernel) and groups * out <= _LARGEST_SELECTION:

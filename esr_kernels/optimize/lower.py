@@ -26,7 +26,7 @@ _HOT = _CHANNELWISE | {
 # Called by themselves where they would be a plan of one layer, or where plans do not have them.
 _ALONE = _CHANNELWISE | {op.default for op in (ops.adaptive_max_pool, ops.modulate)}
 _POOLS = (ops.adaptive_max_pool.default, ops.adaptive_max_pool2d.default)
-_MOST_JOINED = 128  # channels of a concatenation that a plan makes
+_MOST_JOINED = 64  # channels of a concatenation that a plan makes
 _MOST_RESIZE = 64  # upscale factor of a resize
 
 
@@ -41,7 +41,8 @@ class Lowered:
     Attributes:
         module: the whole network as a graph that calls `esr::run_plan` for its fused parts.
         plan, weights: the network as one plan, or None and no weights where it is not one.
-        clip: the bounds to which what the plan returns is still to be clamped, or None.
+        shuffle: by how much what the plan returns is still to be shuffled, or None.
+        clip: the bounds to which it is to be clamped then, or None.
         fused: one line per layer, and per operator that is called by itself.
         left: one line per kind of operation that stayed plain, and where.
     """
@@ -49,6 +50,7 @@ class Lowered:
     module: fx.GraphModule
     plan: Plan | None = None
     weights: list[Tensor] = field(default_factory=list)
+    shuffle: int | None = None
     clip: tuple[float, float] | None = None
     fused: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
@@ -74,12 +76,21 @@ def lower(ws: Workspace, image: fx.Node) -> Lowered:
         lines = str(segment.plan).splitlines()[1 + len(segment.plan.inputs) :]
         result.fused += lines if len(segments) == 1 else [f"plan {k + 1}: {line}" for line in lines]
     result.fused += [_alone(n) for n in outside if n.target in _ALONE]
-    end = ws.returned()
-    clip = _clip_of(ws, end) if outside == [end] else None
-    if len(segments) == 1 and (clip is not None or not outside):
+    end, steps = ws.returned(), []
+    clip, shuffle = _clip_of(ws, end), None
+    if clip is not None and end in outside:
+        steps.append(end)
+        end = end.args[0]  # type: ignore[assignment]
+    else:
+        clip = None
+    if end.target is aten.pixel_shuffle.default and end in outside and len(end.users) == 1:
+        shuffle = int(end.args[1])  # type: ignore[arg-type]
+        steps.append(end)
+        end = end.args[0]  # type: ignore[assignment]
+    if len(segments) == 1 and set(outside) == set(steps):
         (segment,) = segments.values()
-        if segment.inputs == [image] and segment.outputs == [end if clip is None else end.args[0]]:
-            result.plan, result.weights, result.clip = segment.plan, segment.weights, clip
+        if segment.inputs == [image] and segment.outputs == [end]:
+            result.plan, result.weights, result.shuffle, result.clip = segment.plan, segment.weights, shuffle, clip
             result.left = []
     return result
 
@@ -328,7 +339,7 @@ class _Segment:
         self.inputs = list(inputs)
         base = next((a for a in inputs if all(self._scale(b, a) for b in inputs)), None)
         if base is None:
-            raise NotPlannableError("it joins maps whose sizes are no multiples of each other", nodes[-1])
+            raise NotPlannableError("it joins maps whose sizes are no multiples of each other", self._stranger(nodes))
         self.inputs.sort(key=lambda n: n is not base)
         for node in self.inputs:
             scale = self._scale(node, base)
@@ -372,6 +383,12 @@ class _Segment:
                 raise NotPlannableError("its size is a part of the image's, rounded, and it is read outside", node)
         self.plan = self.builder.finish(self.results)
         self.weights = [w.to(ws.dtype(n)).contiguous() for n, w in self.builder.weights]
+
+    def _stranger(self, nodes: list[fx.Node]) -> fx.Node:
+        """The last node whose size is no multiple of that of the input which suits most of them."""
+        maps = [n for n in nodes if is_map(n)]
+        base = max(self.inputs, key=lambda b: sum(self._scale(n, b) is not None for n in maps))
+        return next((n for n in reversed(maps) if self._scale(n, base) is None), nodes[-1])
 
     def _scale(self, node: fx.Node, base: fx.Node) -> int | None:
         a, b = dims(node), dims(base)

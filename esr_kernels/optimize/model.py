@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import cases
@@ -109,7 +110,8 @@ class OptimizedModel(nn.Module):
 
     Attributes:
         plan: the layers, or None when the network is not one plan.
-        clip: the bounds to which the plan's result is clamped at the end, or None.
+        shuffle, clip: by how much the plan's result is shuffled at the end, and the bounds to which it is clamped then;
+            None where the plan returns the image as it is to be.
         fallback: what runs when it is not: a `Program`, or the network as it was, or with some of its modules replaced.
         scale, data_range: the model's, where it has them.
     """
@@ -125,10 +127,11 @@ class OptimizedModel(nn.Module):
         memory_format: torch.memory_format | None,
         cuda_graphs: str | bool,
         attributes: dict[str, Any],
+        shuffle: int | None = None,
         clip: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        self.plan, self.clip = plan, clip
+        self.plan, self.shuffle, self.clip = plan, shuffle, clip
         self.fallback = fallback
         self._report = report
         self._plan_json = plan.to_json() if plan is not None else ""
@@ -163,17 +166,20 @@ class OptimizedModel(nn.Module):
             inputs = [x if self._dtype is None else x.to(self._dtype)]
             weights = [getattr(self, name) for name in self._weight_names]
             run = reference.run_plan if decomposes() else ops.run_plan
-            y = self._clipped(run(inputs, weights, self._plan_json)[0]).to(x.dtype)
+            y = self._finished(run(inputs, weights, self._plan_json)[0]).to(x.dtype)
         return y if self._memory_format is None else y.contiguous(memory_format=self._memory_format)
 
-    def _clipped(self, y: Tensor) -> Tensor:
+    def _finished(self, y: Tensor) -> Tensor:
+        """The image, from what the plan returns."""
+        if self.shuffle is not None:
+            y = F.pixel_shuffle(y, self.shuffle)
         return y if self.clip is None else y.clamp_(*self.clip)
 
     def _replay(self, graphs: GraphCache, x: Tensor, at_once: bool) -> Tensor | None:
         parameters: dict[str, Any] = self._parameters  # attribute look-up in a module takes several times as long
         weights = [parameters[name] for name in self._weight_names]
         return graphs.run(
-            lambda image: self._clipped(ops.run_plan([image], weights, self._plan_json)[0]),
+            lambda image: self._finished(ops.run_plan([image], weights, self._plan_json)[0]),
             x,
             weights,
             dtype=self._dtype,
@@ -329,6 +335,7 @@ def optimize(
         memory_format=memory_format,
         cuda_graphs=cuda_graphs if cuda_graphs == "auto" else bool(cuda_graphs),
         attributes=attributes,
+        shuffle=found.shuffle,
         clip=found.clip,
     ).eval()
     return optimized.warmup(sizes)
@@ -391,6 +398,7 @@ class _Optimizer:
         self.report = Report()
         self.plan: Plan | None = None
         self.weights: list[Tensor] = []
+        self.shuffle: int | None = None
         self.clip: tuple[float, float] | None = None
         self.module: nn.Module | None = None
         self.minimum = 1
@@ -428,8 +436,11 @@ class _Optimizer:
                 note = f"fused for {guard}; other images run through the network as it was"
                 self.report.notes.append(note)
             if lowered.plan is not None and guard.trivial:
-                self.plan, self.weights, self.clip = lowered.plan, lowered.weights, lowered.clip
+                self.plan, self.weights = lowered.plan, lowered.weights
+                self.shuffle, self.clip = lowered.shuffle, lowered.clip
                 self.report.whole = True
+                if self.shuffle is not None:
+                    self.report.notes.append(f"pixel shuffle by {self.shuffle} behind the plan")
                 if self.clip is not None:
                     self.report.notes.append(f"clamped in place behind the plan: {self.clip[0]:g} to {self.clip[1]:g}")
         self.module = candidate
@@ -586,7 +597,7 @@ class _Optimizer:
                 self._as_it_was(
                     self._refuse(f"on the sample image {list(x.shape)} the kernels differ from the original")
                 )
-                self.plan, self.clip, self.weights, self.report.whole = None, None, [], False
+                self.plan, self.shuffle, self.clip, self.weights, self.report.whole = None, None, None, [], False
             return
         half = _in(self.module, dtype)
         if self._is_close(half, x, dtype):

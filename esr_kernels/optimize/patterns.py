@@ -542,18 +542,28 @@ def _absorb(ws: Workspace, fused: _Fused, limit: float | None) -> fx.Node | None
 
 
 def _shuffle(ws: Workspace, fused: _Fused, node: fx.Node) -> fx.Node | None:
-    if (
-        fused.op != "conv3x3"
-        or fused.activation != "none"
-        or (fused.residual is not None and fused.mode == "attention")
+    if fused.op != "conv3x3" or (
+        fused.residual is not None and (fused.mode == "attention" or fused.activation != "none")
     ):
         return None
     factor = int(node.args[1])  # type: ignore[arg-type]
     residual = None
     if fused.residual is not None:  # shuffled by itself: the shuffle of a sum is the sum of the shuffles
         residual = ws.call(node, aten.pixel_shuffle.default, (fused.residual, factor), node)
-    tail = replace(fused, op="conv3x3_pixel_shuffle", residual=residual, factor=factor)
-    return _write(ws, tail, node, [fused.node])
+    tail = replace(fused, op="conv3x3_pixel_shuffle", residual=residual, factor=factor, activation="none")
+    if fused.activation == "none":
+        return _write(ws, tail, node, [fused.node])
+    # An activation of what is shuffled, as one behind it.
+    target = {"relu": aten.relu, "silu": aten.silu, "leaky_relu": aten.leaky_relu}.get(
+        fused.activation, aten.gelu
+    ).default
+    end = ws.call(node, target, (_insert(ws, tail, node),), node)
+    if fused.activation == "leaky_relu":
+        end.args = (*end.args, float(fused.slope))
+    if fused.activation == "gelu_tanh":
+        end.kwargs = {"approximate": "tanh"}
+    ws.replace(node, end, [fused.node])
+    return None
 
 
 def _regions(ws: Workspace, h: fx.Node) -> list[tuple[list[fx.Node], fx.Node]]:

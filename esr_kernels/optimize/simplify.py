@@ -224,7 +224,7 @@ def canonicalize(ws: Workspace) -> None:
     for node in list(ws.graph.nodes):
         if node.op != "call_function" or node in ws.values or node._erased:
             continue
-        for rule in (_identity, _scattered, _convolution, _batch_norm, _zero_pad, _filled, _hard_sigmoid, _unshuffle):
+        for rule in _CANONICAL:
             if rule(ws, node):
                 break
     ws.fold()
@@ -357,6 +357,43 @@ def _unshuffle(ws: Workspace, node: fx.Node) -> bool:
     return True
 
 
+def _narrow(ws: Workspace, node: fx.Node) -> bool:
+    if node.target is not aten.narrow.default:
+        return False
+    x, axis, start, length = node.args
+    if not isinstance(start, int) or not isinstance(length, int) or start < 0:
+        return False
+    ws.replace(node, ws.call(node, aten.slice.Tensor, (x, axis, start, start + length), node))
+    return True
+
+
+def _lerp(ws: Workspace, node: fx.Node) -> bool:
+    a: Any
+    b: Any
+    if node.target is not aten.lerp.Scalar:
+        return False
+    a, b, weight = node.args
+    if not isinstance(weight, (int, float)) or not all(is_map(t) and dims(t) == dims(node) for t in (a, b)):
+        return False
+    parts = [ws.call(node, aten.mul.Tensor, pair, node) for pair in ((a, 1.0 - weight), (b, float(weight)))]
+    ws.replace(node, ws.call(node, aten.add.Tensor, tuple(parts), node))
+    return True
+
+
+def _addcmul(ws: Workspace, node: fx.Node) -> bool:
+    value = node.kwargs.get("value", 1)
+    if node.target is not aten.addcmul.default or not isinstance(value, (int, float)):
+        return False
+    total, *factors = node.args
+    if not is_map(node) or not any(is_map(f) and dims(f) == dims(node) for f in factors):  # type: ignore[arg-type]
+        return False
+    product = ws.call(node, aten.mul.Tensor, tuple(factors), node)
+    if value != 1:
+        product = ws.call(node, aten.mul.Tensor, (product, float(value)), node)
+    ws.replace(node, ws.call(node, aten.add.Tensor, (total, product), node))
+    return True
+
+
 def _hard_sigmoid(ws: Workspace, node: fx.Node) -> bool:
     if node.target is not aten.hardsigmoid.default:
         return False
@@ -434,6 +471,21 @@ def _zero_pad(ws: Workspace, node: fx.Node) -> bool:
     return True
 
 
+_CANONICAL: tuple[Callable[[Workspace, fx.Node], bool], ...] = (
+    _identity,
+    _scattered,
+    _convolution,
+    _batch_norm,
+    _zero_pad,
+    _filled,
+    _narrow,
+    _lerp,
+    _addcmul,
+    _hard_sigmoid,
+    _unshuffle,
+)
+
+
 # --- linear layers that amount to fewer
 
 
@@ -446,11 +498,13 @@ def merge_linear(ws: Workspace, scale_limit: float | None = None) -> None:
     rules: tuple[Callable[..., bool], ...] = (
         _scale_after,
         _scale_before,
+        _scale_shuffled,
         _padding,
         _pointwise_pair,
         _pointwise_parts,
         _parallel,
     )
+    limited = (_scale_after, _scale_shuffled)
     changed = True
     while changed:
         changed = False
@@ -458,7 +512,7 @@ def merge_linear(ws: Workspace, scale_limit: float | None = None) -> None:
             if node._erased or node.op != "call_function" or node in ws.values:
                 continue
             for rule in rules:
-                if rule(ws, node, scale_limit) if rule is _scale_after else rule(ws, node):
+                if rule(ws, node, scale_limit) if rule in limited else rule(ws, node):
                     changed = True
                     break
     ws.clean()
@@ -500,6 +554,22 @@ def _scale_before(ws: Workspace, node: fx.Node) -> bool:
         bias = bias + conv.bias
     merged = replace(conv, x=x, weight=conv.weight * by_weight(scale), bias=bias if bool(bias.any()) else None)
     ws.replace(node, write_conv(ws, merged, node), [conv.x])
+    return True
+
+
+def _scale_shuffled(ws: Workspace, node: fx.Node, limit: float | None) -> bool:
+    """A factor and a term behind the pixel shuffle of a convolution go into the convolution."""
+    found = affine_of(ws, node)
+    if found is None or found[0].target is not aten.pixel_shuffle.default or len(found[0].users) != 1:
+        return False
+    shuffle, factor = found[0], int(found[0].args[1])  # type: ignore[arg-type]
+    conv = conv_of(ws, shuffle.args[0])
+    if conv is None or len(conv.node.users) != 1 or not within(found[1], limit):
+        return False
+    scale, shift = (v.repeat_interleave(factor**2) for v in found[1:])
+    scaled = write_conv(ws, conv.scaled(scale, shift), shuffle)
+    scaled.meta["val"] = conv.node.meta["val"]
+    ws.replace(node, ws.call(node, aten.pixel_shuffle.default, (scaled, factor), node), [conv.node, shuffle])
     return True
 
 
