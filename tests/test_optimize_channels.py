@@ -434,6 +434,47 @@ def test_ends_that_are_no_clamp():
         assert fast.plan is None and fast.clip is None and [layer.op for layer in layers_of(fast)] == ["conv3x3", TAIL]
 
 
+# --- weights that are computed
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("normalise", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_weights_that_hooks_compute(normalise):
+    """The weight that is no parameter cannot be copied as such."""
+    network = Net(lambda m, x: m.tail(F.relu(m.head(x))), head=normalise(conv(3, 12)), tail=tail(2)).eval()
+    x = torch.rand(1, 3, 17, 20)
+    expected = network(x).detach()
+    fast = optimize(network)
+    assert ops_of(fast) == ["conv3x3 relu", TAIL] and fast.plan is not None
+    torch.testing.assert_close(fast(x), expected, rtol=0, atol=1e-5)
+
+
+class FoldedByEval(nn.Module):
+    """A convolution whose weight `eval` computes from two, as RepVGG's kin in the frameworks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.both = conv(3, 12, bias=False), conv(3, 12, bias=False), conv(3, 12, bias=False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if not mode:
+            self.both.weight = nn.Parameter((self.a.weight + self.b.weight).detach())
+        return self
+
+    def forward(self, x):
+        return self.a(x) + self.b(x) if self.training else self.both(x)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_network_that_eval_folds_is_not_folded_again(changed):
+    network, x = nn.Sequential(FoldedByEval(), nn.ReLU(), tail(2)).eval(), torch.rand(1, 3, 17, 20)
+    if changed:  # after it was folded: the network runs with what it has
+        nn.init.zeros_(network[0].a.weight)
+    torch.testing.assert_close(optimize(network)(x), network(x).detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(optimize(network.train())(x), network.eval()(x).detach(), rtol=0, atol=1e-5)
+
+
 # --- images that a network takes
 
 

@@ -307,7 +307,10 @@ def optimize(
         raise ValueError(
             f"example: expected a floating-point image [N, C, H, W], got {example.dtype} {list(example.shape)}"
         )
-    network = deploy(model).eval().requires_grad_(False)
+    network = deploy(model).requires_grad_(False)
+    # Some networks fold their branches whenever `eval` is called: not again, as the caller's does not either.
+    if any(module.training for module in network.modules()):
+        network.eval()
     attributes = {
         name: getattr(model, name)
         for name in ("name", "scale", "data_range", "minimum_size", "receptive_radius")

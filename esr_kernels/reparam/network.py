@@ -187,7 +187,10 @@ def copied(model: Module) -> Module:
     """A deep copy of a module; TypeError of anything else."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    return copy.deepcopy(model)
+    # What is computed from parameters cannot be copied: `torch.nn.utils.weight_norm` leaves that in its module.
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    computed = {id(t): t.detach().clone() for t in attributes if isinstance(t, Tensor) and not t.is_leaf}
+    return copy.deepcopy(model, computed)
 
 
 def named(model: nn.Module, name: str) -> nn.Module:
