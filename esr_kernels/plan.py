@@ -32,6 +32,7 @@ WEIGHTS = {
     "resize": (),
     "adaptive_max_pool": (),
     "modulate": (),
+    "statistic": (),
 }
 # Pixels a side that a layer's result depends on; None: the whole image. A depthwise_conv has its filter's, a resize its
 # filter's too; the windows of a pooling depend on the image's size.
@@ -49,9 +50,13 @@ _HALO: dict[str, int | None] = {
     "slice": 0,
     "adaptive_max_pool": None,
     "modulate": 1,
+    "statistic": None,
 }
 RESIZE_REACH = {"nearest": 0, "bilinear": 1, "bicubic": 2}
 MOST_MODULATE_MAPS = 8
+# What a statistic is of a channel's pixels; a contrast is the standard deviation plus the mean.
+STATISTICS = ("mean", "variance", "std", "contrast", "maximum")
+CORRECTED = ("variance", "std", "contrast")  # those with squares, which have a correction
 
 
 def _whole(scale: int | Fraction) -> int | Fraction:
@@ -71,7 +76,9 @@ class Layer:
             bsconv have `residual_mode` where they have a residual, a depthwise_conv its weight's `kernel_size`, a
             slice the first of its channels (`start`), a resize its `mode` (nearest, bilinear or bicubic, corners not
             aligned) and `upscale_factor`, an adaptive_max_pool its `divisor`: the result has as many pixels a side as
-            that goes into the input's.
+            that goes into the input's. A statistic of every channel's pixels has its `kind`, one of `STATISTICS`, and
+            its `correction`: 0 or 1, squares are divided by the pixels less that, which has a meaning for variance,
+            std and contrast; of one pixel corrected by 1 they are NaN.
         channels: channels of its result.
     """
 
@@ -102,7 +109,12 @@ class Layer:
 
     @property
     def scale(self) -> int | Fraction:
-        """Height and width of the result as a multiple of the first input's, rounded down where it is a part."""
+        """Height and width of the result as a multiple of the first input's, rounded down where it is a part.
+
+        0: one pixel, whatever the image's size.
+        """
+        if self.op == "statistic":
+            return 0
         if self.op == "adaptive_max_pool":
             return _whole(Fraction(1, int(self.attributes["divisor"])))
         return int(self.attributes.get("upscale_factor", 1))
@@ -115,11 +127,15 @@ class Plan:
     Attributes:
         inputs: (channels, scale) of each input; the scale is its height and width as a multiple of the first one's.
         layers: the layers in the order of execution.
-        outputs: the values that are returned: distinct results of layers, none of which is pooled.
+        outputs: the values that are returned: distinct results of layers, none of which is pooled or a statistic.
+
+    A statistic is one pixel, and so is what layers make of such values alone. A map takes in a value of one pixel as
+    the second input of an add, which adds it to every pixel, or as a map of a modulate; nothing else takes both.
 
     Raises:
-        ValueError: a layer is unknown or reads a value that does not exist yet, an output is not a layer's result, or a
-            pooled value, whose size is rounded, is enlarged by a factor or returned.
+        ValueError: a layer is unknown or reads a value that does not exist yet, an input's scale is below 1, an output is not a layer's result, a
+            pooled value, whose size is rounded, or one of one pixel is enlarged by a factor or returned, or a layer
+            takes a map and a value of one pixel that cannot.
     """
 
     inputs: tuple[tuple[int, int], ...]
@@ -137,16 +153,28 @@ class Plan:
                 )
             if unknown := set(layer.weights) - set(WEIGHTS[layer.op]):
                 raise ValueError(f"plan: layer {k} ({layer.op}) has unknown weights {sorted(unknown)}")
+        if small := [i for i, (_, scale) in enumerate(self.inputs) if scale < 1]:
+            raise ValueError(f"plan: inputs {small} have a scale below 1")
         total = len(self.inputs) + len(self.layers)
         if not self.outputs or len(set(self.outputs)) != len(self.outputs):
             raise ValueError(f"plan: outputs must be distinct and at least one, got {self.outputs}")
         if not all(len(self.inputs) <= i < total for i in self.outputs):
             raise ValueError(f"plan: outputs {self.outputs} must be results of layers, {len(self.inputs)}..{total - 1}")
         for k, layer in enumerate(self.layers):
-            if layer.op == "resize" and not isinstance(self.scales[layer.inputs[0]], int):
+            if layer.op == "resize" and self._is_pooled(layer.inputs[0]):
                 raise ValueError(f"plan: layer {k} (resize) reads %{layer.inputs[0]}, which is pooled")
-        if pooled := [i for i in self.outputs if not isinstance(self.scales[i], int)]:
+            for i in layer.inputs[1:]:
+                first, other = (self.scales[v] == 0 for v in (layer.inputs[0], i))
+                if first != other and not (other and layer.op in ("add", "modulate")):
+                    raise ValueError(
+                        f"plan: layer {k} ({layer.op}) reads %{layer.inputs[0]} and %{i}, one of which is one pixel"
+                    )
+        if pooled := [i for i in self.outputs if self._is_pooled(i)]:
             raise ValueError(f"plan: outputs {pooled} are pooled, which can only be read by layers")
+
+    def _is_pooled(self, value: int) -> bool:
+        scale = self.scales[value]
+        return scale == 0 or not isinstance(scale, int)
 
     @cached_property
     def channels(self) -> tuple[int, ...]:
@@ -155,7 +183,10 @@ class Plan:
 
     @cached_property
     def scales(self) -> tuple[int | Fraction, ...]:
-        """Height and width of every value as a multiple of the first input's, rounded down where it is a part."""
+        """Height and width of every value as a multiple of the first input's, rounded down where it is a part.
+
+        0: one pixel.
+        """
         scales: list[int | Fraction] = [s for _, s in self.inputs]
         for layer in self.layers:
             scales.append(_whole(scales[layer.inputs[0]] * layer.scale))
@@ -163,7 +194,7 @@ class Plan:
 
     def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Height and width of every value for a first input of this size."""
-        return [(int(height * s), int(width * s)) for s in self.scales]
+        return [(int(height * s), int(width * s)) if s else (1, 1) for s in self.scales]
 
     @property
     def scale(self) -> int:
@@ -172,7 +203,7 @@ class Plan:
 
     @cached_property
     def receptive_radius(self) -> int | None:
-        """Input pixels a side that an output pixel depends on; None when it is the whole image (ESA)."""
+        """Input pixels a side that an output pixel depends on; None when it is the whole image (ESA, statistics)."""
         radius: list[int | None] = [0] * len(self.inputs)
         for layer in self.layers:
             before = [radius[i] for i in layer.inputs]
@@ -272,7 +303,7 @@ class Plan:
                     "input" if layer is None else layer.op,
                     "" if layer is None else " ".join(f"%{i}" for i in layer.inputs),
                     str(channels),
-                    str(scale),
+                    str(scale) if scale else "pixel",
                     "" if layer is None else "all" if layer.halo is None else str(layer.halo),
                     "" if buffer is None else str(buffer),
                     ("" if layer is None else _describe(layer)) + ("returned" if value in self.outputs else ""),
@@ -306,7 +337,9 @@ def _describe(layer: Layer) -> str:
         words.append(f"from channel {a['start']}")
     if layer.op in ("resize", "modulate"):
         words.append(a["mode"])
-    if layer.scale != 1:
+    if layer.op == "statistic":
+        words += [a["kind"]] + ["correction 1"] * (a["correction"] and a["kind"] in CORRECTED)
+    elif layer.scale != 1:
         words.append(f"x{layer.scale}")
     return ", ".join(words) + ("  " if words else "")
 
@@ -333,6 +366,9 @@ def layer_flops(op: str, cin: list[int], cout: int, attributes: dict[str, Any], 
         return (5 + attributes["has_weight"] + attributes["has_bias"]) * cout * pixels
     if op == "resize":
         return 2 * {"nearest": 0, "bilinear": 4, "bicubic": 16}[attributes["mode"]] * cout * pixels
+    if op == "statistic":
+        # A sum; of squares a difference, a square and its sum too.
+        return {"mean": 1, "maximum": 0}.get(attributes["kind"], 4) * cout * pixels
     if op == "modulate":
         return 2 * (4 if attributes["mode"] == "bilinear" else 0) * sum(cin) * pixels
     if op == "esa":

@@ -10,6 +10,7 @@ from helpers import LAYOUTS, check_close, expected_format, kernel, largest_error
 from torch.nn import functional as F
 
 import esr_kernels
+from esr_kernels import plan as plan_module
 from esr_kernels.backends.native import engine
 from esr_kernels.plan import Layer, Plan, PlanBuilder
 
@@ -527,6 +528,214 @@ def test_wrong_programs_in_several_resolutions(op, integers, message):
 
     with pytest.raises(RuntimeError, match=message):
         run()
+
+
+# --- statistics: values of one pixel
+
+STATISTIC_BACKENDS = ("reference",)
+
+
+@pytest.fixture
+def statistic_backend(backend):
+    if backend not in STATISTIC_BACKENDS:
+        pytest.skip("plans have no statistics there")
+    return backend
+
+
+def statistic_of(x, kind, correction):
+    mean = x.mean((2, 3), keepdim=True)
+    variance = (x - mean).square().sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3] - correction)
+    values = {"mean": mean, "variance": variance, "std": variance.sqrt(), "contrast": variance.sqrt() + mean}
+    return x.amax((2, 3), keepdim=True) if kind == "maximum" else values[kind]
+
+
+def statistic_network(channels, kind, correction, dtype=torch.float32):
+    """Squeeze and excitation of a convolved image: the statistic passes layers of all kinds, multiplies the map and is
+    added to it, as one of its channels is too."""
+    torch.manual_seed(channels)
+    hidden = channels // 4 + 1
+    weights = [kernel(channels, 5), rand(channels), kernel(hidden, channels, 1), rand(hidden)]
+    weights += [kernel(channels, 2 * hidden, 1), rand(channels), 1 + 0.1 * rand(channels), kernel(1, channels, 1)]
+    weights += [kernel(7, channels)]
+    weights = [w.to(dtype) for w in weights]
+    b = PlanBuilder()
+    x = b.input(5)
+    f = b.add("conv3x3", [x], channels, {"weight": 0, "bias": 1}, **SILU, residual_mode="post")
+    s = b.add("statistic", [f], channels, kind=kind, correction=correction)
+    h = b.add("conv1x1", [s], hidden, {"weight": 2, "bias": 3}, **SILU)
+    g = b.add("conv1x1", [h, h], channels, {"weight": 4, "bias": 5}, **LINEAR)
+    g = b.add("add", [g, s], channels)
+    options = {"low": [0.0] * channels, "high": [1.0] * channels}
+    gate = b.add("activate", [g], channels, function="sigmoid", **options)
+    squared = b.add("multiply", [gate, gate], channels)
+    n = b.add("layer_norm2d", [squared], channels, {"weight": 6}, eps=1.0, has_weight=True, has_bias=False)
+    m = b.add("modulate", [f, gate], channels, mode="nearest", activation="none", negative_slope=0.0)
+    p = b.add("modulate", [m, n, gate], channels, mode="bilinear", activation="silu", negative_slope=0.0)
+    one = b.add("conv1x1", [n], 1, {"weight": 7}, **LINEAR)
+    a = b.add("add", [p, s], channels)
+    c = b.add("add", [a, one], channels)
+    y = b.add("conv3x3", [c], 7, {"weight": 8}, **LINEAR, residual_mode="post")
+    plan = b.finish([y, m, c])
+
+    def oracle(x, dtype=torch.float64):
+        w = [t.to(dtype) for t in weights]
+        f = F.silu(F.conv2d(x, w[0], w[1], padding=1))
+        s = statistic_of(f, kind, correction)
+        h = F.silu(F.conv2d(s, w[2], w[3]))
+        gate = torch.sigmoid(F.conv2d(torch.cat([h, h], 1), w[4], w[5]) + s)
+        n = F.layer_norm((gate * gate).permute(0, 2, 3, 1), [channels], w[6], eps=1.0).permute(0, 3, 1, 2)
+        m = f * gate
+        c = m * F.silu(n + gate) + s + F.conv2d(n, w[7])
+        return F.conv2d(c, w[8], padding=1), m, c
+
+    return plan, weights, oracle
+
+
+# Channels, size, statistic, correction: whole vectors and not, one pixel and one row, rows of several blocks.
+STATISTICS = [
+    (3, (37, 43), "mean", 0),
+    (8, (1, 1), "mean", 0),
+    (20, (9, 300), "variance", 0),
+    (24, (33, 34), "variance", 1),
+    (16, (1, 7), "std", 1),
+    (72, (8, 33), "std", 0),
+    (36, (1, 1), "contrast", 0),
+    (40, (21, 18), "contrast", 1),
+    (21, (5, 2), "maximum", 0),
+    (48, (7, 513), "maximum", 1),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("channels", "size", "kind", "correction"),
+    STATISTICS,
+    ids=["-".join(map(str, (c, *s, k))) for c, s, k, _ in STATISTICS],
+)
+def test_statistics(statistic_backend, channels, size, kind, correction, dtype):
+    plan, weights, oracle = statistic_network(channels, kind, correction, dtype)
+    x = lay_out(rand(2, 5, *size, dtype=dtype), LAYOUTS[channels % len(LAYOUTS)])
+    # What an earlier run left in the backend's memory is no number, and must not come through.
+    torch.ops.esr.run_plan([torch.full_like(x, torch.nan)], weights, plan.to_json())
+    results = torch.ops.esr.run_plan([x], weights, plan.to_json())
+    exact = oracle(x.double())
+    for i, got in enumerate(results):
+        assert got.is_contiguous(memory_format=expected_format(x))
+        check_close(got, exact[i], lambda i=i: oracle(x, dtype)[i], statistic_backend)
+        if dtype == torch.float32:
+            assert largest_error(got, exact[i]) <= 1e-5 * max(float(exact[i].abs().max()), 1.0)
+    # An image's result does not depend on the others.
+    for i in range(2):
+        alone = torch.ops.esr.run_plan([x[i : i + 1]], weights, plan.to_json())
+        if statistic_backend != "reference":
+            assert all(torch.equal(got[i : i + 1], one) for got, one in zip(results, alone, strict=True))
+
+
+def statistic_plan(channels, kind, correction):
+    """Zeros plus a statistic of the image, without weights."""
+    b = PlanBuilder()
+    zeros, x = b.input(channels), b.input(channels)
+    s = b.add("statistic", [x], channels, kind=kind, correction=correction)
+    return b.finish([b.add("add", [zeros, s], channels)]).to_json()
+
+
+@pytest.mark.parametrize("kind", plan_module.STATISTICS)
+def test_statistics_of_many_pixels(statistic_backend, kind):
+    """Deviations much smaller than the mean, far values, shades: float32 sums that go wrong do so here."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 6, 300, 700)
+    x[:, 1] += 100
+    x[:, 2] = x[:, 2].abs() * 1e-4 + 1
+    x[:, 3, 0, 0] = 1e4
+    x[:, 4] += torch.linspace(0, 1000, 300)[:, None]
+    x[:, 5] = 3.0
+    (got,) = torch.ops.esr.run_plan([torch.zeros_like(x), x], [], statistic_plan(6, kind, 1))
+    exact = statistic_of(x.double(), kind, 1)
+    assert torch.equal(got, got[:, :, :1, :1].expand_as(got))
+    relative = ((got[:, :, :1, :1].double() - exact).abs() / exact.abs().clamp(min=1e-9)).flatten()
+    # A mean of numbers around zero is small beside them.
+    bound = torch.full([6], 2e-6) if kind != "mean" else torch.tensor([1e-4, *[2e-6] * 2, 1e-3, *[2e-6] * 2])
+    assert bool((relative <= bound).all()), relative
+
+
+@pytest.mark.parametrize("kind", plan_module.STATISTICS)
+@pytest.mark.parametrize("size", [(1, 1), (9, 24), (3, 301)])
+def test_statistics_of_infinities_and_nan(statistic_backend, kind, size):
+    x = rand(1, 18, *size)
+    x[0, 1] = -torch.inf
+    x[0, 2, -1, -1], x[0, 4, 0, 0] = torch.inf, -torch.inf
+    x[0, 3, 0, -1] = x[0, 17, -1, 0] = torch.nan
+    x[0, 5, 0, 0], x[0, 5, -1, -1] = torch.inf, -torch.inf
+    for correction in (0, 1):
+        (got,) = torch.ops.esr.run_plan([torch.zeros_like(x), x], [], statistic_plan(18, kind, correction))
+        exact = statistic_of(x, kind, correction).expand_as(x)
+        torch.testing.assert_close(got, exact, equal_nan=True)
+
+
+def test_statistics_without_images_or_degrees_of_freedom(statistic_backend):
+    plan, weights, _ = statistic_network(12, "contrast", 1)
+    results = torch.ops.esr.run_plan([torch.empty(0, 5, 8, 9)], weights, plan.to_json())
+    assert [r.shape for r in results] == [(0, c, 8, 9) for c in (7, 12, 12)]
+    for kind in plan_module.CORRECTED:
+        (got,) = torch.ops.esr.run_plan([torch.zeros(1, 3, 1, 1), rand(1, 3, 1, 1)], [], statistic_plan(3, kind, 1))
+        assert bool(got.isnan().all())
+
+
+def test_facts_of_statistics():
+    plan, weights, _ = statistic_network(12, "contrast", 1)
+    assert plan.receptive_radius is None and Plan.from_json(plan.to_json()) == plan
+    assert plan.scales[2:8] == (0,) * 6 and plan.sizes(7, 9)[1:9] == [(7, 9), *[(1, 1)] * 7]
+    lines = [line.split() for line in str(plan).splitlines()[1:]]
+    assert lines[2][1:6] == ["statistic", "%1", "12", "pixel", "all"]
+    assert lines[2][-3:] == ["contrast,", "correction", "1"]
+    small = 2 * (12 * 4 + 8 * 12 + 12) + 6 * 12
+    large = 7 * 9 * (2 * 9 * 5 * 12 + 4 * 12 + 8 * 2 * 12 + 2 * 9 * 12 * 7)
+    assert plan.flops(2, 7, 9) == 2 * (small + large)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        torch.ops.esr.run_plan([rand(2, 5, 7, 9)], weights, plan.to_json())
+    assert counter.get_total_flops() == plan.flops(2, 7, 9)
+
+
+def test_opcheck_of_statistics(statistic_backend):
+    plan, weights, _ = statistic_network(6, "std", 0)
+    torch.library.opcheck(torch.ops.esr.run_plan.default, ([rand(2, 5, 6, 7)], weights, plan.to_json()))
+
+
+def test_values_of_one_pixel_stay_inside():
+    def layers(op, *inputs, **attributes):
+        b = PlanBuilder()
+        x = b.input(5)
+        s = b.add("statistic", [x], 5, kind="mean", correction=0)
+        y = b.add(op, [(x, s)[i] for i in inputs], 5, **attributes)
+        return b.finish([y])
+
+    layers("add", 0, 1)
+    with pytest.raises(ValueError, match=r"outputs \[2\] are pooled"):
+        layers("add", 1, 1)
+    with pytest.raises(ValueError, match=r"layer 1 \(resize\) reads %1, which is pooled"):
+        layers("resize", 1, mode="nearest", upscale_factor=8)
+    for op, *inputs in (("add", 1, 0), ("multiply", 0, 1), ("conv1x1", 0, 1), ("conv3x3", 1, 0), ("modulate", 1, 0)):
+        with pytest.raises(ValueError, match=rf"layer 1 \({op}\) reads %\d and %\d, one of which is one pixel"):
+            layers(op, *inputs)
+    with pytest.raises(ValueError, match=r"inputs \[1\] have a scale below 1"):
+        Plan(((3, 1), (3, 0)), (Layer("add", (0, 1), {}, {}, 3),), (2,))
+
+
+@pytest.mark.parametrize(
+    ("layers", "outputs", "message"),
+    [
+        ([[15, 3, 0, 5, 0]], [1], r"kind is 5, must be 0..4"),
+        ([[15, 3, 0, 1, 2]], [1], r"correction is 2, must be 0..1"),
+        ([[15, 3, 0, 0, 0]], [1], "output 1 is one pixel, which can only be read by layers"),
+        ([[15, 3, 0, 0, 0], [12, 3, 1, 0, 2]], [2], r"layer 1 \(resize\) enlarges value 1, which is one pixel"),
+        ([[15, 3, 0, 0, 0], [7, 2, 0, 1]], [2], r"layer 1 \(multiply\) reads values 0 and 1, one of which is one"),
+        ([[15, 3, 0, 0, 0], [6, 2, 1, 0]], [2], r"layer 1 \(add\) reads values 1 and 0, one of which is one"),
+    ],
+)
+def test_wrong_programs_with_statistics(layers, outputs, message):
+    program = [engine.PROGRAM_FORMAT, 1, len(layers), len(outputs), *(i for layer in layers for i in layer), *outputs]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.esr_native.compile_plan(program, [], [])
 
 
 def test_empty_batch(backend):

@@ -9,6 +9,7 @@
 
 #include "activation.h"
 #include "resize.h"
+#include "statistic.h"
 
 namespace esr {
 
@@ -28,14 +29,15 @@ enum class Op : int32_t {
   kResize = 12,
   kAdaptiveMaxPool = 13,
   kModulate = 14,
+  kStatistic = 15,
 };
-inline constexpr int64_t kOpCount = 15;
+inline constexpr int64_t kOpCount = 16;
 
 inline const char* op_name(Op op) {
   constexpr const char* kNames[kOpCount] = {
-      "normalize", "conv3x3",           "conv1x1",  "conv3x3_pixel_shuffle", "esa",          "bsconv",
-      "add",       "multiply",          "activate", "depthwise_conv",        "layer_norm2d", "slice",
-      "resize",    "adaptive_max_pool", "modulate"};
+      "normalize", "conv3x3",  "conv1x1",        "conv3x3_pixel_shuffle", "esa",   "bsconv", "add",
+      "multiply",  "activate", "depthwise_conv", "layer_norm2d",          "slice", "resize", "adaptive_max_pool",
+      "modulate",  "statistic"};
   return kNames[static_cast<int32_t>(op)];
 }
 
@@ -60,6 +62,10 @@ struct Layer {
   int64_t start = 0;  // the first channel of a slice
   Resize resize = Resize::kNearest;
   int64_t divisor = 1;  // of an adaptive_max_pool: how often a side of the result goes into that of the input
+  Statistic statistic = Statistic::kMean;
+  int64_t correction = 0;      // of a statistic: squares are divided by the pixels less that
+  bool one_pixel = false;      // the result has one pixel, whatever the image's size
+  bool adds_to_every = false;  // of an add: b has one pixel, which is added to every one of a
 
   // How many of the inputs are no residual.
   size_t operands() const { return inputs.size() - (has_residual ? 1 : 0); }
@@ -104,6 +110,7 @@ class ProgramReader {
                         ", the result of a conv3x3_pixel_shuffle, which can only be an output");
       }
     }
+    find_pixels(p);
     return p;
   }
 
@@ -162,6 +169,28 @@ class ProgramReader {
     const auto mode = static_cast<ResidualMode>(choice("residual_mode", count));
     if (layer.has_residual) layer.residual_mode = mode;
     return mode;
+  }
+
+  // Which values have one pixel, and that layers can read them. Plans have no such inputs.
+  static void find_pixels(Program& p) {
+    const auto is_pixel = [&](int64_t v) {
+      return v >= p.inputs && p.layers[static_cast<size_t>(v - p.inputs)].one_pixel;
+    };
+    for (Layer& layer : p.layers) {
+      const bool first = is_pixel(layer.inputs[0]);
+      layer.one_pixel = first || layer.op == Op::kStatistic;
+      STD_TORCH_CHECK(!first || (layer.op != Op::kResize && layer.op != Op::kConv3x3PixelShuffle),
+                      "plan: ", layer.name(), " enlarges value ", layer.inputs[0], ", which is one pixel");
+      for (const int64_t v : layer.inputs) {
+        const bool takes_both = is_pixel(v) && (layer.op == Op::kAdd || layer.op == Op::kModulate);
+        STD_TORCH_CHECK(is_pixel(v) == first || takes_both, "plan: ", layer.name(), " reads values ", layer.inputs[0],
+                        " and ", v, ", one of which is one pixel");
+        layer.adds_to_every = layer.adds_to_every || (layer.op == Op::kAdd && is_pixel(v) != first);
+      }
+    }
+    for (const int64_t v : p.outputs) {
+      STD_TORCH_CHECK(!is_pixel(v), "plan: output ", v, " is one pixel, which can only be read by layers");
+    }
   }
 
   Layer read_layer(int64_t index, int64_t defined) {
@@ -291,6 +320,11 @@ class ProgramReader {
         activation(layer);
         break;
       }
+      case Op::kStatistic:
+        layer.inputs.push_back(value("x", defined));
+        layer.statistic = static_cast<Statistic>(choice("kind", kStatisticCount));
+        layer.correction = choice("correction", 2);
+        break;
     }
     STD_TORCH_CHECK(position_ == end_, "plan: ", layer.name(), " has ", end_ - position_, " integers too many");
     end_ = program_.size();

@@ -101,6 +101,8 @@ class CompiledPlan {
         return make_adaptive_max_pool(layer, kernels_);
       case Op::kModulate:
         return make_modulate(layer, kernels_);
+      case Op::kStatistic:
+        STD_TORCH_CHECK(false, layer.name(), ": this engine takes no statistics");
       default:
         return make_conv3x3(layer, kernels_, weights);
     }

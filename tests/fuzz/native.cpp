@@ -68,6 +68,10 @@ void fuzz_program(Bytes in) {
     for (const int64_t w : layer.weights) PROMISE(w >= -1 && w < weights);
     PROMISE(layer.upscale_factor >= 1 && layer.upscale_factor <= 1024);
     PROMISE(layer.shift.size() == layer.scale.size());
+    PROMISE(static_cast<int64_t>(layer.statistic) >= 0 && static_cast<int64_t>(layer.statistic) < esr::kStatisticCount);
+    PROMISE(layer.correction >= 0 && layer.correction <= 1);
+    PROMISE(layer.one_pixel || layer.op != esr::Op::kStatistic);
+    PROMISE(!layer.adds_to_every || (layer.op == esr::Op::kAdd && !layer.one_pixel));
     PROMISE(!layer.name().empty());
     ++value;
   }

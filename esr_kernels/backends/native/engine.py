@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...plan import WEIGHTS, Layer, Plan
+from ...plan import STATISTICS, WEIGHTS, Layer, Plan
 
 PROGRAM_FORMAT = 2
 OP_CODES = {
@@ -30,12 +30,14 @@ OP_CODES = {
     "resize": 12,
     "adaptive_max_pool": 13,
     "modulate": 14,
+    "statistic": 15,
 }
 ACTIVATION_CODES = {"none": 0, "relu": 1, "leaky_relu": 2, "silu": 3, "gelu": 4, "gelu_tanh": 5}
 FUNCTION_CODES = ACTIVATION_CODES | {"sigmoid": 6, "clamp": 7, "hardswish": 8, "mish": 9}
 RESIDUAL_CODES = {"pre": 0, "post": 1, "attention": 2}
 PADDING_CODES = {"zeros": 0, "reflect": 1}
 RESIZE_CODES = {"nearest": 0, "bilinear": 1, "bicubic": 2}
+STATISTIC_CODES = {kind: code for code, kind in enumerate(STATISTICS)}
 
 
 def encode(plan: Plan) -> tuple[list[int], list[float]]:
@@ -79,6 +81,8 @@ def encode(plan: Plan) -> tuple[list[int], list[float]]:
             return [x[0], RESIZE_CODES[a["mode"]], a["upscale_factor"]]
         if layer.op == "adaptive_max_pool":
             return [x[0], a["divisor"]]
+        if layer.op == "statistic":
+            return [x[0], STATISTIC_CODES[a["kind"]], a["correction"]]
         if layer.op == "modulate":
             activation, slope = ACTIVATION_CODES[a["activation"]], constant(a["negative_slope"])
             return [len(x) - 1, *x, RESIZE_CODES[a["mode"]], activation, slope]

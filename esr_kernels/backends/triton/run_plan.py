@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ...errors import BackendError
 from ...library import run_plan_outputs
 from ...plan import ESA_WEIGHTS, Layer, Plan
 from . import (
@@ -149,6 +150,8 @@ class PreparedPlan:
             return lambda x, out: _resize.enlarge(x[0], taps, out)
         if layer.op == "adaptive_max_pool":
             return lambda x, out: adaptive_max_pool.pool(x[0], out)
+        if layer.op == "statistic":
+            raise BackendError(f"plan: layer {k} (statistic): Triton's kernels take no statistics")
         if layer.op == "modulate":
             gate = {"bilinear": a["mode"] == "bilinear", "activation": a["activation"], "slope": a["negative_slope"]}
             return lambda x, out: modulate.apply(x[0], x[1:], out, **gate)
