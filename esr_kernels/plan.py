@@ -133,9 +133,9 @@ class Plan:
     the second input of an add, which adds it to every pixel, or as a map of a modulate; nothing else takes both.
 
     Raises:
-        ValueError: a layer is unknown or reads a value that does not exist yet, an input's scale is below 1, an output is not a layer's result, a
-            pooled value, whose size is rounded, or one of one pixel is enlarged by a factor or returned, or a layer
-            takes a map and a value of one pixel that cannot.
+        ValueError: a layer is unknown or reads a value that does not exist yet, an input's scale is below 1, an output
+            is not a layer's result, a pooled value, whose size is rounded, or one of one pixel is enlarged by a factor
+            or returned, or a layer takes a map and a value of one pixel that cannot.
     """
 
     inputs: tuple[tuple[int, int], ...]

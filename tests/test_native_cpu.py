@@ -649,6 +649,39 @@ def test_add(capability: str, channels: int) -> None:
     assert torch.equal(twice, a + a)
 
 
+@pytest.mark.parametrize("kind", range(5))
+@pytest.mark.parametrize("channels", [1, 3, 16, 37])
+def test_statistics(capability: str, kind: int, channels: int) -> None:
+    """Added to every pixel: rows of several blocks, the same bits for any number of threads and images."""
+    x, a = torch.randn(2, channels, 37, 301) + 3, torch.randn(2, channels, 37, 301)
+    variance = x.double().var((2, 3), correction=1, keepdim=True)
+    mean = x.double().mean((2, 3), keepdim=True)
+    exact = (mean, variance, variance.sqrt(), variance.sqrt() + mean, x.double().amax((2, 3), keepdim=True))[kind]
+    p = Program(2)
+    out = p.add(0, p.layer(15, 1, kind, 1))
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results += p.run([a, x], {out: tuple(a.shape)})
+    assert error(results[0], exact + a) < 3e-7
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    for n in range(2):
+        (single,) = p.run([a[n : n + 1], x[n : n + 1]], {out: (1, *a.shape[1:])})
+        assert torch.equal(single, results[0][n : n + 1])
+
+
+@pytest.mark.parametrize("channels", [3, 16, 37])
+def test_one_pixel_of_one_channel_is_added_to_all(capability: str, channels: int) -> None:
+    x, w, y = torch.randn(2, channels, 9, 11), conv_weight(1, channels, 1), conv_weight(5, channels, 3)
+    p = Program()
+    total = p.add(0, p.conv1x1([p.layer(15, 0, 0, 0)], w))
+    got, read = p.run([x], {total: tuple(x.shape), p.conv3x3(total, y): (2, 5, 9, 11)})
+    exact = x.double() + F.conv2d(x.double().mean((2, 3), keepdim=True), w.double())
+    assert error(got, exact) < 3e-7
+    # The channels that fill up a vector are zeros still.
+    assert error(read, F.conv2d(exact, y.double(), padding=1)) < DIRECT
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_maps_are_used_again_only_when_nobody_reads_them(capability: str, seed: int) -> None:
     """Ten layers that read any values before them, of which some are returned: results may lie where inputs did."""

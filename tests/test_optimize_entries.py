@@ -77,6 +77,61 @@ def distillation(m, x):
     return y * torch.sigmoid(m.gate(F.adaptive_avg_pool2d(y, 1))) + x
 
 
+def imdn(m, x):
+    """IMDN's block as published: distillation in four steps, then attention from the contrast of every channel."""
+    parts, rest = [], x
+    for step in (m.a, m.b, m.c):
+        part, rest = torch.split(F.leaky_relu(step(rest), 0.05), (4, 12), dim=1)
+        parts.append(part)
+    return m.mix(m.cca(torch.cat([*parts, m.d(rest)], dim=1))) + x
+
+
+def spatial_mean(x):
+    return x.sum(3, keepdim=True).sum(2, keepdim=True) / (x.size(2) * x.size(3))
+
+
+class PublishedCca(nn.Module):
+    def __init__(self, channels, reduction):
+        super().__init__()
+        hidden = channels // reduction
+        self.conv_du = nn.Sequential(conv(channels, hidden, 1), nn.ReLU(True), conv(hidden, channels, 1), nn.Sigmoid())
+
+    def forward(self, x):
+        mean = spatial_mean(x)
+        variance = (x - mean).pow(2).sum(3, keepdim=True).sum(2, keepdim=True) / (x.size(2) * x.size(3))
+        return x * self.conv_du(variance.pow(0.5) + mean)
+
+
+class SqueezeExcitation(nn.Module):
+    """Hu et al., as published for classification: linear layers on numbers."""
+
+    def __init__(self, channels, reduction, bias=False):
+        super().__init__()
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+        hidden = channels // reduction
+        self.fc = nn.Sequential(
+            nn.Linear(channels, hidden, bias), nn.ReLU(True), nn.Linear(hidden, channels, bias), nn.Sigmoid()
+        )
+
+    def forward(self, x):
+        b, c, _, _ = x.size()
+        y = self.fc(self.avg_pool(x).view(b, c)).view(b, c, 1, 1)
+        return x * y.expand_as(x)
+
+
+class EfficientAttention(nn.Module):
+    """Wang et al.: a convolution along the channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        y = F.adaptive_avg_pool2d(x, 1)
+        y = self.conv(y.squeeze(-1).transpose(-1, -2)).transpose(-1, -2).unsqueeze(-1)
+        return x * torch.sigmoid(y).expand_as(x)
+
+
 def convnext(m, x):
     y = m.dw(x).permute(0, 2, 3, 1)
     y = m.gamma * m.down(F.gelu(m.up(m.norm(y))))
@@ -151,7 +206,35 @@ BLOCKS = {
             **{"a": conv(16, 16), "b": conv(12, 16), "c": conv(12, 8), "mix": conv(16, 16, 1), "gate": conv(16, 16, 1)},
         ),
         None,
-        ["aten.adaptive_avg_pool2d", "aten.mul", "aten.sigmoid"],
+        [],
+    ),
+    "IMDN": (
+        lambda: Net(
+            imdn,
+            **{"a": conv(16, 16), "b": conv(12, 16), "c": conv(12, 16), "d": conv(12, 4), "mix": conv(16, 16, 1)},
+            cca=PublishedCca(16, 4),
+        ),
+        None,
+        [],
+    ),
+    "RCAN": (
+        lambda: Net(
+            lambda m, x: x + m.body(x) * m.gate(F.adaptive_avg_pool2d(m.body(x), 1)),
+            body=nn.Sequential(conv(16, 16), nn.ReLU(True), conv(16, 16)),
+            gate=nn.Sequential(conv(16, 4, 1), nn.ReLU(True), conv(4, 16, 1), nn.Sigmoid()),
+        ),
+        ["conv3x3 relu", "conv3x3", "statistic", "conv1x1 relu", "conv1x1", "activate sigmoid", "modulate"],
+        [],
+    ),
+    "squeeze and excitation": (
+        lambda: nn.Sequential(conv(16, 16), SqueezeExcitation(16, 4, True)),
+        ["conv3x3", "statistic", "conv1x1 relu", "conv1x1", "activate sigmoid", "modulate"],
+        [],
+    ),
+    "efficient channel attention": (
+        lambda: nn.Sequential(conv(16, 16), EfficientAttention()),
+        ["conv3x3", "statistic", "conv1x1", "activate sigmoid", "modulate"],
+        [],
     ),
     "ConvNeXt": (
         lambda: Net(

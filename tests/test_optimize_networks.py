@@ -1026,6 +1026,159 @@ def test_pooled_maps_outside_of_plans(gate, expected):
     assert sum(line.startswith("modulate: ") for line in fast.report().fused) == expected
 
 
+# --- statistics of the whole image, and what is made of values of one pixel
+
+
+def spatial(x, mean=lambda t: t.mean((2, 3), keepdim=True)):
+    return mean((x - mean(x)) ** 2)
+
+
+def by_sums(x):
+    return x.sum(3, keepdim=True).sum(2, keepdim=True) / (x.size(2) * x.size(3))
+
+
+STATISTICS = {
+    "adaptive_avg_pool2d": (lambda y: F.adaptive_avg_pool2d(y, 1), "mean", 0),
+    "AdaptiveAvgPool2d": (nn.AdaptiveAvgPool2d((1, 1)), "mean", 0),
+    "mean": (lambda y: y.mean([-2, -1], True), "mean", 0),
+    "mean of means": (lambda y: y.mean(3, keepdim=True).mean(2, keepdim=True), "mean", 0),
+    "mean of flattened": (lambda y: y.flatten(2).mean(2)[..., None, None], "mean", 0),
+    "mean of a view": (lambda y: y.view(*y.shape[:2], -1).mean(-1).view(*y.shape[:2], 1, 1), "mean", 0),
+    "sums": (by_sums, "mean", 0),
+    "avg_pool2d": (lambda y: F.avg_pool2d(y, y.shape[2:]), "mean", 0),
+    "avg_pool2d by name": (lambda y: F.avg_pool2d(y, kernel_size=(y.size(2), y.size(3)), stride=1), "mean", 0),
+    "adaptive_max_pool2d": (lambda y: F.adaptive_max_pool2d(y, 1), "maximum", 0),
+    "amax": (lambda y: torch.amax(y, (2, 3), keepdim=True), "maximum", 0),
+    "max of flattened": (lambda y: y.flatten(2).max(2)[0][..., None, None], "maximum", 0),
+    "max_pool2d": (lambda y: F.max_pool2d(y, y.size()[2:]), "maximum", 0),
+    "var": (lambda y: y.var((2, 3), keepdim=True), "variance", 1),
+    "var without correction": (lambda y: torch.var(y, (2, 3), unbiased=False, keepdim=True), "variance", 0),
+    "squared differences": (spatial, "variance", 0),
+    "differences of sums": (lambda y: spatial(y, by_sums), "variance", 0),
+    "mean of squares": (lambda y: y.square().mean((2, 3), True) - y.mean((2, 3), True).square(), "variance", 0),
+    "std": (lambda y: y.std((2, 3), keepdim=True), "std", 1),
+    "root of var": (lambda y: y.var((2, 3), correction=0, keepdim=True).sqrt(), "std", 0),
+    "root by pow": (lambda y: spatial(y).pow(0.5), "std", 0),
+    "root by **": (lambda y: y.flatten(2).var(2, keepdim=True)[..., None] ** 0.5, "std", 1),
+    "std_mean": (lambda y: sum(torch.std_mean(y, (2, 3), keepdim=True)), "contrast", 1),
+    "contrast": (lambda y: spatial(y, by_sums).pow(0.5) + by_sums(y), "contrast", 0),
+}
+
+
+def statistics_of(fast):
+    found = [layer.attributes for layer in layers_of(fast) if layer.op == "statistic"]
+    return [(a["kind"], a["correction"]) for a in found]
+
+
+def gated_by(statistic):
+    return Net(
+        lambda m, x: m.tail((y := m.head(x)) * torch.sigmoid(m.gate(statistic(y)))),
+        head=conv(3, 12),
+        gate=conv(12, 12, 1),
+        tail=conv(12, 3),
+    )
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics(name):
+    statistic, kind, correction = STATISTICS[name]
+    fast = check(gated_by(statistic), [(1, 3, 9, 12), (2, 3, 8, 8)])
+    assert ops_of(fast) == ["conv3x3", "statistic", "conv1x1", "activate sigmoid", "modulate", "conv3x3"]
+    assert statistics_of(fast) == [(kind, correction)]
+    assert fast.plan is not None and fast.report().left == []
+
+
+UNLIKE_STATISTICS = {
+    "of the batch": lambda y: y.mean((0, 2, 3), keepdim=True),
+    "of rows": lambda y: y.mean(3, keepdim=True),
+    "with something below the root": lambda y: (spatial(y) + 1e-5).sqrt(),
+    "of one size": lambda y: y.sum((2, 3), keepdim=True) / 100,
+    "of a window": lambda y: F.avg_pool2d(y, 3, stride=2),
+    "norm": lambda y: y.square().sum((2, 3), keepdim=True).sqrt(),
+    "absolute mean": lambda y: y.mean((2, 3), keepdim=True).abs(),
+    "smallest": lambda y: y.amin((2, 3), keepdim=True),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE_STATISTICS)
+def test_what_only_looks_like_a_statistic(name):
+    def function(m, x):
+        y = m.head(x)
+        s = UNLIKE_STATISTICS[name](y)
+        return m.tail(y * torch.sigmoid(F.interpolate(s, y.shape[2:])))
+
+    fast = check(Net(function, head=conv(3, 12), tail=conv(12, 3)), [(1, 3, 9, 12), (2, 3, 8, 8)])
+    assert {kind for kind, _ in statistics_of(fast)} <= {"variance", "mean"} and fast.plan is None
+    assert fast.report().wrong == []
+
+
+def deviating(m, x):
+    """What deviates from the image's mean, amplified, as MogaNet and GFMN have it."""
+    t = m.point(F.relu(m.head(x)))
+    t = F.gelu(t + m.sigma * (t - F.adaptive_avg_pool2d(t, 1)))
+    p = F.silu(m.body(t))
+    return m.tail(m.last(p + m.scale * (p - F.gelu(m.one(p)))))
+
+
+def test_deviations_from_the_mean_and_from_one_channel_go_into_convolutions():
+    network = Net(
+        deviating,
+        **{"head": conv(3, 12), "point": conv(12, 16, 1), "body": conv(16, 20), "one": conv(20, 1, 1)},
+        **{"last": conv(20, 8, 1), "tail": conv(8, 3)},
+        sigma=torch.linspace(-1, 0.5, 16).view(1, 16, 1, 1),
+        scale=torch.rand(1, 20, 1, 1),
+    )
+    fast = check(network)
+    operators = ["conv3x3 relu", "conv1x1", "statistic", "conv1x1", "add", "activate gelu", "conv3x3 silu"]
+    assert sorted(ops_of(fast)) == sorted([*operators, "conv1x1 gelu", "conv1x1", "conv3x3"])
+    assert fast.plan is not None and statistics_of(fast) == [("mean", 0)]
+    (last,) = (layer for layer in layers_of(fast) if layer.op == "conv1x1" and len(layer.inputs) == 2)
+    assert [fast.plan.channels[i] for i in last.inputs] == [20, 1]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, y: y - y.mean((2, 3), keepdim=True),
+        lambda m, y: 3 - 2 * (y - y.mean((2, 3), keepdim=True)) + y.var((2, 3), keepdim=True) * m.w,
+        lambda m, y: torch.sub(F.silu(y), y.amax((2, 3), keepdim=True), alpha=0.5),
+        lambda m, y: y.std((2, 3), keepdim=True) + y,
+        lambda m, y: (y - y.mean((2, 3), True)) * m.w + y.mean((2, 3), True) * torch.sigmoid(y.amax((2, 3), True)),
+    ],
+)
+def test_statistics_added_to_every_pixel(function):
+    network = Net(lambda m, x: m.tail(function(m, m.head(x))), head=conv(3, 12), tail=conv(12, 3))
+    network.w = nn.Parameter(torch.rand(12, 1, 1))
+    fast = check(network)
+    assert fast.plan is not None and "statistic" in ops_of(fast)
+
+
+@pytest.mark.parametrize(
+    ("function", "plain"),
+    [
+        # Numbers that meet what plans do not have: a softmax of them, and more than one image.
+        (lambda m, y: y * F.softmax(m.gate(y.mean((2, 3), keepdim=True)), 1), True),
+        (lambda m, y: y * m.gate(y.mean((2, 3), keepdim=True)).mean(0, keepdim=True), True),
+        (lambda m, y: y * torch.sigmoid(m.gate(y.mean((2, 3), keepdim=True))).sum(1, keepdim=True), True),
+        (lambda m, y: y * torch.sigmoid(m.gate(y.mean((2, 3), keepdim=True)) + m.gate(y.amax((2, 3), True))), False),
+    ],
+)
+def test_gates_that_plans_do_and_do_not_have(function, plain):
+    network = Net(lambda m, x: m.tail(function(m, m.head(x))), head=conv(3, 12), gate=conv(12, 12, 1), tail=conv(12, 3))
+    fast = check(network)
+    assert (fast.plan is None) == plain and ops_of(fast).count("conv3x3") == 2
+
+
+def test_a_gate_between_plain_operations_stays_plain():
+    """A plan of it would cost two conversions of the map."""
+    network = Net(
+        lambda m, x: m.tail(((y := m.head(x).cumsum(2)) * torch.sigmoid(m.gate(y.mean((2, 3), True)))).cumsum(3)),
+        **{"head": conv(3, 12), "gate": conv(12, 12, 1), "tail": conv(12, 3)},
+    )
+    fast = check(network)
+    assert ops_of(fast) == ["conv3x3", "conv3x3"]
+
+
 def test_channels_of_a_sum():
     """Read in parts by layers of the plan, by others, and from outside."""
 

@@ -532,7 +532,7 @@ def test_wrong_programs_in_several_resolutions(op, integers, message):
 
 # --- statistics: values of one pixel
 
-STATISTIC_BACKENDS = ("reference",)
+STATISTIC_BACKENDS = ("reference", "native-cpu")
 
 
 @pytest.fixture

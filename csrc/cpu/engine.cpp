@@ -102,7 +102,7 @@ class CompiledPlan {
       case Op::kModulate:
         return make_modulate(layer, kernels_);
       case Op::kStatistic:
-        STD_TORCH_CHECK(false, layer.name(), ": this engine takes no statistics");
+        return make_statistic(layer, kernels_);
       default:
         return make_conv3x3(layer, kernels_, weights);
     }

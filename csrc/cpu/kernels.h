@@ -7,6 +7,7 @@
 
 #include "../common/activation.h"
 #include "../common/resize.h"
+#include "../common/statistic.h"
 
 namespace esr {
 
@@ -151,10 +152,11 @@ struct PairArgs {
   const float* a = nullptr;
   const float* b = nullptr;
   float* out = nullptr;
-  int64_t pitch = 0;               // of all three, but of a `b` of one channel
-  int64_t floats = 0;              // in a row, without the ring
-  int64_t channels = 0, step = 0;  // of `a`
-  int64_t b_pitch = 0;             // not 0: `b` has one channel, for all of `a`, in pixels of one vector
+  int64_t pitch = 0;                // of `a` and `out`
+  int64_t floats = 0;               // in a row, without the ring
+  int64_t channels = 0, step = 0;   // of `a`
+  int64_t b_pitch = 0, b_step = 0;  // both 0: `b` has one pixel, for all of `a`
+  bool one_channel = false;         // `b` has one, for all of `a`
 };
 
 struct ActivateArgs {
@@ -401,6 +403,22 @@ struct ResizeMapArgs {
   const ResizeTaps* taps = nullptr;
 };
 
+// Pixels of a row that a statistic takes together, with float32 sums.
+inline constexpr int64_t kStatisticPixels = 128;
+
+// Vectors of `step` floats that a block leaves: its sum, its maximum, or a number near its mean and the sums of the
+// deviations from that number and of their squares.
+constexpr int64_t statistic_parts(Statistic s) { return s == Statistic::kMean || s == Statistic::kMaximum ? 1 : 3; }
+
+struct StatisticArgs {
+  const float* in = nullptr;  // pixel (0, 0)
+  int64_t pitch = 0, step = 0;
+  int64_t width = 0;
+  int64_t row_blocks = 0;  // in a row
+  Statistic statistic = Statistic::kMean;
+  float* partials = nullptr;  // [block][statistic_parts()][step]
+};
+
 struct SliceArgs {
   const float* in = nullptr;  // the first of the channels of pixel (0, 0)
   int64_t in_pitch = 0, in_step = 0;
@@ -471,6 +489,7 @@ struct Kernels {
   void (*resize_planes)(const ResizePlanesArgs&, int64_t y0, int64_t y1);
   void (*resize_map)(const ResizeMapArgs&, int64_t y0, int64_t y1);
   void (*slice_rows)(const SliceArgs&, int64_t y0, int64_t y1);
+  void (*statistic_blocks)(const StatisticArgs&, int64_t block0, int64_t block1);
 };
 
 // Null where the compiler's target has no such instructions; whether this CPU has them is not asked here.

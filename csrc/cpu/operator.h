@@ -131,6 +131,7 @@ std::unique_ptr<Operator> make_adaptive_max_pool(const Layer&, const Kernels&);
 std::unique_ptr<Operator> make_modulate(const Layer&, const Kernels&);
 std::unique_ptr<Operator> make_resize(const Layer&, const Kernels&);
 std::unique_ptr<Operator> make_slice(const Layer&, const Kernels&);
+std::unique_ptr<Operator> make_statistic(const Layer&, const Kernels&);
 std::unique_ptr<Operator> make_pair(const Layer&, const Kernels&);
 std::unique_ptr<Operator> make_activate(const Layer&, const Kernels&);
 

@@ -3,14 +3,15 @@
 namespace esr {
 namespace {
 
-// Sum or product of two maps, element by element; the second may have one channel, which is that of all of the first.
+// Sum or product of two maps, element by element; the second may have one channel, which is that of all of the first,
+// and of a sum one pixel, likewise.
 class Pair final : public Operator {
  public:
   using Operator::Operator;
 
   Shape result(const std::vector<Shape>& in) const override {
     if (in[0].channels >= 0 && in[1].channels != 1) check_channels(in[1], in[0].channels, "b");
-    check_same_size(in[0], in[1], "b");
+    if (!layer_.adds_to_every) check_same_size(in[0], in[1], "b");
     const int64_t channels = in[0].channels < 0 && in[1].channels > 1 ? in[1].channels : in[0].channels;
     return {channels, in[0].height, in[0].width};
   }
@@ -28,7 +29,11 @@ class Pair final : public Operator {
     a.channels = m.channels;
     a.step = m.step;
     const MapLayout& b = run.inputs[1].layout;
-    if (b.channels == 1 && m.channels > 1) a.b_pitch = b.pitch;
+    a.one_channel = b.channels == 1 && m.channels > 1;
+    if (!layer_.adds_to_every) {
+      a.b_pitch = b.pitch;
+      a.b_step = b.step;
+    }
     parallel_ranges(m.height, m.width * m.step * 4, [&](int64_t y0, int64_t y1) {
       (layer_.op == Op::kAdd ? kernels_.add : kernels_.multiply)(a, y0, y1);
       complete_rows(kernels_, run, y0, y1);

@@ -1,16 +1,16 @@
 // Elementwise sum and product. Included after vec.h in every path_*.cpp.
 
-template <typename F>
-void pair_rows_with_one_channel(const PairArgs& a, int64_t y0, int64_t y1, const F& f) {
+// Of a `b` whose pixels are not those of `a`: with one channel for all, or one pixel for all.
+template <bool kOneChannel, typename F>
+void pair_rows_broadcast(const PairArgs& a, int64_t y0, int64_t y1, const F& f) {
   for (int64_t y = y0; y < y1; ++y) {
     const float* b = a.b + y * a.b_pitch;
     const int64_t row = y * a.pitch;
-    for (int64_t x = 0; x < a.floats; x += a.step, b += kLanes) {
-      const Vec one = set1(b[0]);
+    for (int64_t x = 0; x < a.floats; x += a.step, b += a.b_step) {
       for (int64_t c = 0; c < a.step; c += kLanes) {
-        const Vec result = f(load(a.a + row + x + c), one);
+        const Vec result = f(load(a.a + row + x + c), kOneChannel ? set1(b[0]) : load(b + c));
         const int64_t rest = a.channels - c;
-        store(a.out + row + x + c, rest < kLanes ? keep_lanes(result, static_cast<int>(rest)) : result);
+        store(a.out + row + x + c, kOneChannel && rest < kLanes ? keep_lanes(result, static_cast<int>(rest)) : result);
       }
     }
   }
@@ -18,7 +18,8 @@ void pair_rows_with_one_channel(const PairArgs& a, int64_t y0, int64_t y1, const
 
 template <typename F>
 ESR_INLINE void pair_rows(const PairArgs& a, int64_t y0, int64_t y1, const F& f) {
-  if (a.b_pitch != 0) return pair_rows_with_one_channel(a, y0, y1, f);
+  if (a.one_channel) return pair_rows_broadcast<true>(a, y0, y1, f);
+  if (a.b_step == 0) return pair_rows_broadcast<false>(a, y0, y1, f);
   for (int64_t y = y0; y < y1; ++y) {
     const int64_t row = y * a.pitch;
     for (int64_t i = 0; i < a.floats; i += kLanes) {

@@ -39,6 +39,7 @@ struct Constant {
 #include "depthwise_conv_gradient.h"
 #include "layer_norm2d.h"
 #include "adaptive_max_pool.h"
+#include "statistic.h"
 #include "modulate.h"
 #include "resize.h"
 // clang-format on
@@ -101,7 +102,8 @@ constexpr Kernels make_kernels(const char* name) {
                  resize_planes_floats,
                  resize_planes,
                  resize_map,
-                 slice_rows};
+                 slice_rows,
+                 statistic_blocks};
 }
 
 }  // namespace ESR_PATH

@@ -1,7 +1,7 @@
 """`optimize`: any network, faster, or as it was.
 
-capture.py traces it, simplify.py does the algebra of its linear layers, patterns.py finds the fused operators, lower.py
-gathers them into plans, model.py puts it together and compares.
+capture.py traces it, simplify.py does the algebra of its linear layers, statistics.py finds what is taken of whole
+images, patterns.py the fused operators, lower.py gathers them into plans, model.py puts it together and compares.
 """
 
 from .model import OptimizedModel, Program, optimize

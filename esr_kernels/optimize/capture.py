@@ -132,6 +132,30 @@ def _(x: Tensor, height: int, width: int) -> Tensor:
     return x.new_empty(*x.shape[:-2], height, width)
 
 
+torch.library.define("esr::statistic", "(Tensor x, str kind, int correction) -> Tensor")
+
+
+def statistic(x: Tensor, kind: str, correction: int) -> Tensor:
+    """What stands for a statistic outside of plans in a finished graph."""
+    if kind == "maximum":
+        return x.amax((2, 3), keepdim=True)
+    if kind == "mean":
+        return x.mean((2, 3), keepdim=True)
+    if kind == "contrast":
+        deviation, mean = torch.std_mean(x, (2, 3), correction=correction, keepdim=True)
+        return deviation + mean
+    variance = x.var((2, 3), correction=correction, keepdim=True)
+    return variance if kind == "variance" else variance.sqrt()
+
+
+torch.library.impl("esr::statistic", "CompositeExplicitAutograd", statistic)
+
+
+@torch.library.register_fake("esr::statistic")
+def _(x: Tensor, kind: str, correction: int) -> Tensor:
+    return x.new_empty(*x.shape[:2], 1, 1)
+
+
 # PyTorch's own computes the number of channels from the sizes, which then is no number.
 torch.library.define("esr::pixel_unshuffle", "(Tensor x, int factor) -> Tensor")
 torch.library.impl("esr::pixel_unshuffle", "CompositeExplicitAutograd", F.pixel_unshuffle)
@@ -180,9 +204,37 @@ class _TraceMode(TorchFunctionMode):
             if isinstance(size, (tuple, list)) and any(isinstance(s, torch.SymInt) for s in size):
                 height, width = (args[0].shape[i - 2] if s is None else s for i, s in enumerate(size))
                 return torch.ops.esr.adaptive_max_pool2d(args[0], height, width)
-        if getattr(func, "__name__", "") == "pixel_unshuffle" and not kwargs and args[0].dim() == 4:
+        name = getattr(func, "__name__", "")
+        if name in _WINDOWS and (whole := _over_the_image(name, *args, **kwargs)) is not None:
+            return whole
+        if name == "pixel_unshuffle" and not kwargs and args[0].dim() == 4:
             return torch.ops.esr.pixel_unshuffle(*args)
         return func(*args, **kwargs)
+
+
+# Pooling by windows, whose sizes PyTorch takes as numbers, and what it is of a window of the image's size.
+_WINDOWS = {"avg_pool2d": "mean", "max_pool2d": "maximum"}
+
+
+def _over_the_image(
+    name: str,
+    x: Tensor,
+    kernel_size: Any = None,
+    stride: Any = None,
+    padding: Any = 0,
+    *rest: Any,
+    divisor_override: Any = None,
+    **others: Any,
+) -> Tensor | None:
+    """A pooling, called like PyTorch's, over a window of the image's size as what it is; None where it is another."""
+    if not isinstance(kernel_size, (tuple, list)) or not all(isinstance(s, torch.SymInt) for s in kernel_size):
+        return None
+    if [s.node.expr for s in kernel_size] != [s.node.expr if isinstance(s, torch.SymInt) else s for s in x.shape[2:]]:
+        return None
+    divisor = rest[2] if name == "avg_pool2d" and len(rest) > 2 else divisor_override
+    if divisor is not None or padding not in (0, (0, 0), [0, 0]):
+        return None
+    return statistic(x, _WINDOWS[name], 0)
 
 
 class _Traced(nn.Module):

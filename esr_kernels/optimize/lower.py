@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..plan import ESA_WEIGHTS, Plan, PlanBuilder
-from .capture import adaptive_max_pool2d
+from .capture import adaptive_max_pool2d, statistic
 from .simplify import affine_of, function_of
-from .workspace import Workspace, aten, dims, is_map, location, ratio, resized, slice_of
+from .workspace import Workspace, aten, dims, is_map, is_pixel, location, ratio, resized, slice_of
 
 ops = torch.ops.esr
 
@@ -28,6 +28,8 @@ _ALONE = _CHANNELWISE | {op.default for op in (ops.adaptive_max_pool, ops.modula
 _POOLS = (ops.adaptive_max_pool.default, ops.adaptive_max_pool2d.default)
 _MOST_JOINED = 64  # channels of a concatenation that a plan makes
 _MOST_RESIZE = 64  # upscale factor of a resize
+# What runs in a finished graph for operators that only graphs have.
+_PLAIN = {ops.adaptive_max_pool2d.default: adaptive_max_pool2d, ops.statistic.default: statistic}
 
 
 class NotPlannableError(Exception):
@@ -182,6 +184,8 @@ def _is_plannable(ws: Workspace, node: fx.Node) -> bool:
         return all(w in ws.values for w in weights if isinstance(w, fx.Node))
     if node.target in _POOLS:
         return _divisor(node) is not None
+    if node.target is ops.statistic.default:
+        return True
     if node.target is ops.modulate.default:
         return all(is_map(m) and m not in ws.values for m in (node.args[0], *node.args[1]))  # type: ignore[misc]
     if resized(ws, node) is not None:
@@ -194,7 +198,10 @@ def _is_plannable(ws: Workspace, node: fx.Node) -> bool:
     if pair and all(is_map(a) and a not in ws.values for a in node.args):
         whole, other = _whole_first(node.args)
         batch, channels, *size = dims(whole)
-        return isinstance(channels, int) and dims(other) in ((batch, channels, *size), (batch, 1, *size))
+        allowed = [(batch, channels, *size), (batch, 1, *size)]
+        if node.target is aten.add.Tensor:
+            allowed += [(batch, channels, 1, 1), (batch, 1, 1, 1)]
+        return isinstance(channels, int) and dims(whole) == dims(node) and dims(other) in allowed
     if function_of(ws, node) is not None:
         return True
     found = affine_of(ws, node)
@@ -225,8 +232,8 @@ def _factor(node: fx.Node) -> int | None:
 
 
 def _whole_first(maps: Iterable[Any]) -> list[fx.Node]:
-    """Two maps, the one with a single channel last."""
-    return sorted(maps, key=lambda n: dims(n)[1] == 1)
+    """Two maps, the one with a single pixel or channel last."""
+    return sorted(maps, key=lambda n: (is_pixel(n), dims(n)[1] == 1))
 
 
 def _is_shuffled(node: fx.Node) -> bool:
@@ -301,7 +308,7 @@ def _detour(after: dict[Any, dict[Any, None]], a: int, b: int) -> bool:
 
 def _light(ws: Workspace, nodes: list[fx.Node]) -> list[fx.Node]:
     """Members of a set that are better left to PyTorch."""
-    hot = [n for n in nodes if n.target in _HOT]
+    hot = [n for n in nodes if n.target in _HOT and not is_pixel(n)]
     if not hot:
         return nodes
     # What has its map from outside or for outside only, and costs less there than its conversion would.
@@ -335,6 +342,9 @@ class _Segment:
                 x, maps = node.args[:2]
                 if not all(m in members or self._scale(m, x) is not None for m in maps):  # type: ignore[arg-type,union-attr]
                     raise NotPlannableError("reads a map of another size that is no part of its plan", node)
+            pixels = [n for n in _reads(node) if is_pixel(n) and n not in ws.values]
+            if any(n not in members for n in pixels):
+                raise NotPlannableError("reads a value of one pixel that is no part of its plan", node)
         # The first input is the measure of all sizes: the smallest, of those the first.
         self.inputs = list(inputs)
         base = next((a for a in inputs if all(self._scale(b, a) for b in inputs)), None)
@@ -355,6 +365,7 @@ class _Segment:
             ops.depthwise_conv.default: self._depthwise_conv,
             ops.layer_norm2d.default: self._layer_norm2d,
             ops.modulate.default: self._modulate,
+            ops.statistic.default: self._statistic,
             operator.getitem: self._getitem,
         } | dict.fromkeys(_POOLS, self._pool)
         for node in nodes:
@@ -502,6 +513,12 @@ class _Segment:
             "adaptive_max_pool", [self._value(node.args[0])], dims(node)[1], divisor=_divisor(node)
         )
 
+    def _statistic(self, node: fx.Node) -> None:
+        x, kind, correction = node.args
+        self.values[node] = self.builder.add(
+            "statistic", [self._value(x)], dims(node)[1], kind=kind, correction=correction
+        )
+
     def _modulate(self, node: fx.Node) -> None:
         maps: Any
         x, maps, mode, activation, slope = node.args
@@ -576,8 +593,7 @@ def _assemble(ws: Workspace, groups: dict[int, list[fx.Node]], segments: dict[in
                 continue
             if i is None:
                 new[node] = graph.node_copy(node, argument)
-                if node.target is ops.adaptive_max_pool2d.default:
-                    new[node].target = adaptive_max_pool2d
+                new[node].target = _PLAIN.get(node.target, node.target)
                 continue
             segment = segments[i]
             done.add(i)

@@ -29,6 +29,7 @@ from .lower import Lowered, lower
 from .patterns import match
 from .report import Report
 from .simplify import canonicalize, channels_first, merge_linear, recognize_shuffles
+from .statistics import recognize_statistics
 from .workspace import Workspace
 
 ops = torch.ops.esr
@@ -387,6 +388,7 @@ def rewrite(ws: Workspace, image: fx.Node, example: Tensor, scale_limit: float |
     canonicalize(ws)
     channels_first(ws)
     recognize_shuffles(ws, image, example)
+    recognize_statistics(ws, scale_limit)
     canonicalize_channels(ws, image, example)
     merge_linear(ws, scale_limit)
     match(ws, scale_limit)

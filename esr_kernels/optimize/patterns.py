@@ -29,6 +29,7 @@ from .workspace import (
     dims,
     getitem,
     is_map,
+    is_pixel,
     is_pointwise,
     resized,
     slice_of,
@@ -870,7 +871,13 @@ def _modulations(ws: Workspace) -> None:
         if node._erased or node.target is not aten.mul.Tensor or len(node.args) != 2 or not is_map(node):
             continue
         a, b = node.args
-        if not all(is_map(t) and t not in ws.values and dims(t) == dims(node) for t in (a, b)) or a is b:
+        if a is b or not all(is_map(t) and t not in ws.values for t in (a, b)):
+            continue
+        for x, gate in ((a, b), (b, a)):
+            if is_pixel(gate) and not is_pixel(x) and dims(x) == dims(node) and dims(gate)[1] == dims(x)[1]:  # type: ignore[arg-type]
+                ws.replace(node, ws.call(node, ops.modulate.default, (x, [gate], "nearest", "none", 0.0), node))
+                break
+        if node._erased or not all(dims(t) == dims(node) for t in (a, b)):  # type: ignore[arg-type]
             continue
         for x, gate in ((a, b), (b, a)):
             found = _modulation(ws, x, gate, node)  # type: ignore[arg-type]
@@ -938,11 +945,13 @@ def _differences(ws: Workspace) -> None:
             continue
         a, b, *rest = node.args
         factor = rest[0] if rest else node.kwargs.get("alpha", 1)
-        if not all(is_map(t) and t not in ws.values and dims(t) == dims(node) for t in (a, b)):  # type: ignore[arg-type]
+        if not all(is_map(t) and t not in ws.values for t in (a, b)):
+            continue
+        if dims(a) != dims(node) or (dims(b) != dims(node) and not is_pixel(b)):  # type: ignore[arg-type]
             continue
         factor = -factor if node.target is aten.sub.Tensor else factor  # type: ignore[operator]
         if factor != 1:
-            scaled = ws.call(node, aten.mul.Tensor, (b, float(factor)), node)  # type: ignore[arg-type]
+            scaled = ws.call(node, aten.mul.Tensor, (b, float(factor)), b)  # type: ignore[arg-type]
             ws.replace(node, ws.call(node, aten.add.Tensor, (a, scaled), node))
 
 

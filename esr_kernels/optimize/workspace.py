@@ -31,6 +31,11 @@ def is_map(node: Any, rank: int = 4) -> bool:
     return isinstance(value, Tensor) and value.dim() == rank and value.is_floating_point()
 
 
+def is_pixel(node: Any) -> bool:
+    """Whether a node is a map of one pixel, whatever the size of the image."""
+    return is_map(node) and dims(node)[2:] == (1, 1) and isinstance(dims(node)[1], int)
+
+
 def is_pointwise(node: fx.Node) -> bool:
     """Whether each element of its result depends on the same element of its (broadcast) arguments."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):

@@ -22,6 +22,7 @@ from .depthwise_conv import depthwise_conv
 from .esa import esa
 from .layer_norm2d import layer_norm2d
 from .modulate import modulate
+from .statistic import statistic
 
 
 @lru_cache(maxsize=64)
@@ -48,17 +49,6 @@ def _activate(x: Tensor, function: str, low: tuple[float, ...], high: tuple[floa
         if function == "leaky_relu":
             return F.leaky_relu(x, low[0])
     return apply(x, function, *_per_channel(low, high, x.dtype, x.device))
-
-
-def _statistic(x: Tensor, kind: str, correction: int) -> Tensor:
-    """[N, C, H, W] -> [N, C, 1, 1]; a variance without degrees of freedom is NaN."""
-    if kind == "maximum":
-        return x.amax((2, 3), keepdim=True)
-    mean = x.mean((2, 3), keepdim=True)
-    if kind == "mean":
-        return mean
-    variance = (x - mean).square().sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3] - correction)
-    return {"variance": variance, "std": variance.sqrt(), "contrast": variance.sqrt() + mean}[kind]
 
 
 def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Tensor]:
@@ -115,7 +105,7 @@ def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Ten
         elif op == "adaptive_max_pool":
             values.append(adaptive_max_pool(x[0], [s // a["divisor"] for s in x[0].shape[2:]]))
         elif op == "statistic":
-            values.append(_statistic(x[0], a["kind"], a["correction"]))
+            values.append(statistic(x[0], a["kind"], a["correction"]))
         elif op == "modulate":
             values.append(modulate(x[0], x[1:], a["mode"], a["activation"], a["negative_slope"]))
         elif op == "add":

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...errors import BackendError
 from ...library import run_plan_outputs
 from ...plan import ESA_WEIGHTS, Layer, Plan
 from . import (
@@ -151,7 +150,7 @@ class PreparedPlan:
         if layer.op == "adaptive_max_pool":
             return lambda x, out: adaptive_max_pool.pool(x[0], out)
         if layer.op == "statistic":
-            raise BackendError(f"plan: layer {k} (statistic): Triton's kernels take no statistics")
+            raise NotImplementedError(f"plan: layer {k} (statistic): Triton's kernels take no statistics")
         if layer.op == "modulate":
             gate = {"bilinear": a["mode"] == "bilinear", "activation": a["activation"], "slope": a["negative_slope"]}
             return lambda x, out: modulate.apply(x[0], x[1:], out, **gate)
