@@ -874,7 +874,7 @@ def _modulations(ws: Workspace) -> None:
         if a is b or not all(is_map(t) and t not in ws.values for t in (a, b)):
             continue
         for x, gate in ((a, b), (b, a)):
-            if is_pixel(gate) and not is_pixel(x) and dims(x) == dims(node) and dims(gate)[1] == dims(x)[1]:  # type: ignore[arg-type]
+            if is_pixel(gate) and not is_pixel(x) and dims(x) == dims(node) and dims(gate)[:2] == dims(x)[:2]:  # type: ignore[arg-type]
                 ws.replace(node, ws.call(node, ops.modulate.default, (x, [gate], "nearest", "none", 0.0), node))
                 break
         if node._erased or not all(dims(t) == dims(node) for t in (a, b)):  # type: ignore[arg-type]
