@@ -214,7 +214,11 @@ BLOCKS = {
             **{"a": conv(16, 16), "b": conv(12, 16), "c": conv(12, 16), "d": conv(12, 4), "mix": conv(16, 16, 1)},
             cca=PublishedCca(16, 4),
         ),
-        None,
+        [
+            *["conv3x3 leaky_relu"] * 6,
+            *["conv3x3", "conv1x1", "statistic", "conv1x1 relu", "conv1x1", "activate sigmoid", "modulate"],
+            "conv1x1 post",
+        ],
         [],
     ),
     "RCAN": (

@@ -219,7 +219,7 @@ def _lift(ws: Workspace, node: fx.Node) -> None:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.dim() < 2:
         return
-    if node.target is aten.expand.default:
+    if node.target in (aten.expand.default, aten.expand_as.default):
         source = _pixel(node.args[0])
         if source is not None and _broadcasts(source, node):
             ws.replace(node, source)
