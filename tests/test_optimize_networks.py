@@ -163,7 +163,7 @@ def test_functions(name):
 UNLIKE = {
     "soft shrink": lambda x: F.softshrink(x, 1e-2),
     "elu": nn.ELU(),
-    "channel weights": lambda x: F.relu(x) * x.mean((2, 3), keepdim=True),
+    "row weights": lambda x: F.relu(x) * x.mean(3, keepdim=True),
     "position": lambda x: F.relu(x + torch.linspace(0, 1, x.shape[-1])),
 }
 
