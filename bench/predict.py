@@ -92,7 +92,7 @@ def traffic(layer: Layer, cin: list[int], pixels: list[int], tile: tuple[int, in
     return 2 * (passes * first + rest + out)
 
 
-LAUNCHES = {"normalize": 0, "esa": 3}
+LAUNCHES = {"normalize": 0, "esa": 3, "statistic": 2}
 
 
 def chain_lengths(plan: Plan) -> dict[int, int]:

@@ -29,6 +29,7 @@ from helpers import (
     published,
 )
 from test_conv3x3 import CHANNELS
+from test_plan import statistic_network, statistic_of, statistic_plan
 from torch import Tensor, nn
 
 import esr_kernels
@@ -37,6 +38,7 @@ from esr_kernels import cases
 from esr_kernels import functional as E
 from esr_kernels.cases import CASES, OperatorCase
 from esr_kernels.modules import RLFB, SPAB, Conv1x1, Conv3x3, PixelShuffleUpsampler
+from esr_kernels.plan import STATISTICS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -649,6 +651,66 @@ def test_opcheck_of_a_plan(backend: str, device: str) -> None:
     weights = [t for _, t in sorted(fast.named_parameters(), key=lambda item: int(item[0].rpartition("_")[2]))]
     x = torch.rand(2, 3, 16, 17).to(device, torch.float16)
     torch.library.opcheck(torch.ops.esr.run_plan.default, ([x], weights, fast.plan.to_json()))
+
+
+# --- statistics, which only plans have -------------------------------------------------------------------------------
+
+
+def statistics(kind: str, x: Tensor) -> Tensor:
+    """Of every image and channel, [N, C, 1, 1] in the dtype of x."""
+    zeros = torch.zeros_like(x)
+    return torch.ops.esr.run_plan([zeros, x], [], statistic_plan(x.shape[1], kind, 1))[0][:, :, :1, :1]
+
+
+@fused_only
+@pytest.mark.parametrize("kind", STATISTICS)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_statistics(kind: str, layout: str, backend: str, device: str) -> None:
+    """Against float64, and with the same bits in every run, alone and in a batch."""
+    sizes = [(9, 13)] if SMALL else [(1, 7), (9, 13), (256, 256), (1023, 1025)]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for channels, size in ((c, s) for c in (3, 28, 48, 130) for s in sizes):
+            x = lay_out(torch.randn(2, channels, *size) + 1, layout).to(device, dtype)
+            got, exact = statistics(kind, x), statistic_of(x.double(), kind, 1)
+            check_close(got, exact, lambda e=exact, d=dtype: e.to(d), backend)
+            assert torch.equal(statistics(kind, x), got)
+            assert torch.equal(statistics(kind, x[1:]), got[1:])
+
+
+@fused_only
+@pytest.mark.parametrize("precision", ["float32", *HALVES])
+def test_gates_of_statistics(precision: str, backend: str, device: str) -> None:
+    """A plan in which values of one pixel pass layers of all kinds."""
+    dtype = use(precision)
+    for kind in STATISTICS:
+        plan, weights, oracle = statistic_network(36, kind, 0, dtype)
+        x = torch.randn(2, 5, *((17, 19) if SMALL else (256, 256))).to(device, dtype)
+        results = torch.ops.esr.run_plan([x], [w.to(device) for w in weights], plan.to_json())
+        exact, plain = oracle(x.cpu().double()), oracle(x.cpu(), dtype)
+        for got, e, p in zip(results, exact, plain, strict=True):
+            check_close(got.cpu(), e, lambda p=p: p, backend)
+
+
+@fused_only
+def test_graph_capture_of_statistics(backend: str, cuda: None) -> None:
+    """A replay computes with what the image holds by then."""
+    plan, weights, _ = statistic_network(36, "contrast", 1, torch.float16)
+    weights, text = [w.cuda() for w in weights], plan.to_json()
+    static, changed = (torch.randn(1, 5, 256, 256, device="cuda", dtype=torch.float16) for _ in range(2))
+    expected = torch.ops.esr.run_plan([changed], weights, text)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            torch.ops.esr.run_plan([static], weights, text)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = torch.ops.esr.run_plan([static], weights, text)
+    static.copy_(changed)
+    for _ in range(2):
+        graph.replay()
+    assert_same(got, expected, backend)
 
 
 # --- addresses ------------------------------------------------------------------------------------------------------

@@ -214,6 +214,8 @@ def test_readable_names(name: str, short: str) -> None:
         (("depthwise_gradient", 0), "tf32", "depthwise_gradient_kernel<float>"),
         (("adaptive_max_pool", 1), "float16", "adaptive_max_pool_kernel<float16, true>"),
         (("adaptive_max_pool_gradient", 0), "float16", "adaptive_max_pool_gradient_kernel<float16>"),
+        (("statistic_parts", 1), "tf32", "statistic_parts_kernel<float, 1>"),
+        (("statistic", 2), "bfloat16", "statistic_kernel<bfloat16, 2>"),
     ],
 )
 def test_the_kernel_of_a_launch(launch: tuple[str, int], precision: str, kernel: str) -> None:
@@ -236,6 +238,8 @@ def test_the_kernel_of_a_launch(launch: tuple[str, int], precision: str, kernel:
         "depthwise_gradient_kernel<float16>",
         "adaptive_max_pool_kernel<float16, false>",
         "adaptive_max_pool_gradient_kernel<bfloat16>",
+        "statistic_parts_kernel<float, 0>",
+        "statistic_kernel<bfloat16, 1>",
     ]
     found = resources.Launch(*launch, threads=256, rows=1, blocks=1, shared_bytes=0)
     assert [k for k in [*others, kernel] if found.is_of(k, precision)] == [kernel]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import LAYOUTS, PUBLISHED, check_close, emulate, kernel, lay_out, published, rand, to
-from test_plan import CHANNELWISE, channelwise_network, elementwise_network
+from test_plan import CHANNELWISE, channelwise_network, elementwise_network, statistic_of, statistic_plan
 from torch.nn import functional as F
 
 import esr_kernels
@@ -25,7 +25,7 @@ from esr_kernels.functional import (
     modulate,
     spab,
 )
-from esr_kernels.plan import PlanBuilder
+from esr_kernels.plan import STATISTICS, PlanBuilder
 
 emulated = esr_kernels.native.emulated()
 DEVICE = "cpu" if emulated else "cuda"
@@ -628,6 +628,91 @@ def test_other_convolutions_are_not_transformed(monkeypatch, dtype, cin):
     assert not transforms(convolution_plan(cin, 8), weights, [x, rand(1, 8, 5, 6, dtype=dtype).to(DEVICE)])
 
 
+# --- statistics ---------------------------------------------------------------------------------------------------
+
+
+def statistics(kind, x, correction=1):
+    """Of every image and channel, [N, C, 1, 1] in the dtype of x."""
+    results = torch.ops.esr.run_plan([torch.zeros_like(x), x], [], statistic_plan(x.shape[1], kind, correction))
+    return results[0][:, :, :1, :1]
+
+
+@only_emulated
+@pytest.mark.parametrize("kind", STATISTICS)
+def test_statistics_have_the_same_bits_everywhere(monkeypatch, kind):
+    """In any layout, alone and in a batch, on GPUs of any size, whatever block or thread comes first."""
+    torch.manual_seed(0)
+    for shape in ((3, 20, 37, 61), (5, 136, 6, 9), (2, 3, 2, 3)):
+        x = rand(*shape) + 3
+        first = statistics(kind, x)
+        check_close(first, statistic_of(x.double(), kind, 1), lambda first=first: first, "native-cuda")
+        for i, (layout, gpu) in enumerate(itertools.product(LAYOUTS, GPUS)):
+            cuda._compiled.clear()
+            emulate(*GPUS[gpu])
+            monkeypatch.setenv("ESR_EMULATOR_ORDER", ("forward", "reverse", f"random:{i}")[i % 3])
+            assert torch.equal(statistics(kind, lay_out(x, layout)), first)
+        for n in range(shape[0]):
+            assert torch.equal(statistics(kind, x[n : n + 1]), first[n : n + 1])
+        emulate()
+    cuda._compiled.clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_of_random_shapes(dtype):
+    """One part and many, more images than a block has at a time, channels of one block and of several."""
+    r = random.Random(len(str(dtype)))
+    torch.manual_seed(0)
+    for _ in range(20):
+        channels, n = r.choice([1, 2, 7, 8, 9, 24, 65, 130]), r.choice([1, 2, 40])
+        size = (r.randint(1, 60), r.randint(1, 80)) if n < 40 else (r.randint(1, 4), r.randint(1, 4))
+        x = lay_out(rand(n, channels, *size, dtype=dtype) + r.choice([0, 2]), r.choice(LAYOUTS)).to(DEVICE)
+        kind, correction = r.choice(STATISTICS), r.randint(0, int(size[0] * size[1] > 1))
+        exact = statistic_of(x.double(), kind, correction)
+        check_close(statistics(kind, x, correction), exact, lambda e=exact, d=dtype: e.to(d), "native-cuda")
+
+
+@only_emulated
+def test_launches_of_statistics():
+    """Two; of an image that is one part, one."""
+
+    def launches(channels, height, width):
+        cuda.library().launches()
+        statistics("std", rand(1, channels, height, width))
+        return cuda.library().launches().split()
+
+    assert launches(16, 40, 50) == ["statistic_parts", "statistic", "pointwise"]
+    assert launches(16, 8, 9) == ["statistic_parts", "pointwise"]
+
+
+def test_a_gate_of_statistics_in_a_chain(monkeypatch):
+    """1x1 convolutions of one pixel in one launch, between others of whole images."""
+    torch.manual_seed(0)
+    b = PlanBuilder()
+    x = b.input(3)
+    f = b.add("conv3x3", [x], 28, {"weight": 0}, **LEAKY, residual_mode="post")
+    s = b.add("statistic", [f], 28, kind="contrast", correction=0)
+    s = b.add("conv1x1", [s], 28, {"weight": 1, "bias": 2}, **LEAKY)
+    s = b.add("conv1x1", [s], 28, {"weight": 3}, **PLAIN)
+    y = b.add("modulate", [f, s], 28, mode="nearest", activation="silu", negative_slope=0.0)
+    y = b.add("conv3x3", [y], 28, {"weight": 4}, **LEAKY, residual_mode="post")
+    plan = b.finish([b.add("add", [y, s], 28)])
+    weights = [kernel(28, 3), kernel(28, 28, 1), rand(28), kernel(28, 28, 1), kernel(28, 28)]
+    weights = [w.half().to(DEVICE) for w in weights]
+    x = rand(2, 3, 33, 40, dtype=torch.float16).to(DEVICE)
+    (apart,) = run(plan, weights, [x])
+    monkeypatch.setenv("ESR_KERNELS_CUDA_PERSISTENT", "1")
+    lines = described(plan, weights, [x])
+    assert sum("in one launch with layers 2 to 3" in line for line in lines) == 2
+    assert torch.equal(run(plan, weights, [x])[0], apart)
+
+    def plain(x, w):
+        f = F.leaky_relu(F.conv2d(x, w[0], padding=1), 0.05)
+        s = F.conv2d(F.leaky_relu(F.conv2d(statistic_of(f, "contrast", 0), w[1], w[2]), 0.05), w[3])
+        return F.leaky_relu(F.conv2d(f * F.silu(s), w[4], padding=1), 0.05) + s
+
+    check_close(apart, plain(*to((x, weights), torch.float64)), lambda: plain(x, weights), "native-cuda")
+
+
 # --- wgmma --------------------------------------------------------------------------------------------------------
 
 WGMMA = "ESR_KERNELS_CUDA_WGMMA"
@@ -845,6 +930,10 @@ def test_offsets_beyond_32_bits(dimension):
     assert torch.equal(got, conv3x3(values, weight))
     assert torch.equal(adaptive_max_pool(x, (2, 3)), adaptive_max_pool(values, (2, 3)))
     assert torch.equal(modulate(x, [x, x[:, :, :2]]), modulate(values, [values, values[:, :, :2]]))
+    for kind in STATISTICS:
+        program = statistic_plan(c, kind, 1)
+        got, same = (torch.ops.esr.run_plan([torch.zeros_like(values), t], [], program)[0] for t in (x, values))
+        assert torch.equal(got, same)
 
 
 # --- misuse -------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from helpers import (
     rand,
     to,
 )
+from test_plan import statistic_network, statistic_of, statistic_plan
 from torch import nn
 from torch.nn import functional as F
 
@@ -41,6 +42,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if _STATUS.available:
     from esr_kernels.backends.triton import (
         _convolution,
+        _pointwise,
         _resize,
         adaptive_max_pool,
         configs,
@@ -50,6 +52,7 @@ if _STATUS.available:
         maps,
         modulate,
         packing,
+        statistic,
     )
     from esr_kernels.backends.triton.configs import SPACE, Config
 
@@ -291,6 +294,25 @@ def test_row_configurations(name, config, layout):
         got = getattr(torch.ops.esr, operator)(*arguments)
     assert seen
     check(got, reference.OPERATORS[operator](*to(arguments, torch.float64)))
+
+
+@configurations("statistic")
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("kind", ["mean", "contrast", "maximum"])
+def test_statistic_configurations(monkeypatch, name, config, kind, layout):
+    """Of one part and of some, of several steps each; alone and in a batch an image has the same bits."""
+    torch.manual_seed(32)
+    choose, seen = only(name, config)
+    monkeypatch.setattr(statistic, "_MOST_PARTS", 3)
+    plan = statistic_plan(20, kind, 1)
+    for size in ((3, 5), (1, 9 * config.tile[0]), (29, config.tile[0])):
+        x = lay_out(rand(2, 20, *size), layout) + 1
+        with configs.chosen_by(choose):
+            (got,) = torch.ops.esr.run_plan([torch.zeros_like(x), x], [], plan)
+            (alone,) = torch.ops.esr.run_plan([torch.zeros_like(x[1:]), x[1:]], [], plan)
+        check(got, statistic_of(x.double(), kind, 1).expand_as(x))
+        assert torch.equal(got[1:], alone)
+    assert seen
 
 
 @configurations("resize_gradient")
@@ -580,6 +602,10 @@ def test_64_bit_offsets(monkeypatch, layout):
         ("modulate", (x, [x, lay_out(rand(1, 20, 5, 4), layout)], "bilinear", "relu", 0.0)),
     ):
         check(getattr(torch.ops.esr, name)(*arguments), reference.OPERATORS[name](*to(arguments, torch.float64)))
+    for kind in ("mean", "contrast", "maximum"):
+        plan, weights, oracle = statistic_network(12, kind, 0)
+        image = lay_out(rand(2, 5, 9, 11), layout)
+        check(torch.ops.esr.run_plan([image], weights, plan.to_json()), oracle(image.double()))
 
 
 def test_longer_lists_than_one_launch_reads():
@@ -763,6 +789,15 @@ def test_another_size_compiles_nothing():
     for size in ((1, 1), (9, 31), (16, 32)):
         functional.conv3x3(rand(2, 12, *size), w, b)
     assert _convolution._kernel.cache_info().misses == before
+
+
+def test_another_size_of_an_image_with_statistics_compiles_nothing():
+    def run(*size):
+        torch.ops.esr.run_plan([torch.zeros(1, 6, *size), rand(1, 6, *size)], [], statistic_plan(6, "std", 0))
+        kernels = (statistic._parts_kernel, statistic._kernel, _pointwise._kernel)
+        return [kernel.cache_info().misses for kernel in kernels]
+
+    assert run(8, 9) == run(1, 1) == run(70, 41)
 
 
 def test_another_size_with_windows_as_large_compiles_nothing():

@@ -173,12 +173,11 @@ class CompiledPlan {
       case Op::kResize:
       case Op::kAdaptiveMaxPool:
       case Op::kModulate:
+      case Op::kStatistic:
         return make_weightless(layer, precision_);
       case Op::kDepthwiseConv:
       case Op::kLayerNorm2d:
         return make_channelwise(layer, precision_, weights, inputs);
-      case Op::kStatistic:
-        STD_TORCH_CHECK(false, layer.name(), ": this engine takes no statistics");
       default:
         return make_convolution(layer, precision_, weights, inputs, network_);
     }

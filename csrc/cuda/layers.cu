@@ -9,6 +9,7 @@
 #include "modulate.h"
 #include "pointwise.h"
 #include "spab.h"
+#include "statistic.h"
 #include "step.h"
 #include "switches.h"
 #include "weight_copy.h"
@@ -328,14 +329,15 @@ class TableStep : public Step {
   const std::vector<float>& first() const { return layer_.op == Op::kNormalize ? layer_.shift : layer_.low; }
 };
 
-// Sum or product of two maps, element by element; the second may have one channel, which is that of all of the first.
+// Sum or product of two maps, element by element; the second may have one channel, which is that of all of the first,
+// and in a sum one pixel, which is that of all too.
 class PairStep : public Step {
  public:
   using Step::Step;
 
   Shape result(const Shapes& inputs) const override {
     if (inputs[1].channels != 1) check_channels(inputs[1], inputs[0].channels, "b");
-    check_same_size(inputs[0], inputs[1], "b");
+    if (!layer_.adds_to_every) check_same_size(inputs[0], inputs[1], "b");
     return inputs[0];
   }
 
@@ -347,6 +349,7 @@ class PairStep : public Step {
       a.b.channel = 0;
       a.b.blocked = false;  // read value by value
     }
+    if (layer_.adds_to_every) a.b.row = a.b.pixel = 0;
     a.multiplies = layer_.op == Op::kMultiply;
     launch_pixels(a, run, precision_);
   }
@@ -419,6 +422,35 @@ class AdaptiveMaxPoolStep : public Step {
     a.pooled_height = static_cast<int32_t>(out.height);
     a.pooled_width = static_cast<int32_t>(out.width);
     launch_adaptive_max_pool(a, precision_, run.batch, run.stream, run.overlap);
+  }
+};
+
+class StatisticStep : public Step {
+ public:
+  using Step::Step;
+
+  Shape result(const Shapes& inputs) const override { return {inputs[0].channels, 1, 1}; }
+
+  int64_t temporary_bytes(const Shapes& inputs, int64_t batch) const override {
+    return statistic_bytes(arguments(inputs[0]), batch);
+  }
+
+  void run(const Run& run) const override {
+    StatisticArgs a = arguments(run.inputs[0].shape);
+    a.input = run.inputs[0].view;
+    a.output = run.output.view;
+    launch_statistic(a, precision_, run.batch, run.temporary, run.stream, run.overlap);
+  }
+
+ private:
+  StatisticArgs arguments(const Shape& x) const {
+    StatisticArgs a = {};
+    a.height = static_cast<int32_t>(x.height);
+    a.width = static_cast<int32_t>(x.width);
+    a.channels = static_cast<int32_t>(x.channels);
+    a.kind = layer_.statistic;
+    a.correction = static_cast<int32_t>(layer_.correction);
+    return a;
   }
 };
 
@@ -564,6 +596,8 @@ std::unique_ptr<Step> make_weightless(const Layer& layer, Precision precision) {
       return std::make_unique<AdaptiveMaxPoolStep>(layer, precision);
     case Op::kModulate:
       return std::make_unique<ModulateStep>(layer, precision);
+    case Op::kStatistic:
+      return std::make_unique<StatisticStep>(layer, precision);
     default:
       return std::make_unique<PairStep>(layer, precision);
   }

@@ -115,7 +115,7 @@ std::unique_ptr<Step> make_table(const Layer&, Precision);
 // `network`: weights are packed once for many runs.
 std::unique_ptr<Step> make_convolution(const Layer&, Precision, const Weights&, const Shapes&, bool network);
 std::unique_ptr<Step> make_esa(const Layer&, Precision, const Weights&, const Shapes&);
-// add, multiply, slice, resize, adaptive_max_pool and modulate.
+// add, multiply, slice, resize, adaptive_max_pool, modulate and statistic.
 std::unique_ptr<Step> make_weightless(const Layer&, Precision);
 // depthwise_conv and layer_norm2d.
 std::unique_ptr<Step> make_channelwise(const Layer&, Precision, const Weights&, const Shapes&);

@@ -427,6 +427,21 @@ def _modulate_backward(channels: int, sizes: Sequence[int], mode: str, size: int
     return Layer(f"gradients of modulate {channels}, {mode} {'+'.join(map(str, sizes))}→{size}", run)
 
 
+def _statistic(channels: int, kind: str, size: int = 256) -> Layer:
+    """With the product that a gate is for: a plan returns no value of one pixel."""
+
+    def run(precision: str, tensor: Callable[..., Tensor]) -> None:
+        x = tensor(1, channels, size, size)
+        plan = PlanBuilder()
+        y = plan.input(channels)
+        gate = plan.add("statistic", [y], channels, kind=kind, correction=0)
+        y = plan.add("modulate", [y, gate], channels, mode="nearest", activation="none", negative_slope=0.0)
+        result = torch.empty_like(x)
+        _run(operators.Call(plan.finish([y]), [], [x], [result], result), precision)
+
+    return Layer(f"statistic {channels}, {kind}", run)
+
+
 # Those of the networks in python_models and of published ones like them.
 TYPICAL = (
     _conv3x3(3, 28),
@@ -441,6 +456,7 @@ TYPICAL = (
     _layer_norm(40),
     _adaptive_max_pool(24, 16),
     _modulate(36, (256, 64, 32, 16), "nearest"),
+    _statistic(48, "mean"),
 )
 # A layer for every instantiation.
 _EVERY = (
@@ -459,6 +475,7 @@ _EVERY = (
     _layer_norm_backward(40),
     _adaptive_max_pool_backward(24, 16),
     _modulate_backward(36, (256, 64, 32, 16), "bilinear"),
+    *(_statistic(48, kind) for kind in ("contrast", "maximum")),
 )
 
 

@@ -47,12 +47,12 @@ def pointwise_kernel(
     x, y, table, out, pixels, size, tiles, x_batch, y_batch, out_batch,
     CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, OPERATION: tl.constexpr,
     X_PITCH: tl.constexpr, Y_PITCH: tl.constexpr, OUT_PITCH: tl.constexpr, ONE_CHANNEL: tl.constexpr,
-    START: tl.constexpr, WIDE: tl.constexpr,
+    ONE_PIXEL: tl.constexpr, START: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """out = x + y, x * y, a function of x with table[0] and table[1], or x as it is ("slice"), from channel START of x
     on; zeros in channels up to COLUMNS.
 
-    With ONE_CHANNEL y has a single one, for all of x.
+    With ONE_CHANNEL y has a single one, for all of x, and with ONE_PIXEL a single one of these.
     """
     n = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -74,9 +74,14 @@ def pointwise_kernel(
     value = tl.load(x + offsets, mask=known, other=0.0).to(tl.float32)
     if OPERATION == "add" or OPERATION == "multiply":
         y += image_start(n, y_batch, Y_PITCH)
-        offsets = pixel_offsets(0, pixel, pixels, Y_PITCH, 1, WIDE)
+        if ONE_PIXEL:
+            offsets = 0 * pixel
+            y_pixels = 1
+        else:
+            offsets = pixel_offsets(0, pixel, pixels, Y_PITCH, 1, WIDE)
+            y_pixels = pixels
         if not ONE_CHANNEL:
-            offsets = offsets + channel_offsets(channel, pixels, pixels, Y_PITCH, 1, WIDE)
+            offsets = offsets + channel_offsets(channel, y_pixels, y_pixels, Y_PITCH, 1, WIDE)
         other = tl.load(y + offsets, mask=known, other=0.0).to(tl.float32)
         if OPERATION == "add":
             value += other
@@ -98,6 +103,7 @@ def _kernel(
     operation: str,
     pitches: tuple[int, int, int],
     one_channel: bool,
+    one_pixel: bool,
     start: int,
     is_wide: bool,
     dtypes: tuple[torch.dtype, ...],
@@ -112,18 +118,21 @@ def _kernel(
         "Y_PITCH": pitches[1],
         "OUT_PITCH": pitches[2],
         "ONE_CHANNEL": one_channel,
+        "ONE_PIXEL": one_pixel,
         "START": start,
         "WIDE": is_wide,
     }
     return Kernel(pointwise_kernel, constants, 4)
 
 
-def _launch(operation: str, x: Map, y: Map | None, table: Tensor | None, out: Map, start: int = 0) -> None:
+def _launch(
+    operation: str, x: Map, y: Map | None, table: Tensor | None, out: Map, start: int = 0, one_pixel: bool = False
+) -> None:
     second = y if y is not None else NOTHING
     dtypes = tuple(t.dtype for t in (x.tensor, second.tensor, out.tensor) if t is not None)
     one_channel = second.channels == 1 < x.channels
     pitches = (x.pitch, second.pitch, out.pitch)
-    kernel = _kernel(out.channels, operation, pitches, one_channel, start, wide(x, y, out), dtypes)
+    kernel = _kernel(out.channels, operation, pitches, one_channel, one_pixel, start, wide(x, y, out), dtypes)
     pixels = out.height * out.width
     size = pixels * out.stored
     tiles = ceil_div(size, _BLOCK)
@@ -133,9 +142,10 @@ def _launch(operation: str, x: Map, y: Map | None, table: Tensor | None, out: Ma
     )  # fmt: skip
 
 
-def combine(x: Map, y: Map, operation: str, out: Map) -> None:
-    """out = x + y or x * y, as `operation` is "add" or "multiply"; y has as many channels as x, or one for all."""
-    _launch(operation, x, y, None, out)
+def combine(x: Map, y: Map, operation: str, out: Map, *, one_pixel: bool = False) -> None:
+    """out = x + y or x * y, as `operation` is "add" or "multiply"; y has as many channels as x, or one for all, and as
+    many pixels or, with `one_pixel`, one for all."""
+    _launch(operation, x, y, None, out, one_pixel=one_pixel)
 
 
 def normalize(x: Map, table: Tensor, out: Map) -> None:

@@ -50,6 +50,8 @@ class Config(NamedTuple):
 TILES = ((2, 16), (4, 16), (8, 16), (4, 32), (16, 16))
 # Lanes of a window at most, and results of a program with windows that have as many.
 WINDOWS = ((16, 8), (16, 32), (64, 8), (64, 16))
+# Lanes of a program with so many channels.
+STATISTICS = ((64, 16), (32, 32), (128, 16), (64, 32))
 # Rows, and elements of each.
 ROWS = ((2, 128), (4, 64), (1, 512), (4, 128), (4, 256))
 SPACE: dict[str, tuple[Config, ...]] = {
@@ -79,6 +81,7 @@ SPACE: dict[str, tuple[Config, ...]] = {
     "modulate": tuple(Config(tile, warps, 1) for tile in ROWS for warps in (2, 4, 8)),
     "modulate_gradient": tuple(Config(tile, warps, 1) for tile in ROWS for warps in (2, 4, 8)),
     "resize_gradient": tuple(Config(tile, warps, 1) for tile in WINDOWS for warps in (2, 4, 8)),
+    "statistic": tuple(Config(tile, warps, 1) for tile in STATISTICS for warps in (2, 4, 8)),
 }
 
 
@@ -100,6 +103,7 @@ _INTERPRETED = {
     "modulate": Config((16, 512), 4, 1),
     "modulate_gradient": Config((16, 512), 4, 1),
     "resize_gradient": Config((64, 256), 4, 1),
+    "statistic": Config((256, 64), 4, 1),
 }
 
 
@@ -167,6 +171,8 @@ def default(kernel: str, dtype: torch.dtype, columns: int) -> Config:
         return Config((4, 4), 4, 2)
     if kernel in ("adaptive_max_pool", "resize_gradient"):
         return Config((64, 8), 4, 1)
+    if kernel == "statistic":
+        return Config((64, 16), 4, 1)
     if kernel.endswith("_planes") or kernel.startswith(("adaptive_max_pool", "modulate")):
         return Config((4, 64 if kernel.endswith("_planes") else 128), 4, 1)
     if kernel.startswith("depthwise"):

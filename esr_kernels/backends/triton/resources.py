@@ -30,8 +30,9 @@ from ... import dispatch
 from ...cases import CASES, OperatorCase, model_pair
 from ...library import ACTIVATIONS
 from ...optimize import optimize
+from ...plan import STATISTICS
 from ...timing import write_json
-from . import _pointwise, _resize, call, configs, launch, maps
+from . import _pointwise, _resize, adaptive_max_pool, call, configs, launch, maps, modulate, statistic
 
 ARCHITECTURES = (80, 86, 89, 90)
 # Shared memory that one program can have, in bytes.
@@ -182,6 +183,8 @@ def inspect(item: Launch, arch: int) -> Resources:
     shape = f"{constants['TILE_H']}x{constants['TILE_W']}" if "TILE_H" in constants else ""
     if "RESULTS" in constants:
         shape = f"{constants['RESULTS']} of {constants['ROWS']}x{constants['COLUMNS']}"
+    if "LANES" in constants:
+        shape = f"{constants['BLOCK']} of {constants['LANES']}"
     shape = shape or str(constants.get("PIXELS", constants.get("BLOCK", "")))
     stages = constants.get("PIPELINE", 1)
     config = f"{shape}, {item.kernel.num_warps} warps" + (f", {stages} stages" if stages > 1 else "")
@@ -285,31 +288,46 @@ _OPERATIONS = (
     *(activation for activation in ACTIVATIONS if activation != "none"),
 )
 
+# Channels and pitches of a plan's maps: buffers with padding and without, and images.
+_PLAN_MAPS = ((36, 48), (48, 48), (3, 0))
 
-def pointwise_launches(arch: int, name: str) -> list[Launch]:
-    """The launches of a plan's sums, products, functions and enlargements, on buffers with padding and without, and on
-    images."""
+
+def plan_launches(arch: int, name: str, *, config: Choice | None = None) -> list[Launch]:
+    """The launches of what only plans compute, sums, products, functions, enlargements and statistics, and of pooling
+    and modulation with results in their buffers."""
     dtype = DTYPES[name]
-    with collect(f"plan {name}", arch) as launches:
-        for mode in ("nearest", "bilinear", "bicubic"):
-            table = _resize.tap_table(mode, 2, torch.device("cpu"))
-            for channels, pitch in ((36, 48), (48, 48), (3, 0)):
-                low, high = (
-                    maps.Map(
-                        torch.zeros(1, side * side * (pitch or channels), dtype=dtype), pitch, 0, channels, side, side
-                    )
-                    for side in (8, 16)
-                )
-                _resize.enlarge(low, table, high)
-        for operation in _OPERATIONS:
-            for channels, pitch in ((36, 48), (48, 48), (3, 0)):
-                x = maps.Map(torch.zeros(1, 256 * (pitch or channels), dtype=dtype), pitch, 0, channels, 16, 16)
+
+    def buffer(channels: int, pitch: int, side: int) -> maps.Map:
+        return maps.Map(torch.zeros(1, side * side * (pitch or channels), dtype=dtype), pitch, 0, channels, side, side)
+
+    with collect(f"plan {name}", arch, config) as launches:
+        for channels, pitch in _PLAN_MAPS:
+            x = buffer(channels, pitch, 16)
+            for mode in ("nearest", "bilinear", "bicubic"):
+                table = _resize.tap_table(mode, 2, torch.device("cpu"))
+                _resize.enlarge(x, table, buffer(channels, pitch, 32))
+            for operation in _OPERATIONS:
                 if operation in ("add", "multiply"):
-                    one = maps.Map(torch.zeros(1, 256 * 16, dtype=dtype), pitch and 16, 0, 1, 16, 16)
+                    one = buffer(1, pitch and 16, 16)
                     _pointwise.combine(x, x, operation, x)
                     _pointwise.combine(x, one, operation, x)
                 else:
                     _pointwise.apply(x, operation, torch.zeros(2, channels), x)
+            # What has one pixel, or is pooled, lies in a buffer.
+            padded = maps.padded(channels)
+            pixel, small = (buffer(channels, padded, side) for side in (1, 4))
+            _pointwise.combine(x, pixel, "add", x, one_pixel=True)
+            _pointwise.combine(x, buffer(1, 16, 1), "add", x, one_pixel=True)
+            for kind in STATISTICS:
+                statistic.compute(x, pixel, kind, 0)
+            for count in (1, 4):
+                for mode, activation in (("nearest", "none"), ("nearest", "gelu"), ("bilinear", "gelu")):
+                    gates = [x, small, small, small][-count:]
+                    modulate.apply(x, gates, x, bilinear=mode == "bilinear", activation=activation, slope=0.0)
+            # Windows of networks' images.
+            image = buffer(channels, pitch, 128)
+            for divisor in (4, 8, 16):
+                adaptive_max_pool.pool(image, buffer(channels, padded, 128 // divisor))
     return unique(launches)
 
 
@@ -326,9 +344,9 @@ def shipped(arch: int, *, quick: bool = False) -> list[Launch]:
     each kernel once per mode.
     """
     if not quick:
-        alone = [item for name in DTYPES for item in operator_launches(arch, name) + pointwise_launches(arch, name)]
+        alone = [item for name in DTYPES for item in operator_launches(arch, name) + plan_launches(arch, name)]
         return unique(networks(arch) + alone)
-    alone = operator_launches(arch, "float16") + pointwise_launches(arch, "float16")
+    alone = operator_launches(arch, "float16") + plan_launches(arch, "float16")
     if arch in _LIKE:
         return unique(model_launches(arch, "float16", ("span",)) + _demanding(alone))
     groups: dict[Any, list[Launch]] = {}
@@ -345,7 +363,7 @@ def _constants(item: Launch) -> dict[str, Any]:
 
 
 def _tile(item: Launch) -> tuple[Any, ...]:
-    names = ("TILE_H", "TILE_W", "PIXELS", "PIPELINE", "RESULTS", "ROWS", "COLUMNS")
+    names = ("TILE_H", "TILE_W", "PIXELS", "PIPELINE", "RESULTS", "ROWS", "COLUMNS", "LANES")
     return tuple(_constants(item).get(name) for name in names)
 
 
@@ -391,6 +409,7 @@ _CANDIDATES: dict[str, tuple[configs.Config, ...]] = {
     "modulate": tuple(configs.Config((4, elements), 4, 1) for elements in (128, 64)),
     "modulate_gradient": tuple(configs.Config((4, elements), 4, 1) for elements in (128, 64)),
     "resize_gradient": tuple(configs.Config((lanes, 8), 4, 1) for lanes in (64, 16)),
+    "statistic": tuple(configs.Config((lanes, 16), 4, 1) for lanes in (64, 32)),
 }
 _ENOUGH_WARPS = 8
 
@@ -431,7 +450,7 @@ def select(
 ) -> dict[str, configs.Config]:
     """For every configuration key of a dtype the most preferred candidate without a problem in any of its kernels.
 
-    `kernels` are those that the keys begin with, in single operators; none: all, in networks too.
+    `kernels` are those that the keys begin with, in single operators and plans' layers; none: all, in networks too.
     """
     found: dict[str, configs.Config] = {}
     by_candidate: list[dict[str, list[Launch]]] = []
@@ -442,7 +461,7 @@ def select(
             return options[min(i, len(options) - 1)]
 
         launches: dict[str, list[Launch]] = {}
-        items = operator_launches(arch, name, config=candidate)
+        items = operator_launches(arch, name, config=candidate) + plan_launches(arch, name, config=candidate)
         if not kernels:
             items = model_launches(arch, name, config=candidate) + items
         for item in unique(items):

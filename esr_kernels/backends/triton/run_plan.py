@@ -24,6 +24,7 @@ from . import (
     interpreted,
     layer_norm2d,
     modulate,
+    statistic,
 )
 from ._conv1x1 import multiply
 from ._convolution import convolve
@@ -140,7 +141,9 @@ class PreparedPlan:
             self._tables.append(table)
             return lambda x, out: _pointwise.apply(x[0], a["function"], table, out)
         if layer.op in ("add", "multiply"):
-            return lambda x, out: _pointwise.combine(x[0], x[1], layer.op, out)
+            scales = [self.plan.scales[i] for i in layer.inputs]
+            every = scales[1] == 0 != scales[0]
+            return lambda x, out: _pointwise.combine(x[0], x[1], layer.op, out, one_pixel=every)
         if layer.op == "slice":
             return lambda x, out: _pointwise.copy_channels(x[0], a["start"], out)
         if layer.op == "resize":
@@ -150,7 +153,7 @@ class PreparedPlan:
         if layer.op == "adaptive_max_pool":
             return lambda x, out: adaptive_max_pool.pool(x[0], out)
         if layer.op == "statistic":
-            raise NotImplementedError(f"plan: layer {k} (statistic): Triton's kernels take no statistics")
+            return lambda x, out: statistic.compute(x[0], out, a["kind"], a["correction"])
         if layer.op == "modulate":
             gate = {"bilinear": a["mode"] == "bilinear", "activation": a["activation"], "slope": a["negative_slope"]}
             return lambda x, out: modulate.apply(x[0], x[1:], out, **gate)
