@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import getitem
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 
 from ..backends.reference.statistic import statistic
 from ..plan import CORRECTED, STATISTICS
+from .patterns import _fused_of, _insert
 from .simplify import _MOVES, Conv, _share, affine_of, conv_of, within, write_conv
 from .workspace import Workspace, aten, dims, is_map, is_pixel, is_pointwise
 
@@ -400,7 +401,7 @@ def _deviation(ws: Workspace, node: fx.Node, limit: float | None) -> bool:
         return False
     (t,) = whole
     dtype = ws.dtype(node)
-    conv = conv_of(ws, t)
+    conv = _pointwise_of(ws, t)
 
     def times(x: fx.Node, factor: Tensor) -> fx.Node:
         if bool((factor == 1).all()):
@@ -410,15 +411,17 @@ def _deviation(ws: Workspace, node: fx.Node, limit: float | None) -> bool:
     shift: fx.Node | None = None
     for m in pixels:
         factor = total.factors[m]
-        if m.target is ops.statistic.default and m.args[:2] == (t, "mean") and conv is not None and _is_pointwise(conv):
+        scaled = Conv(m, m, torch.diag(factor)[:, :, None, None], None)
+        if m.target is ops.statistic.default and m.args[:2] == (t, "mean") and conv is not None:
             scaled = conv.scaled(factor, torch.zeros_like(factor))
             mean = ws.call(node, ops.statistic.default, (conv.x, "mean", 0), m)
             value = conv.x.meta["val"]
             mean.meta["val"] = value.new_empty((*value.shape[:2], 1, 1))
-            term = write_conv(ws, Conv(conv.node, mean, scaled.weight, scaled.bias), node)
+            scaled = replace(scaled, x=mean)
+        term = m
+        if scaled.x is not m or not bool((factor == 1).all()):
+            term = write_conv(ws, scaled, node)
             term.meta["val"] = m.meta["val"]
-        else:
-            term = times(m, factor)
         shift = term if shift is None else ws.call(node, aten.add.Tensor, (shift, term), m)
     assert shift is not None
     if bool(total.constant.any()):
@@ -428,14 +431,23 @@ def _deviation(ws: Workspace, node: fx.Node, limit: float | None) -> bool:
     return True
 
 
-def _is_pointwise(conv: Conv) -> bool:
-    return conv.plain and conv.kernel == (1, 1) and conv.padding == (0, 0)
+def _pointwise_of(ws: Workspace, node: fx.Node, alone: bool = True) -> Conv | None:
+    """A 1x1 convolution of one map, an `esr` one too; alone: without activation and residual."""
+    conv = conv_of(ws, node)
+    if conv is not None:
+        return conv if conv.plain and conv.kernel == (1, 1) and conv.padding == (0, 0) else None
+    fused = _fused_of(ws, node)
+    if fused is None or fused.op != "conv1x1" or len(fused.xs) != 1:
+        return None
+    if alone and (fused.activation != "none" or fused.residual is not None):
+        return None
+    return Conv(node, fused.xs[0], fused.weight, fused.bias)
 
 
 def _sum_into_pointwise(ws: Workspace, node: fx.Node, limit: float | None) -> bool:
     """A 1x1 convolution of p + s (p - g), where g has one channel: one of p and g."""
-    conv = conv_of(ws, node)
-    if conv is None or not _is_pointwise(conv) or len(conv.x.users) != 1 or is_pixel(conv.x):
+    conv = _pointwise_of(ws, node, alone=False)
+    if conv is None or len(conv.x.users) != 1 or is_pixel(conv.x):
         return False
     total = _sum_of(ws, conv.x)
     whole, thin, pixels = total.leaves(conv.x)
@@ -449,7 +461,12 @@ def _sum_into_pointwise(ws: Workspace, node: fx.Node, limit: float | None) -> bo
     both = ws.call(node, aten.cat.default, ([*whole, *thin], 1), conv.x)
     value = conv.x.meta["val"]
     both.meta["val"] = value.new_empty((value.shape[0], weight.shape[1], *value.shape[2:]))
-    merged = Conv(conv.node, both, weight, bias if bool(bias.any()) else None)
-    ws.replace(node, write_conv(ws, merged, node))
+    total_bias = bias if bool(bias.any()) else None
+    fused = _fused_of(ws, node)
+    if fused is not None:
+        new = _insert(ws, replace(fused, xs=[*whole, *thin], weight=weight, bias=total_bias), node)
+    else:
+        new = write_conv(ws, Conv(node, both, weight, total_bias), node)
+    ws.replace(node, new)
     ws.clean()
     return True
