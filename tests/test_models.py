@@ -46,7 +46,7 @@ SMALLER: dict[str, dict[str, Any]] = {
 # What `optimize` makes one operator of.
 WHOLE = {"span", "span_tiny", "rlfn", "r2net", "rden", "slim_rlfn", "rfdn", "eern", "dipnet"}
 WHOLE |= {"smrn", "ifadnet", "lsanet", "rlfn_bn", "light_rlfn", "depth_rlfn", "errn", "safmn_pp", "rlff", "rcn"}
-WHOLE |= {"egfmn", "gfmn"}
+WHOLE |= {"egfmn", "gfmn", "asr_prune", "emaxgman"}
 # Those with a training form of their own.
 FORMS = ("span", "rden", "rcn", "ifadnet", "lsanet", "r2net", "errn", "smrn", "pfdn_lite")
 # What is in a checkpoint and never runs: no gradients.
