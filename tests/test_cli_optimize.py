@@ -41,7 +41,7 @@ def number():
 
 
 class Mixed(nn.Module):
-    """Two plans with a pooled gate between them."""
+    """Two plans with a softmax, which no plan has, between them."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ class Mixed(nn.Module):
 
     def forward(self, x):
         y = F.silu(self.head(x))
-        y = y * torch.sigmoid(self.gate(y.mean((2, 3), keepdim=True)))
+        y = y * torch.softmax(self.gate(y.mean((2, 3), keepdim=True)), 1)
         return self.tail(y) + F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 

@@ -962,7 +962,7 @@ def test_program_errors() -> None:
         with pytest.raises(RuntimeError, match=match):
             torch.ops.esr_native.compile_plan(code, [0.1], list(weights))
 
-    refuse("operator is 15", [15, 0, 0])
+    refuse("operator is 16", [16, 0, 0])
     refuse("x is 1, defined so far", [1, 1, 0, 1, 0, 0, -1, 1])
     refuse("residual of layer 0", [1, 0, 0, 1, 0, 0, 1, 1])
     refuse("activation is 6", [1, 0, 0, 1, 6, 0, -1, 1])
