@@ -412,6 +412,20 @@ def modulating_network(channels, divisors, mode, activation, dtype=torch.float32
     return plan, weights, oracle
 
 
+def check_network(plan, weights, oracle, x, backend):
+    """Run a plan and compare its results, which are returned, with those of an oracle in float64."""
+    # What an earlier run left in the backend's memory is no number, and must not come through.
+    torch.ops.esr.run_plan([torch.full_like(x, torch.nan)], weights, plan.to_json())
+    results = torch.ops.esr.run_plan([x], weights, plan.to_json())
+    exact = oracle(x.double())
+    for i, got in enumerate(results):
+        assert got.is_contiguous(memory_format=expected_format(x))
+        check_close(got, exact[i], lambda i=i: oracle(x, x.dtype)[i], backend)
+        if x.dtype == torch.float32:
+            assert largest_error(got, exact[i]) <= 1e-5 * max(float(exact[i].abs().max()), 1.0)
+    return results
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("channels", "size", "divisors", "mode", "activation"),
@@ -421,15 +435,7 @@ def modulating_network(channels, divisors, mode, activation, dtype=torch.float32
 def test_pooling_and_modulating_layers(backend, channels, size, divisors, mode, activation, dtype):
     plan, weights, oracle = modulating_network(channels, divisors, mode, activation, dtype)
     x = lay_out(rand(2, 5, *size, dtype=dtype), LAYOUTS[channels % len(LAYOUTS)])
-    # What an earlier run left in the backend's memory is no number, and must not come through.
-    torch.ops.esr.run_plan([torch.full_like(x, torch.nan)], weights, plan.to_json())
-    results = torch.ops.esr.run_plan([x], weights, plan.to_json())
-    exact = oracle(x.double())
-    for i, got in enumerate(results):
-        assert got.is_contiguous(memory_format=expected_format(x))
-        check_close(got, exact[i], lambda i=i: oracle(x, dtype)[i], backend)
-        if dtype == torch.float32:
-            assert largest_error(got, exact[i]) <= 1e-5 * max(float(exact[i].abs().max()), 1.0)
+    check_network(plan, weights, oracle, x, backend)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -606,15 +612,7 @@ STATISTICS = [
 def test_statistics(backend, channels, size, kind, correction, dtype):
     plan, weights, oracle = statistic_network(channels, kind, correction, dtype)
     x = lay_out(rand(2, 5, *size, dtype=dtype), LAYOUTS[channels % len(LAYOUTS)])
-    # What an earlier run left in the backend's memory is no number, and must not come through.
-    torch.ops.esr.run_plan([torch.full_like(x, torch.nan)], weights, plan.to_json())
-    results = torch.ops.esr.run_plan([x], weights, plan.to_json())
-    exact = oracle(x.double())
-    for i, got in enumerate(results):
-        assert got.is_contiguous(memory_format=expected_format(x))
-        check_close(got, exact[i], lambda i=i: oracle(x, dtype)[i], backend)
-        if dtype == torch.float32:
-            assert largest_error(got, exact[i]) <= 1e-5 * max(float(exact[i].abs().max()), 1.0)
+    results = check_network(plan, weights, oracle, x, backend)
     if backend != "reference":  # an image's result does not depend on the others
         alone = torch.ops.esr.run_plan([x[1:]], weights, plan.to_json())
         assert all(torch.equal(got[1:], one) for got, one in zip(results, alone, strict=True))

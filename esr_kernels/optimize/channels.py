@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 
 from ..functional import DEPTHWISE_SIDES
 from .simplify import _MOVES, Conv, conv_of, write_affine, write_conv
-from .workspace import Workspace, aten, dims, is_map, is_pointwise, slice_of
+from .workspace import Workspace, aten, concatenated, dims, is_map, is_pointwise, slice_of, with_channels
 
 # What selects channels by itself; views and transpositions do so together.
 _SELECTS = {
@@ -55,13 +55,7 @@ def canonicalize_channels(ws: Workspace, image: fx.Node, example: Tensor) -> Non
 
 
 def _selections(ws: Workspace, image: fx.Node, example: Tensor) -> None:
-    env: dict[fx.Node, Any] = {}
-
-    def run(node: fx.Node) -> Any:
-        if not env:
-            env.update(ws.evaluate(image, example))
-        return env[node]
-
+    run = ws.evaluator(image, example)
     for node in list(ws.graph.nodes):
         if node._erased or node in ws.values or not is_map(node) or not _selects(node):
             continue
@@ -163,10 +157,9 @@ def _center(ws: Workspace, conv: Conv) -> bool:
     if conv.padding != (conv.dilation[0] * (kh // 2), conv.dilation[1] * (kw // 2)):
         return False
     middle = weight[:, :, kh // 2 : kh // 2 + 1, kw // 2 : kw // 2 + 1]
-    depthwise = conv.groups > 1 and weight.shape[0] == conv.groups and weight.shape[1] == 1
-    if (conv.kernel == (1, 1) and not depthwise) or weight.count_nonzero() != middle.count_nonzero():
+    if (conv.kernel == (1, 1) and not conv.depthwise) or weight.count_nonzero() != middle.count_nonzero():
         return False
-    if depthwise:
+    if conv.depthwise:
         shift = torch.zeros_like(middle[:, 0, 0, 0]) if conv.bias is None else conv.bias
         write_affine(ws, node, conv.x, middle.flatten(), shift)
         return True
@@ -178,16 +171,21 @@ def _center(ws: Workspace, conv: Conv) -> bool:
     return True
 
 
+def _is_hot(conv: Conv) -> bool:
+    """Of a kernel and padding that plans have for all channels."""
+    return (conv.kernel, conv.padding) in (((3, 3), (1, 1)), ((1, 1), (0, 0)))
+
+
 def _groups(ws: Workspace, conv: Conv) -> None:
     """A grouped convolution as a dense one, as several of slices, or as one channel by channel of repeated channels."""
     node, groups = conv.node, conv.groups
     out, each = conv.weight.shape[:2]
-    if groups == 1 or (out == groups and each == 1):
+    if groups == 1 or conv.depthwise:
         return
     if conv.stride != (1, 1) or conv.dilation != (1, 1):
         return
     written_out = conv.weight.numel() * groups
-    hot = (conv.kernel, conv.padding) in (((3, 3), (1, 1)), ((1, 1), (0, 0)))
+    hot = _is_hot(conv)
     separate = groups <= _MOST_GROUPS and min(each, out // groups) >= _LEAST_CHANNELS
     if hot and written_out <= (_LARGEST_DENSE if each > 1 else _SMALL_DENSE):
         dense = replace(conv, weight=conv.dense(), groups=1)
@@ -195,9 +193,7 @@ def _groups(ws: Workspace, conv: Conv) -> None:
     elif each == 1 and all(k in DEPTHWISE_SIDES for k in conv.kernel) and groups * out <= _LARGEST_SELECTION:
         index = torch.arange(groups).repeat_interleave(out // groups)
         weight = torch.eye(groups, dtype=torch.float64)[index].view(out, groups, 1, 1)
-        repeated = write_conv(ws, Conv(conv.x, conv.x, weight, None), node)
-        value = conv.x.meta["val"]
-        repeated.meta["val"] = value.new_empty((value.shape[0], out, *value.shape[2:]))
+        repeated = with_channels(write_conv(ws, Conv(conv.x, conv.x, weight, None), node), conv.x, out)
         ws.replace(node, write_conv(ws, replace(conv, x=repeated, groups=out), node))
     elif hot and separate:
         parts = []
@@ -206,33 +202,26 @@ def _groups(ws: Workspace, conv: Conv) -> None:
             bias = None if conv.bias is None else conv.bias[g * width : (g + 1) * width]
             x = _slice(ws, conv.x, g * each, (g + 1) * each, node)
             part = write_conv(ws, Conv(node, x, weight, bias, padding=conv.padding), node)
-            parts.append(_with_channels(part, node, width))
+            parts.append(with_channels(part, node, width))
         both = ws.call(node, aten.cat.default, (parts, 1), node)
         ws.replace(node, both)
         _concatenation(ws, both)
-
-
-def _with_channels(node: fx.Node, like: fx.Node, channels: int) -> fx.Node:
-    value = like.meta["val"]
-    node.meta["val"] = value.new_empty((value.shape[0], channels, *value.shape[2:]))
-    return node
 
 
 def _slice(ws: Workspace, x: fx.Node, start: int, end: int, at: fx.Node) -> fx.Node:
     """Channels of a map, of what they are channels of."""
     if (start, end) == (0, dims(x)[1]):
         return x
-    if x.target is aten.cat.default and x.args[1:] in ((1,), (-3,)):
-        first = 0
-        for part in x.args[0]:  # type: ignore[union-attr]
-            width = dims(part)[1]  # type: ignore[arg-type]
-            if first <= start and end <= first + width:
-                return _slice(ws, part, start - first, end - first, at)  # type: ignore[arg-type]
-            first += width
+    first = 0
+    for part in concatenated(x) or ():
+        width = dims(part)[1]
+        if first <= start and end <= first + width:
+            return _slice(ws, part, start - first, end - first, at)
+        first += width
     part_of = slice_of(x)
     if part_of is not None:
         return _slice(ws, part_of[0], part_of[1] + start, part_of[1] + end, at)
-    return _with_channels(ws.call(at, aten.slice.Tensor, (x, 1, start, end), at), x, end - start)
+    return with_channels(ws.call(at, aten.slice.Tensor, (x, 1, start, end), at), x, end - start)
 
 
 # --- concatenations
@@ -255,19 +244,16 @@ def _concatenation(ws: Workspace, node: fx.Node) -> None:
 
 
 def _parts(node: fx.Node) -> list[fx.Node] | None:
-    """The maps of a concatenation of channels."""
-    if node.target is not aten.cat.default or not is_map(node) or node.args[1:] not in ((1,), (-3,)):
+    """The maps of a concatenation that its readers can be taken behind."""
+    parts = concatenated(node)
+    if parts is None or not 1 < len(parts) <= _MOST_PARTS:
         return None
-    parts: Any = node.args[0]
-    known = all(is_map(p) and isinstance(dims(p)[1], int) for p in parts)
-    return list(parts) if known and 1 < len(parts) <= _MOST_PARTS else None
+    return parts if all(isinstance(dims(p)[1], int) for p in parts) else None
 
 
 def _depthwise_of(ws: Workspace, node: fx.Node) -> Conv | None:
     conv = conv_of(ws, node)
-    if conv is None or conv.groups == 1 or conv.weight.shape[:2] != (conv.groups, 1) or conv.stride != (1, 1):
-        return None
-    return conv
+    return conv if conv is not None and conv.depthwise and conv.stride == (1, 1) else None
 
 
 def _is_channelwise(ws: Workspace, node: fx.Node, x: fx.Node) -> bool:
@@ -303,8 +289,7 @@ def _reaches_convolution(ws: Workspace, node: fx.Node) -> bool:
         (user,) = node.users
         conv = conv_of(ws, user)
         if conv is not None and _depthwise_of(ws, user) is None:
-            hot = (conv.kernel, conv.padding) in (((3, 3), (1, 1)), ((1, 1), (0, 0)))
-            return steps > 0 and hot and conv.stride == conv.dilation == (1, 1)
+            return steps > 0 and _is_hot(conv) and conv.stride == conv.dilation == (1, 1)
         if not _is_channelwise(ws, user, node):
             return False
         node, steps = user, steps + 1
@@ -340,7 +325,7 @@ def _behind(ws: Workspace, cat: fx.Node, node: fx.Node) -> fx.Node | None:
 
             new = ws.call(node, node.target, map_arg(node.args, of_part), node)  # type: ignore[arg-type]
             new.kwargs = map_arg(node.kwargs, of_part)
-        made.append(_with_channels(new, node, end - start))
+        made.append(with_channels(new, node, end - start))
         start = end
     both = ws.call(node, aten.cat.default, (made, 1), node)
     ws.replace(node, both)

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from ..plan import ESA_WEIGHTS, Plan, PlanBuilder
 from .capture import adaptive_max_pool2d, statistic
 from .simplify import affine_of, function_of
-from .workspace import Workspace, aten, dims, is_map, is_pixel, location, ratio, resized, slice_of
+from .workspace import Workspace, aten, concatenated, dims, is_map, is_pixel, location, ratio, resized, slice_of
 
 ops = torch.ops.esr
 
@@ -78,13 +78,11 @@ def lower(ws: Workspace, image: fx.Node) -> Lowered:
         lines = str(segment.plan).splitlines()[1 + len(segment.plan.inputs) :]
         result.fused += lines if len(segments) == 1 else [f"plan {k + 1}: {line}" for line in lines]
     result.fused += [_alone(n) for n in outside if n.target in _ALONE]
-    end, steps = ws.returned(), []
-    clip, shuffle = _clip_of(ws, end), None
-    if clip is not None and end in outside:
+    end, steps, shuffle = ws.returned(), [], None
+    clip = _clip_of(ws, end) if end in outside else None
+    if clip is not None:
         steps.append(end)
         end = end.args[0]  # type: ignore[assignment]
-    else:
-        clip = None
     if end.target is aten.pixel_shuffle.default and end in outside and len(end.users) == 1:
         shuffle = int(end.args[1])  # type: ignore[arg-type]
         steps.append(end)
@@ -123,11 +121,11 @@ def _sizes_of_image(ws: Workspace, image: fx.Node) -> None:
 def _concatenations(ws: Workspace, image: fx.Node) -> None:
     """A concatenation of what plans make for what they read: a 1x1 convolution that leaves every channel as it is."""
     for node in list(ws.graph.nodes):
-        if node.target is not aten.cat.default or node in ws.values or node.args[1:] not in ((1,), (-3,)):
+        parts = concatenated(node) if node not in ws.values else None
+        if parts is None:
             continue
-        parts: Any = node.args[0]
         channels = dims(node)[1]
-        if not is_map(node) or not isinstance(channels, int) or channels > _MOST_JOINED:
+        if not isinstance(channels, int) or channels > _MOST_JOINED:
             continue
         if all(n is image or _is_plannable(ws, n) for n in (*parts, *node.users)):
             weight = ws.constant(torch.eye(channels, dtype=torch.float64)[:, :, None, None], ws.dtype(node))

@@ -26,6 +26,7 @@ from .workspace import (
     UPSAMPLES,
     Workspace,
     aten,
+    concatenated,
     dims,
     getitem,
     is_map,
@@ -33,11 +34,21 @@ from .workspace import (
     is_pointwise,
     resized,
     slice_of,
+    with_channels,
 )
 
 ops = torch.ops.esr
 
 _ACTIVATIONS = ("relu", "silu", "gelu", "gelu_tanh")
+# Functions of every element that are operators without another argument.
+_BARE_FUNCTIONS = {
+    "relu": aten.relu.default,
+    "silu": aten.silu.default,
+    "gelu": aten.gelu.default,
+    "sigmoid": aten.sigmoid.default,
+    "hardswish": aten.hardswish.default,
+    "mish": aten.mish.default,
+}
 _LONGEST = 12  # operations between a convolution and the end of its epilogue
 _EXACT = 1e-9  # of float64 evaluations that should be equal; the approximations of GELU differ by 1e-4
 
@@ -86,18 +97,14 @@ def _convolutions(ws: Workspace) -> None:
         conv = conv_of(ws, node)
         if conv is None or not conv.plain:
             continue
-        xs = [conv.x]
-        if conv.x.target is aten.cat.default and conv.x not in ws.values:
-            parts, *axis = conv.x.args
-            if axis and axis[0] in (1, -3) and all(is_map(p) for p in parts):  # type: ignore[union-attr]
-                xs = list(parts)  # type: ignore[arg-type]
+        xs = (concatenated(conv.x) if conv.x not in ws.values else None) or [conv.x]
         if conv.kernel == (3, 3) and conv.padding == (1, 1):
             if len(xs) > 1 and all(isinstance(dims(x)[1], int) for x in xs) and not _is_shuffled(node):
                 _sum_over(ws, conv, xs)
             else:
                 x = xs[0] if len(xs) == 1 else conv.x
                 _write(ws, _Fused("conv3x3", node, [x], conv.weight, conv.bias), node)
-        elif conv.kernel == (1, 1) and conv.padding == (0, 0):
+        elif conv.pointwise:
             xs, weight = _whole(ws, xs, conv.weight)
             _write(ws, _Fused("conv1x1", node, xs, weight, conv.bias), node)
     ws.clean()
@@ -307,7 +314,7 @@ def _strip_of(ws: Workspace, node: fx.Node) -> _Strip | None:
     conv = conv_of(ws, node)
     if conv is None or conv.kernel not in ((3, 1), (1, 3)) or conv.stride != (1, 1) or conv.dilation != (1, 1):
         return None
-    if conv.groups == 1 or conv.weight.shape[:2] != (conv.groups, 1):
+    if not conv.depthwise:
         return None
     up, left = (k // 2 for k in conv.kernel)
     if conv.padding == (up, left):
@@ -327,8 +334,7 @@ def _separable(ws: Workspace) -> None:
         depth = conv_of(ws, node)
         if depth is None or depth.stride != (1, 1) or depth.dilation != (1, 1) or depth.kernel != (3, 3):
             continue
-        channels = depth.weight.shape[0]
-        if depth.groups != channels or depth.weight.shape[1] != 1 or depth.groups == 1:
+        if not depth.depthwise:
             continue
         mode, x, between = "zeros", depth.x, []
         if depth.padding == (0, 0) and _reflects(x) and len(x.users) == 1:
@@ -364,10 +370,9 @@ def _depthwise(ws: Workspace) -> None:
     """Depthwise convolutions that keep the size and are not part of a separable pair."""
     for node in list(ws.graph.nodes):
         conv = conv_of(ws, node)
-        if conv is None or conv.stride != (1, 1) or conv.groups == 1 or conv.dilation[0] != conv.dilation[1]:
+        if conv is None or conv.stride != (1, 1) or not conv.depthwise or conv.dilation[0] != conv.dilation[1]:
             continue
-        channels = conv.weight.shape[0]
-        if conv.groups != channels or conv.weight.shape[1] != 1 or any(k not in DEPTHWISE_SIDES for k in conv.kernel):
+        if any(k not in DEPTHWISE_SIDES for k in conv.kernel):
             continue
         if conv.padding != tuple(conv.dilation[0] * (k // 2) for k in conv.kernel):
             continue
@@ -555,14 +560,14 @@ def _shuffle(ws: Workspace, fused: _Fused, node: fx.Node) -> fx.Node | None:
     if fused.activation == "none":
         return _write(ws, tail, node, [fused.node])
     # An activation of what is shuffled, as one behind it.
-    target = {"relu": aten.relu, "silu": aten.silu, "leaky_relu": aten.leaky_relu}.get(
-        fused.activation, aten.gelu
-    ).default
-    end = ws.call(node, target, (_insert(ws, tail, node),), node)
+    shuffled = _insert(ws, tail, node)
     if fused.activation == "leaky_relu":
-        end.args = (*end.args, float(fused.slope))
-    if fused.activation == "gelu_tanh":
+        end = ws.call(node, aten.leaky_relu.default, (shuffled, float(fused.slope)), node)
+    elif fused.activation == "gelu_tanh":
+        end = ws.call(node, aten.gelu.default, (shuffled,), node)
         end.kwargs = {"approximate": "tanh"}
+    else:
+        end = ws.call(node, _BARE_FUNCTIONS[fused.activation], (shuffled,), node)
     ws.replace(node, end, [fused.node])
     return None
 
@@ -833,16 +838,8 @@ def _function(ws: Workspace, x: fx.Node, region: list[fx.Node], end: fx.Node) ->
     y = call(v)
     if y is None:
         return None
-    known = {
-        "relu": aten.relu.default,
-        "silu": aten.silu.default,
-        "gelu": aten.gelu.default,
-        "sigmoid": aten.sigmoid.default,
-        "hardswish": aten.hardswish.default,
-        "mish": aten.mish.default,
-    }
     one = torch.ones(1, dtype=torch.float64)
-    for name, target in known.items():
+    for name, target in _BARE_FUNCTIONS.items():
         if _equal(y, apply(v, name, one, one), v):
             return target, ()
 
@@ -923,9 +920,7 @@ def _modulation(ws: Workspace, x: fx.Node, gate: fx.Node, end: fx.Node) -> tuple
     maps = []
     for k, (xs, weight) in enumerate(products):
         part = _insert(ws, _Fused("conv1x1", conv.node, xs, weight, conv.bias if k == 0 else None), end)
-        value = xs[0].meta["val"]
-        part.meta["val"] = value.new_empty((value.shape[0], weight.shape[0], *value.shape[2:]))
-        maps.append(part)
+        maps.append(with_channels(part, xs[0], weight.shape[0]))
     return maps, modes.pop(), activation, slope
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,19 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 
-from .workspace import _CASTS, Workspace, aten, dims, getitem, is_map, is_pointwise, is_random, slice_of
+from .workspace import (
+    _CASTS,
+    Workspace,
+    aten,
+    concatenated,
+    dims,
+    getitem,
+    is_map,
+    is_pointwise,
+    is_random,
+    slice_of,
+    with_channels,
+)
 
 _SAME = {
     *_CASTS,
@@ -72,6 +85,16 @@ class Conv:
     def plain(self) -> bool:
         """Stride, dilation and groups of one."""
         return self.stride == self.dilation == (1, 1) and self.groups == 1
+
+    @property
+    def pointwise(self) -> bool:
+        """1x1, of every pixel."""
+        return self.plain and self.kernel == (1, 1) and self.padding == (0, 0)
+
+    @property
+    def depthwise(self) -> bool:
+        """One filter for each of several channels."""
+        return self.groups > 1 and self.weight.shape[:2] == (self.groups, 1)
 
     def scaled(self, scale: Tensor, shift: Tensor) -> Conv:
         """Followed by `y * scale + shift`, one number each per channel."""
@@ -495,16 +518,15 @@ def merge_linear(ws: Workspace, scale_limit: float | None = None) -> None:
     Args:
         scale_limit: factors larger than it, or smaller than its inverse, stay out of weights that will be float16.
     """
-    rules: tuple[Callable[..., bool], ...] = (
-        _scale_after,
+    rules: tuple[Callable[[Workspace, fx.Node], bool], ...] = (
+        partial(_scale_after, limit=scale_limit),
         _scale_before,
-        _scale_shuffled,
+        partial(_scale_shuffled, limit=scale_limit),
         _padding,
         _pointwise_pair,
         _pointwise_parts,
         _parallel,
     )
-    limited = (_scale_after, _scale_shuffled)
     changed = True
     while changed:
         changed = False
@@ -512,7 +534,7 @@ def merge_linear(ws: Workspace, scale_limit: float | None = None) -> None:
             if node._erased or node.op != "call_function" or node in ws.values:
                 continue
             for rule in rules:
-                if rule(ws, node, scale_limit) if rule in limited else rule(ws, node):
+                if rule(ws, node):
                     changed = True
                     break
     ws.clean()
@@ -622,21 +644,16 @@ def _pointwise_pair(ws: Workspace, node: fx.Node) -> bool:
 def _pointwise_parts(ws: Workspace, node: fx.Node) -> bool:
     """A 1x1 convolution of a concatenation: 1x1 convolutions among its parts go into it, where that is cheaper."""
     conv = conv_of(ws, node)
-    if conv is None or not conv.plain or conv.kernel != (1, 1) or conv.padding != (0, 0):
+    if conv is None or not conv.pointwise:
         return False
-    cat = conv.x
-    if cat.target is not aten.cat.default or cat.args[1:] not in ((1,), (-3,)) or len(cat.users) != 1:
-        return False
-    parts: Any = cat.args[0]
-    if not all(is_map(p) and isinstance(dims(p)[1], int) for p in parts):
+    cat, parts = conv.x, concatenated(conv.x)
+    if parts is None or len(cat.users) != 1 or not all(isinstance(dims(p)[1], int) for p in parts):
         return False
     bias, changed = conv.bias, False
     xs, weights = list(parts), list(conv.weight.split([dims(p)[1] for p in parts], 1))
     for i, (part, columns) in enumerate(zip(parts, weights, strict=True)):
         inner = conv_of(ws, part)
-        if inner is None or not inner.plain or inner.kernel != (1, 1) or inner.padding != (0, 0):
-            continue
-        if len(part.users) != 1 or parts.count(part) > 1:
+        if inner is None or not inner.pointwise or len(part.users) != 1 or parts.count(part) > 1:
             continue
         merged = columns[:, :, 0, 0] @ inner.weight[:, :, 0, 0]
         if merged.numel() > columns.numel() + inner.cost:
@@ -647,9 +664,7 @@ def _pointwise_parts(ws: Workspace, node: fx.Node) -> bool:
         xs[i], weights[i], changed = inner.x, merged[:, :, None, None], True
     if not changed:
         return False
-    value = cat.meta["val"]
-    both = ws.call(cat, aten.cat.default, (xs, 1), cat)
-    both.meta["val"] = value.new_empty((value.shape[0], sum(w.shape[1] for w in weights), *value.shape[2:]))
+    both = with_channels(ws.call(cat, aten.cat.default, (xs, 1), cat), cat, sum(w.shape[1] for w in weights))
     ws.replace(node, write_conv(ws, replace(conv, x=both, weight=torch.cat(weights, 1), bias=bias), node), [cat])
     return True
 
@@ -903,13 +918,7 @@ def recognize_shuffles(ws: Workspace, image: fx.Node, example: Tensor) -> None:
     Args:
         image: the image's placeholder, and an image for it.
     """
-    known: dict[fx.Node, Any] = {}
-
-    def run(node: fx.Node) -> Any:
-        if not known:
-            known.update(ws.evaluate(image, example))
-        return known[node]
-
+    run = ws.evaluator(image, example)
     for node in list(ws.graph.nodes):
         if node._erased or node.target not in _MOVES or node in ws.values or not is_map(node):
             continue

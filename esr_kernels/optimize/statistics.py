@@ -19,7 +19,7 @@ from ..backends.reference.statistic import statistic
 from ..plan import CORRECTED, STATISTICS
 from .patterns import _fused_of, _insert
 from .simplify import _MOVES, Conv, _share, affine_of, conv_of, within, write_conv
-from .workspace import Workspace, aten, dims, is_map, is_pixel, is_pointwise
+from .workspace import Workspace, aten, dims, is_map, is_pixel, is_pointwise, with_channels
 
 ops = torch.ops.esr
 
@@ -104,8 +104,7 @@ def _find(ws: Workspace, x: fx.Node) -> None:
         pending |= set(node.users)
     for node, kind, correction in found:
         new = ws.call(node, ops.statistic.default, (x, kind, correction), x)
-        value = x.meta["val"]
-        new.meta["val"] = value.new_empty((value.shape[0], channels, 1, 1))
+        new.meta["val"] = _pixel_like(x, channels)
         ws.replace(node, _shaped(ws, new, node))
 
 
@@ -234,7 +233,7 @@ def _lift(ws: Workspace, node: fx.Node) -> None:
             ws.replace(node, source)
     elif node.target in _LINEAR:
         conv = conv_of(ws, node)
-        if conv is None or not is_pixel(conv.x) or not conv.plain or conv.kernel != (1, 1):
+        if conv is None or not is_pixel(conv.x) or not conv.pointwise:
             _linear(ws, node, numbers)
     elif is_pointwise(node) and not is_pixel(node):
         _function(ws, node, numbers)
@@ -415,8 +414,7 @@ def _deviation(ws: Workspace, node: fx.Node, limit: float | None) -> bool:
         if m.target is ops.statistic.default and m.args[:2] == (t, "mean") and conv is not None:
             scaled = conv.scaled(factor, torch.zeros_like(factor))
             mean = ws.call(node, ops.statistic.default, (conv.x, "mean", 0), m)
-            value = conv.x.meta["val"]
-            mean.meta["val"] = value.new_empty((*value.shape[:2], 1, 1))
+            mean.meta["val"] = _pixel_like(conv.x, dims(conv.x)[1])
             scaled = replace(scaled, x=mean)
         term = m
         if scaled.x is not m or not bool((factor == 1).all()):
@@ -435,7 +433,7 @@ def _pointwise_of(ws: Workspace, node: fx.Node, alone: bool = True) -> Conv | No
     """A 1x1 convolution of one map, an `esr` one too; alone: without activation and residual."""
     conv = conv_of(ws, node)
     if conv is not None:
-        return conv if conv.plain and conv.kernel == (1, 1) and conv.padding == (0, 0) else None
+        return conv if conv.pointwise else None
     fused = _fused_of(ws, node)
     if fused is None or fused.op != "conv1x1" or len(fused.xs) != 1:
         return None
@@ -458,15 +456,13 @@ def _sum_into_pointwise(ws: Workspace, node: fx.Node, limit: float | None) -> bo
     bias = columns @ total.constant
     bias = bias if conv.bias is None else bias + conv.bias
     weight = torch.cat(weights, 1)[:, :, None, None]
-    both = ws.call(node, aten.cat.default, ([*whole, *thin], 1), conv.x)
-    value = conv.x.meta["val"]
-    both.meta["val"] = value.new_empty((value.shape[0], weight.shape[1], *value.shape[2:]))
     total_bias = bias if bool(bias.any()) else None
     fused = _fused_of(ws, node)
     if fused is not None:
         new = _insert(ws, replace(fused, xs=[*whole, *thin], weight=weight, bias=total_bias), node)
     else:
-        new = write_conv(ws, Conv(node, both, weight, total_bias), node)
+        both = ws.call(node, aten.cat.default, ([*whole, *thin], 1), conv.x)
+        new = write_conv(ws, Conv(node, with_channels(both, conv.x, weight.shape[1]), weight, total_bias), node)
     ws.replace(node, new)
     ws.clean()
     return True

@@ -161,6 +161,17 @@ class Workspace:
                 env[node] = node.target(*args, **kwargs)
         return env
 
+    def evaluator(self, image: fx.Node, example: Tensor) -> Callable[[fx.Node], Any]:
+        """Gives the values of nodes for an image, which are computed at its first call."""
+        known: dict[fx.Node, Any] = {}
+
+        def run(node: fx.Node) -> Any:
+            if not known:
+                known.update(self.evaluate(image, example))
+            return known[node]
+
+        return run
+
     def clean(self) -> None:
         self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
 
@@ -196,6 +207,21 @@ def ratio(a: Any, b: Any) -> int | None:
     """a / b where that is a whole number whatever the size of the image."""
     quotient = sympy.cancel(sympy.sympify(a) / sympy.sympify(b))
     return int(quotient) if quotient.is_Integer and quotient >= 1 else None
+
+
+def with_channels(node: fx.Node, like: fx.Node, channels: int) -> fx.Node:
+    """A new node, said to have the shape of another but for its channels."""
+    value = like.meta["val"]
+    node.meta["val"] = value.new_empty((value.shape[0], channels, *value.shape[2:]))
+    return node
+
+
+def concatenated(node: fx.Node) -> list[fx.Node] | None:
+    """The maps whose channels a node concatenates; None where it does not."""
+    if node.target is not aten.cat.default or node.args[1:] not in ((1,), (-3,)):
+        return None
+    parts: Any = node.args[0]
+    return list(parts) if all(is_map(part) for part in parts) else None
 
 
 def slice_of(node: fx.Node, channels: int = 1) -> tuple[fx.Node, int, int] | None:

@@ -19,6 +19,14 @@ from .maps import Map
 
 
 @triton.jit
+def largest(value, AXIS: tl.constexpr):
+    """The maximum along an axis, NaN where there is one."""
+    nan = value != value
+    most = tl.max(tl.where(nan, float("-inf"), value), AXIS)
+    return tl.where(tl.max(nan.to(tl.int32), AXIS) > 0, float("nan"), most)
+
+
+@triton.jit
 def element(e, height, width, CHANNELS: tl.constexpr, PLANAR: tl.constexpr):
     """Row, column and channel of the e-th element of an image in the order of its memory."""
     if PLANAR:

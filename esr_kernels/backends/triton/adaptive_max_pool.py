@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...library import gradient, pooled_map
 from ._epilogue import channel_offsets, image_start, pixel_offsets
-from ._windows import Lanes, element, locate, pixels_of, tile_offsets, tiles
+from ._windows import Lanes, element, largest, locate, pixels_of, tile_offsets, tiles
 from .configs import Config, choose
 from .launch import Kernel, ceil_div, repeated
 from .maps import Map, as_map, padded, precision, wide
@@ -65,15 +65,15 @@ def adaptive_max_pool_kernel(
                 where = tl.where(better, (y * width + column).to(tl.int32), where)
             else:
                 most = tl.maximum(most, value, propagate_nan=tl.PropagateNan.ALL)
-    nan = most != most
-    best = tl.max(tl.where(nan, lowest, most), AXIS)
     out += n * out_batch + results
     if MODE == "where":
+        nan = most != most
+        best = tl.max(tl.where(nan, lowest, most), AXIS)
         last = tl.max(tl.where(nan, where, -1), AXIS)
         first = tl.min(tl.where(most == tl.expand_dims(best, AXIS), where, 2147483647), AXIS)
         tl.store(out, tl.where(last < 0, first, last), mask=results < out_batch)
     else:
-        best = tl.where(tl.max(nan.to(tl.int32), AXIS) > 0, float("nan"), best)
+        best = largest(most, AXIS)
         if STORED > CHANNELS:
             _, _, channel = element(results, pooled_height, pooled_width, STORED, PLANAR)
             best = tl.where(channel < CHANNELS, best, 0.0)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ._epilogue import channel_offsets, image_start, pixel_offsets
+from ._windows import largest
 from .configs import Config, choose
 from .launch import Kernel, ceil_div, next_power_of_two
 from .maps import Map, padded, precision, wide
@@ -24,14 +25,6 @@ _GATHERED = {"mean": "sums", "maximum": "maxima"}
 # So many reads of a lane are under way at once.
 _AHEAD = 4
 _MOST_PARTS = 1024
-
-
-@triton.jit
-def _largest(value, AXIS: tl.constexpr):
-    """The maximum along an axis, NaN where there is one."""
-    nan = value != value
-    most = tl.max(tl.where(nan, float("-inf"), value), AXIS)
-    return tl.where(tl.max(nan.to(tl.int32), AXIS) > 0, float("nan"), most)
 
 
 @triton.jit
@@ -102,7 +95,7 @@ def statistic_parts_kernel(
     if MODE == "sums":
         tl.store(partial, tl.sum(kept, AXIS), mask=ok)
     elif MODE == "maxima":
-        tl.store(partial, _largest(kept, AXIS), mask=ok)
+        tl.store(partial, largest(kept, AXIS), mask=ok)
     else:
         here = tl.minimum(pixels - first, steps * AHEAD * LANES).to(tl.float32)
         mean = tl.div_rn(tl.sum(count * kept, AXIS), here)
@@ -144,7 +137,7 @@ def statistic_kernel(
             here = tl.minimum(pixels - part * part_pixels, part_pixels).to(tl.float32)
             kept += tl.where(ok, here * value, 0.0)
     if MODE == "maximum":
-        result = _largest(kept, 0)
+        result = largest(kept, 0)
     else:
         mean = tl.div_rn(tl.sum(kept, 0), pixels.to(tl.float32))
         result = mean
