@@ -391,7 +391,7 @@ def build_information(tools: Toolchain, torch: Torch) -> dict[str, object]:
         "cuda": cuda.version if cuda else None,
         "cuda_architectures": list(cuda.architectures) if cuda else [],
         "git_commit": git_commit(),
-        "simd": ["avx512", "avx2", "plain"] if machine in ("x86_64", "AMD64") else ["plain"],
+        "simd": ["amx", "avx512", "avx2", "plain"] if machine in ("x86_64", "AMD64") else ["plain"],
         "platform": f"{sys.platform}-{machine}",
         "features": {"cuda": cuda is not None},
     }

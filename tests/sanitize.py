@@ -5,8 +5,8 @@
 `--quick`, which `make test` runs: AddressSanitizer and UndefinedBehaviorSanitizer only, a few drawn calls of every
 operator and its gradients in many threads, with each of the kernels.
 
-On a CPU that has AVX2 and no AVX-512 the kernels for AVX-512 are compiled with emulated instructions
-(emulated_avx512.h), so that they are tested there too.
+On a CPU that has AVX2 and no AMX the kernels for AVX-512 and AMX are compiled with emulated instructions
+(emulated_avx512.h, emulated_amx.h), so that they are tested there too.
 
 "address" stands for AddressSanitizer and UndefinedBehaviorSanitizer, "thread" for ThreadSanitizer. Python and PyTorch
 are not compiled for them, so the sanitizers' libraries are loaded before everything else. For each sanitizer a planted
@@ -28,14 +28,16 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "sanitize"
 TESTS = ("conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv", "depthwise_conv", "layer_norm2d")
 TESTS += ("adaptive_max_pool", "modulate")
-NATIVE_TESTS = ("native_cpu", "native_cpu_direct", "native_cpu_backward")
+NATIVE_TESTS = ("native_cpu", "native_cpu_direct", "native_cpu_backward", "native_bfloat")
 TESTS += (*NATIVE_TESTS, "properties", "processes")
-CHOSEN = "native-cpu or native_cpu or many_threads or winograd_keeps"
+CHOSEN = "native-cpu or native_cpu or native_bfloat or many_threads or winograd_keeps"
 QUICK_TESTS = ("properties", "processes")
 QUICK_CHOSEN = "native-cpu or one_operator_in_many_threads or winograd_keeps"
 QUICK_EXAMPLES = 8
 CAPABILITY = torch.backends.cpu.get_cpu_capability()  # of this CPU, in PyTorch's words
-EMULATES = CAPABILITY == "AVX2"
+HAS_AVX2 = CAPABILITY in ("AVX2", "AVX512")
+CPU_FLAGS = Path("/proc/cpuinfo").read_text().split()
+EMULATES = HAS_AVX2 and not {"amx_bf16", "avx512_bf16"} <= set(CPU_FLAGS)
 FOUND = 66  # exit status of a program in which something was found
 
 OVERFLOW = """
@@ -159,13 +161,13 @@ def quick(*options: str) -> int:
     build("address", sanitizer, folder)
     env = environment(sanitizer, folder) | {"ESR_KERNELS_EXAMPLES": str(QUICK_EXAMPLES)}
     check_planted(sanitizer, env)
-    for capability in ("plain", *(["avx2", "avx512"] if CAPABILITY in ("AVX2", "AVX512") else [])):
+    for capability in ("plain", *(["avx2", "avx512", "amx"] if HAS_AVX2 else [])):
         print(f"--- {sanitizer.flags}, {capability} kernels", flush=True)
         env["ESR_KERNELS_CPU_CAPABILITY"] = capability
         if status := run(sanitizer, env, QUICK_TESTS, QUICK_CHOSEN, *options):
             return status
     # Elsewhere they have all their tests.
-    if EMULATES and (status := run(sanitizer, env, NATIVE_TESTS, "avx512", *options)):
+    if EMULATES and (status := run(sanitizer, env, NATIVE_TESTS, "avx512 or native_bfloat", *options)):
         return status
     return 0
 

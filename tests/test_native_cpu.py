@@ -133,7 +133,7 @@ def capabilities() -> list[str]:
         return ["plain"]
     found = []
     before = torch.ops.esr_native.get_cpu_capability()
-    for name in ("avx512", "avx2", "plain"):
+    for name in ("amx", "avx512", "avx2", "plain"):
         try:
             torch.ops.esr_native.set_cpu_capability(name)
         except RuntimeError:
@@ -887,7 +887,7 @@ def test_capability_names() -> None:
     for name in names:
         torch.ops.esr_native.set_cpu_capability(name)
         assert torch.ops.esr_native.get_cpu_capability() == name
-    with pytest.raises(RuntimeError, match="avx512, avx2 and plain"):
+    with pytest.raises(RuntimeError, match="amx, avx512, avx2, plain"):
         torch.ops.esr_native.set_cpu_capability("sse9")
 
 

@@ -167,6 +167,13 @@ inline void export_interleaved(const ExportArgs& a, int64_t y, const float* in) 
       int64_t c = 0;
       for (; c + kLanes <= a.channels; c += kLanes) store(out + c, load(pixel + c));
       if (c < a.channels) store_partial(out + c, load(pixel + c), static_cast<int>(a.channels - c));
+    } else if (t.filled > 0) {
+      uint16_t* out = reinterpret_cast<uint16_t*>(target);
+      for (int64_t c = 0; c < t.filled; c += kLanes) {
+        const int64_t left = a.channels - c;
+        const Vec v = left > 0 ? load(pixel + c) : zero();
+        store_bfloat(out + c, left >= kLanes || left <= 0 ? v : keep_lanes(v, static_cast<int>(left)));
+      }
     } else {
       write_line(pixel, a.channels, target, t.dtype, 1);
     }

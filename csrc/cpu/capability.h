@@ -7,7 +7,7 @@
 
 namespace esr {
 
-// Chooses among "avx512", "avx2" and "plain" for plans compiled from now on; an error when this CPU lacks it.
+// Chooses among "amx", "avx512", "avx2" and "plain" for plans compiled from now on; an error when this CPU lacks it.
 void set_cpu_capability(const std::string& name);
 
 // The kernels in force: the best this CPU has, or what ESR_KERNELS_CPU_CAPABILITY or set_cpu_capability chose.

@@ -14,22 +14,7 @@ class Conv1x1 final : public Operator {
     bias_ = bias_of(layer, 1, weights, "bias", cout_, kernels.lanes);
   }
 
-  Shape result(const std::vector<Shape>& in) const override {
-    int64_t known = 0;
-    bool all_known = true;
-    for (size_t i = 0; i < layer_.operands(); ++i) {
-      check_same_size(in[0], in[i], "x");
-      all_known = all_known && in[i].channels >= 0;
-      known += std::max<int64_t>(in[i].channels, 0);
-    }
-    STD_TORCH_CHECK(all_known ? known == cin_ : known < cin_, layer_.name(), ": the inputs have ", known,
-                    " channels together, the weight takes ", cin_);
-    if (layer_.has_residual) {
-      check_channels(in.back(), cout_, "residual");
-      check_same_size(in[0], in.back(), "residual");
-    }
-    return {cout_, in[0].height, in[0].width};
-  }
+  Shape result(const std::vector<Shape>& in) const override { return conv1x1_result(layer_, cout_, cin_, in); }
 
   bool reads_tensor(size_t) const override { return true; }
   bool exports_directly() const override { return true; }
@@ -125,6 +110,23 @@ class Conv1x1 final : public Operator {
 };
 
 }  // namespace
+
+Shape conv1x1_result(const Layer& layer, int64_t cout, int64_t cin, const std::vector<Shape>& in) {
+  int64_t known = 0;
+  bool all_known = true;
+  for (size_t i = 0; i < layer.operands(); ++i) {
+    check_same_size(layer, in[0], in[i], "x");
+    all_known = all_known && in[i].channels >= 0;
+    known += std::max<int64_t>(in[i].channels, 0);
+  }
+  STD_TORCH_CHECK(all_known ? known == cin : known < cin, layer.name(), ": the inputs have ", known,
+                  " channels together, the weight takes ", cin);
+  if (layer.has_residual) {
+    check_channels(layer, in.back(), cout, "residual");
+    check_same_size(layer, in[0], in.back(), "residual");
+  }
+  return {cout, in[0].height, in[0].width};
+}
 
 std::unique_ptr<Operator> make_conv1x1(const Layer& layer, const Kernels& kernels, const Weights& weights) {
   return std::make_unique<Conv1x1>(layer, kernels, weights);

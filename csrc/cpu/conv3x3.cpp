@@ -13,22 +13,10 @@ class Conv3x3 final : public Operator {
     const Weight& w = weight_of(layer, 0, weights, "weight", {-1, -1, 3, 3});
     cout_ = w.shape[0];
     cin_ = w.shape[1];
-    const int64_t r = layer.upscale_factor;
-    STD_TORCH_CHECK(cout_ % (r * r) == 0, layer.name(), ": weight gives ", cout_, " channels, which upscale_factor ", r,
-                    " squared does not divide");
     dense_ = Dense3x3(w, bias_of(layer, 1, weights, "bias", cout_, kernels.lanes).data(), kernels);
   }
 
-  Shape result(const std::vector<Shape>& in) const override {
-    check_channels(in[0], cin_, "x");
-    const int64_t r = layer_.upscale_factor;
-    const Shape out{cout_ / (r * r), in[0].height * r, in[0].width * r};
-    if (layer_.has_residual) {
-      check_channels(in[1], out.channels, "residual");
-      check_same_size(out, in[1], "residual");
-    }
-    return out;
-  }
+  Shape result(const std::vector<Shape>& in) const override { return conv3x3_result(layer_, cout_, cin_, in); }
 
   bool reads_tensor(size_t k) const override { return shuffles_ && k == 1; }
   bool reads_strips(size_t) const override { return true; }
@@ -65,7 +53,7 @@ class Conv3x3 final : public Operator {
       const Map source = in.ring == nullptr ? import_rows(in, imported.data(), y0, y1) : in;
       dense_.convolve(source, mine, out, pixels, first_row, scratch, y0, y1);
       if (shuffles_) {
-        shuffle(run, out, pixels, first_row, y0, y1);
+        export_shuffled(kernels_, layer_, run, out, pixels, first_row, y0, y1);
       } else {
         if (to_map) zero_ring(run.output, y0, y1);
         export_rows(kernels_, run.exports, out, pixels, first_row, y0, y1);
@@ -95,38 +83,25 @@ class Conv3x3 final : public Operator {
     return rows - y0 * residual.layout.pitch;
   }
 
-  void shuffle(const Run& run, const MapLayout& rows, const float* pixels, int64_t first_row, int64_t y0,
-               int64_t y1) const {
-    const int64_t r = layer_.upscale_factor;
-    const int64_t line_floats = round_up(2 * rows.width * r, kernels_.lanes);
-    const int64_t strip_floats = run.enlarger == nullptr ? 0 : run.enlarger->strip_floats(run.inputs[1], y1 - y0);
-    const Workspace scratch(line_floats + strip_floats);
-    ShuffleArgs a;
-    a.in = pixels;
-    a.first_row = first_row;
-    a.pitch = rows.pitch;
-    a.step = rows.step;
-    a.colours = cout_ / (r * r);
-    a.width = rows.width;
-    a.factor = r;
-    if (run.enlarger != nullptr) {
-      a.residual = run.enlarger->enlarge(run.inputs[1], y0, y1, scratch.data() + line_floats);
-    } else if (layer_.has_residual) {
-      a.residual = run.inputs[1].view();
-    }
-    a.scratch = scratch.data();
-    for (const TensorView& t : run.exports) {
-      a.tensor = t;
-      kernels_.shuffle_rows(a, y0, y1);
-    }
-  }
-
   bool shuffles_;
   int64_t cout_ = 0, cin_ = 0;
   Dense3x3 dense_;
 };
 
 }  // namespace
+
+Shape conv3x3_result(const Layer& layer, int64_t cout, int64_t cin, const std::vector<Shape>& in) {
+  check_channels(layer, in[0], cin, "x");
+  const int64_t r = layer.upscale_factor;
+  STD_TORCH_CHECK(cout % (r * r) == 0, layer.name(), ": weight gives ", cout, " channels, which upscale_factor ", r,
+                  " squared does not divide");
+  const Shape out{cout / (r * r), in[0].height * r, in[0].width * r};
+  if (layer.has_residual) {
+    check_channels(layer, in[1], out.channels, "residual");
+    check_same_size(layer, out, in[1], "residual");
+  }
+  return out;
+}
 
 std::unique_ptr<Operator> make_conv3x3(const Layer& layer, const Kernels& kernels, const Weights& weights) {
   return std::make_unique<Conv3x3>(layer, kernels, weights);

@@ -28,13 +28,16 @@ constexpr int64_t kAlignment = 16;
 
 class CompiledPlan {
  public:
-  CompiledPlan(Program program, const Weights& weights, const Kernels& kernels)
+  // `bfloat`: feature maps may be held in bfloat16.
+  CompiledPlan(Program program, const Weights& weights, const Kernels& kernels, bool bfloat)
       : program_(std::move(program)), kernels_(kernels) {
     for (const Layer& layer : program_.layers) operators_.push_back(make_operator(layer, weights));
     // Channels that are known before the plan runs must fit.
-    infer(std::vector<Shape>(static_cast<size_t>(program_.inputs)));
+    const std::vector<Shape> shapes = infer(std::vector<Shape>(static_cast<size_t>(program_.inputs)));
     count_readers();
     find_producers();
+    bfloat_.assign(static_cast<size_t>(program_.values()), false);
+    if (bfloat && kernels_.bfloat_conv != nullptr) use_bfloat(weights, shapes);
     find_uses();
     planar_ = PlanarPlan::make(program_, weights, kernels_);
   }
@@ -185,6 +188,59 @@ class CompiledPlan {
   // The layer before that computes rows for layer k, or null.
   const Operator* producer_of(size_t k) const { return k > 0 && produces_[k - 1] ? operators_[k - 1].get() : nullptr; }
 
+  // Convolves in bfloat16 where no rows are computed for the next layer. A 1x1 convolution is too little work for its
+  // inputs to be converted.
+  void use_bfloat(const Weights& weights, const std::vector<Shape>& shapes) {
+    for (size_t k = 0; k < operators_.size(); ++k) {
+      if (is_done_elsewhere(k)) continue;
+      auto conv = make_bfloat_conv(program_.layers[k], kernels_, weights, shapes_of(*operators_[k], shapes));
+      if (conv != nullptr) operators_[k] = std::move(conv);
+    }
+    for (bool changed = true; changed;) {
+      find_bfloat_maps();
+      changed = false;
+      for (auto& op : operators_) {
+        const Layer& layer = op->layer();
+        if (layer.op != Op::kConv1x1 || !op->writes_bfloat()) continue;
+        for (size_t i = 0; i < layer.operands() && !changed; ++i)
+          changed = !bfloat_[static_cast<size_t>(layer.inputs[i])];
+        if (changed) {
+          op = make_operator(layer, weights);
+          break;
+        }
+      }
+    }
+  }
+
+  // Maps in bfloat16 are those that some layer reads as such and all others, and the one that writes it, can do with.
+  void find_bfloat_maps() {
+    for (size_t k = 0; k < operators_.size(); ++k) {
+      const int64_t value = program_.inputs + static_cast<int64_t>(k);
+      const auto& outputs = program_.outputs;
+      const bool returned = std::find(outputs.begin(), outputs.end(), value) != outputs.end();
+      const bool writes = operators_[k]->writes_bfloat() || operators_[k]->exports_directly();
+      bfloat_[static_cast<size_t>(value)] = !is_done_elsewhere(k) && !returned && writes && reads_bfloat(value);
+    }
+  }
+
+  bool reads_bfloat(int64_t value) const {
+    bool wanted = false;
+    for (size_t k = 0; k < operators_.size(); ++k) {
+      if (is_done_elsewhere(k)) continue;
+      const Operator* const producer = producer_of(k);
+      const Operator& op = producer != nullptr ? *producer : *operators_[k];
+      for (size_t i = 0; i < op.layer().inputs.size(); ++i) {
+        const int64_t v = op.layer().inputs[i];
+        const Operator* const enlarger = enlarger_of(v);
+        if (enlarger != nullptr && enlarger->layer().inputs[0] == value) return false;
+        if (v != value) continue;
+        if (!op.reads_bfloat(i) && !op.reads_tensor(i) && !op.reads_strips(i)) return false;
+        wanted = wanted || op.reads_bfloat(i);
+      }
+    }
+    return wanted;
+  }
+
   // For every value: whether it needs a map, and the first and last layer during which the map must exist.
   void find_uses() {
     const int64_t layers = static_cast<int64_t>(operators_.size());
@@ -238,7 +294,7 @@ class CompiledPlan {
     const int64_t layers = static_cast<int64_t>(operators_.size());
     std::vector<Part> parts;
     for (size_t v = 0; v < uses_.size(); ++v) {
-      parts.push_back({uses_[v].needs_map ? layout_of(g, v).floats() : 0, uses_[v].first, uses_[v].last});
+      parts.push_back({uses_[v].needs_map ? floats_of(g, v) : 0, uses_[v].first, uses_[v].last});
     }
     for (int64_t k = 0; k < layers; ++k) {
       const Operator& op = *operators_[static_cast<size_t>(k)];
@@ -265,6 +321,7 @@ class CompiledPlan {
         Part& owner = parts[owners[v]];
         const bool ends = uses_[v].needs_map && uses_[v].last == static_cast<int64_t>(k);
         if (!ends || !operators_[k]->overwrites(i) || owner.size != parts[result].size) continue;
+        if (bfloat_[v] || bfloat_[result]) continue;
         owner.last = parts[result].last;
         parts[result].size = 0;
         owners[result] = owners[v];
@@ -278,13 +335,43 @@ class CompiledPlan {
     return MapLayout::make(s.channels, s.height, s.width, kernels_.lanes);
   }
 
+  static MapLayout bfloat_layout_of(const Geometry& g, size_t v) {
+    const Shape& s = g.shapes[v];
+    return bfloat_layout(s.channels, s.height, s.width);
+  }
+
+  int64_t floats_of(const Geometry& g, size_t v) const {
+    if (!bfloat_[v]) return layout_of(g, v).floats();
+    const MapLayout m = bfloat_layout_of(g, v);
+    return ceil_div(m.floats() + kBfloatOverread * m.step, 2);
+  }
+
+  // Nothing computed lies there, and nobody else zeroes it.
+  static void zero_bfloat_ring(const Map& map, const MapLayout& m) {
+    const auto zero = [&](int64_t y, int64_t x, int64_t pixels) {
+      std::fill_n(map.bfloat + y * m.pitch + x * m.step, pixels * m.step, uint16_t{0});
+    };
+    zero(-1, -1, m.width + 2);
+    zero(m.height, -1, m.width + 2);
+    for (int64_t y = 0; y < m.height; ++y) {
+      zero(y, -1, 1);
+      zero(y, m.width, 1);
+    }
+  }
+
   void run_image(const Geometry& g, const std::vector<Batch>& in, const std::vector<Batch>& out, int64_t n,
                  float* workspace) const {
     const auto map_of = [&](size_t v) {
       Map map;
       map.layout = layout_of(g, v);
-      if (uses_[v].needs_map) map.ring = workspace + g.offsets[v];
       if (v < in.size()) map.tensor = in[v].image(n);
+      if (bfloat_[v]) {
+        const MapLayout m = bfloat_layout_of(g, v);
+        map.bfloat = reinterpret_cast<uint16_t*>(workspace + g.offsets[v]) + m.origin();
+        map.tensor = {map.bfloat, Dtype::kBFloat16, 1, m.pitch, m.step, m.step};
+      } else if (uses_[v].needs_map) {
+        map.ring = workspace + g.offsets[v];
+      }
       return map;
     };
     const auto exports_of = [&](size_t v) {
@@ -310,6 +397,10 @@ class CompiledPlan {
       }
       run.output = map_of(in.size() + k);
       run.exports = exports_of(in.size() + k);
+      if (bfloat_[in.size() + k]) {
+        zero_bfloat_ring(run.output, bfloat_layout_of(g, in.size() + k));
+        if (!operators_[k]->writes_bfloat()) run.exports.push_back(run.output.tensor);
+      }
       run.temporary = workspace + g.temporaries[k];
       operators_[k]->run(run);
     }
@@ -330,6 +421,7 @@ class CompiledPlan {
   std::vector<bool> produces_;          // of every layer: the next one takes its rows one by one, or parts of its input
   std::vector<bool> enlarges_;          // of every layer: its only reader enlarges strip by strip
   std::unique_ptr<PlanarPlan> planar_;  // null: the program is none of those it runs
+  std::vector<bool> bfloat_;            // of every value: its map is in bfloat16
   std::vector<Use> uses_;
   mutable std::mutex mutex_;
   mutable std::vector<std::pair<std::vector<int64_t>, std::shared_ptr<const Geometry>>> geometries_;
@@ -343,9 +435,12 @@ int64_t compile_plan(const std::vector<int64_t>& program, const std::vector<doub
                      const std::vector<Tensor>& weights) {
   Program parsed = ProgramReader(program, constants, static_cast<int64_t>(weights.size())).read();
   Weights values;
-  for (size_t i = 0; i < weights.size(); ++i)
+  bool bfloat = !weights.empty();
+  for (size_t i = 0; i < weights.size(); ++i) {
     values.push_back(read_weight(weights[i], "weight", static_cast<int64_t>(i)));
-  return Plans::instance().add(std::make_shared<CompiledPlan>(std::move(parsed), values, active_kernels()));
+    bfloat = bfloat && weights[i].scalar_type() == torch::headeronly::ScalarType::BFloat16;
+  }
+  return Plans::instance().add(std::make_shared<CompiledPlan>(std::move(parsed), values, active_kernels(), bfloat));
 }
 
 void execute_plan(int64_t handle, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) {

@@ -20,6 +20,7 @@ struct TensorView {
   int64_t channel_stride = 0;
   int64_t row_stride = 0;
   int64_t column_stride = 0;
+  int64_t filled = 0;  // of a bfloat16 map of the engine's: up to where a pixel's channels are filled up with zeros
 };
 
 struct Epilogue {
@@ -77,6 +78,33 @@ struct Conv1x1Args {
   const float* weights = nullptr;  // [block][sum of cin][vectors of the block * lanes]
   const float* bias = nullptr;
   Epilogue epilogue;
+};
+
+// 32 channels of what a convolution of bfloat16 maps reads.
+struct BfloatChunk {
+  const uint16_t* in = nullptr;  // for pixel (0, 0) of the result
+  int64_t pitch = 0, step = 0;
+};
+
+// A convolution of bfloat16 maps, 3x3 or 1x1. Behind the last pixel that a row reads lie 31 more that may be read.
+struct BfloatConvArgs {
+  const BfloatChunk* chunks = nullptr;
+  int64_t count = 0;
+  const uint16_t* weights = nullptr;  // [32 results][chunk][2][pair of channels][16 results][2]
+  const float* bias = nullptr;        // filled up to whole blocks of 32
+  int64_t channels = 0, width = 0;    // of the result
+  // One of the two is given: pixel 0 of row `out_first_row`.
+  float* out = nullptr;
+  uint16_t* bfloat_out = nullptr;
+  int64_t out_first_row = 0;
+  int64_t out_pitch = 0, out_step = 0;
+  // One of the two, or none: pixel (0, 0).
+  const float* residual = nullptr;
+  const uint16_t* bfloat_residual = nullptr;
+  int64_t residual_pitch = 0, residual_step = 0;
+  Activation activation = Activation::kNone;
+  ResidualMode mode = ResidualMode::kNone;
+  float slope = 0.0f;
 };
 
 // A 1x1 convolution from planes to planes.
@@ -436,6 +464,7 @@ struct Kernels {
   void (*winograd)(const WinogradArgs&, int64_t tile_row0, int64_t tile_row1);
   int64_t (*winograd_scratch_floats)(int64_t in_step, int64_t width);
   void (*conv1x1)(const Conv1x1Args&, int64_t y0, int64_t y1);
+  void (*bfloat_conv)(const BfloatConvArgs&, int64_t y0, int64_t y1);  // null: without AMX
   void (*planar1x1)(const Planar1x1Args&, int64_t tile0, int64_t tile1);
   void (*planar1x1_tile)(const Planar1x1Args&, const float* tile, int64_t stride, int64_t pixel, int64_t pixels);
   void (*planar1x1_products)(const PlanarProductsArgs&);
@@ -493,6 +522,7 @@ struct Kernels {
 };
 
 // Null where the compiler's target has no such instructions; whether this CPU has them is not asked here.
+const Kernels* kernels_amx();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_plain();

@@ -63,6 +63,32 @@ void export_rows(const Kernels& kernels, const std::vector<TensorView>& tensors,
   }
 }
 
+void export_shuffled(const Kernels& kernels, const Layer& layer, const Run& run, const MapLayout& layout,
+                     const float* pixels, int64_t first_row, int64_t y0, int64_t y1) {
+  const int64_t r = layer.upscale_factor;
+  const int64_t line_floats = round_up(2 * layout.width * r, kernels.lanes);
+  const int64_t strip_floats = run.enlarger == nullptr ? 0 : run.enlarger->strip_floats(run.inputs[1], y1 - y0);
+  const Workspace scratch(line_floats + strip_floats);
+  ShuffleArgs a;
+  a.in = pixels;
+  a.first_row = first_row;
+  a.pitch = layout.pitch;
+  a.step = layout.step;
+  a.colours = layout.channels / (r * r);
+  a.width = layout.width;
+  a.factor = r;
+  if (run.enlarger != nullptr) {
+    a.residual = run.enlarger->enlarge(run.inputs[1], y0, y1, scratch.data() + line_floats);
+  } else if (layer.has_residual) {
+    a.residual = run.inputs[1].view();
+  }
+  a.scratch = scratch.data();
+  for (const TensorView& t : run.exports) {
+    a.tensor = t;
+    kernels.shuffle_rows(a, y0, y1);
+  }
+}
+
 void complete_rows(const Kernels& kernels, const Run& run, int64_t y0, int64_t y1) {
   zero_ring(run.output, y0, y1);
   export_rows(kernels, run.exports, run.output.layout, run.output.pixels(), 0, y0, y1);

@@ -30,9 +30,18 @@ struct Shape {
   int64_t width = 0;
 };
 
-// A value of a running plan: in the internal layout, or still in the tensor it came in.
+// The layout of a bfloat16 map: the same with elements of two bytes, and a pixel in whole cache lines, which are the
+// rows of AMX's tiles.
+inline MapLayout bfloat_layout(int64_t channels, int64_t height, int64_t width) {
+  return MapLayout::make(channels, height, width, 32);
+}
+// Kernels read up to that many pixels behind the last one they need.
+constexpr int64_t kBfloatOverread = 31;
+
+// A value of a running plan: in the internal layout, in that of bfloat16 maps, or still in the tensor it came in.
 struct Map {
-  float* ring = nullptr;  // null: only in `tensor`
+  float* ring = nullptr;       // null: only in `tensor`
+  uint16_t* bfloat = nullptr;  // pixel (0, 0) of a bfloat16 map, which then is `tensor`
   MapLayout layout;
   TensorView tensor;
 
@@ -59,6 +68,15 @@ struct Run {
   float* temporary = nullptr;       // Operator::temporary_floats()
 };
 
+inline void check_channels(const Layer& layer, const Shape& s, int64_t channels, const char* what) {
+  STD_TORCH_CHECK(s.channels < 0 || s.channels == channels, layer.name(), ": ", what, " has ", s.channels,
+                  " channels, must have ", channels);
+}
+inline void check_same_size(const Layer& layer, const Shape& a, const Shape& b, const char* what) {
+  STD_TORCH_CHECK(a.height == b.height && a.width == b.width, layer.name(), ": ", what, " is ", b.height, "x", b.width,
+                  ", must be ", a.height, "x", a.width);
+}
+
 class Operator {
  public:
   Operator(const Layer& layer, const Kernels& kernels) : layer_(layer), kernels_(kernels) {}
@@ -74,6 +92,9 @@ class Operator {
   virtual bool reads_tensor(size_t) const { return false; }
   // Whether input k, if no other layer reads it, is better brought in strip by strip than as a whole.
   virtual bool reads_strips(size_t) const { return false; }
+  // Whether input k can be read from, and the result be written to, a bfloat16 map as such.
+  virtual bool reads_bfloat(size_t) const { return false; }
+  virtual bool writes_bfloat() const { return false; }
   // Whether the result may lie where input k does: every element is read before its own is written.
   virtual bool overwrites(size_t) const { return false; }
   // Whether the result may be exported without having a map of its own.
@@ -99,12 +120,10 @@ class Operator {
 
  protected:
   void check_channels(const Shape& s, int64_t channels, const char* what) const {
-    STD_TORCH_CHECK(s.channels < 0 || s.channels == channels, layer_.name(), ": ", what, " has ", s.channels,
-                    " channels, must have ", channels);
+    esr::check_channels(layer_, s, channels, what);
   }
   void check_same_size(const Shape& a, const Shape& b, const char* what) const {
-    STD_TORCH_CHECK(a.height == b.height && a.width == b.width, layer_.name(), ": ", what, " is ", b.height, "x",
-                    b.width, ", must be ", a.height, "x", a.width);
+    esr::check_same_size(layer_, a, b, what);
   }
 
   Layer layer_;
@@ -120,9 +139,16 @@ const Weight& weight_of(const Layer& layer, size_t k, const Weights& weights, co
 PackedFloats bias_of(const Layer& layer, size_t k, const Weights& weights, const char* what, int64_t channels,
                      int64_t lanes);
 
+// Shapes of results; the inputs are checked as far as they are known.
+Shape conv3x3_result(const Layer& layer, int64_t cout, int64_t cin, const std::vector<Shape>& in);
+Shape conv1x1_result(const Layer& layer, int64_t cout, int64_t cin, const std::vector<Shape>& in);
+
 std::unique_ptr<Operator> make_normalize(const Layer&, const Kernels&);
 std::unique_ptr<Operator> make_conv3x3(const Layer&, const Kernels&, const Weights&);
 std::unique_ptr<Operator> make_conv1x1(const Layer&, const Kernels&, const Weights&);
+// The same convolutions of bfloat16 maps, whose inputs have these channels; null where that is not known, or does not
+// pay.
+std::unique_ptr<Operator> make_bfloat_conv(const Layer&, const Kernels&, const Weights&, const std::vector<Shape>&);
 std::unique_ptr<Operator> make_esa(const Layer&, const Kernels&, const Weights&);
 std::unique_ptr<Operator> make_bsconv(const Layer&, const Kernels&, const Weights&);
 std::unique_ptr<Operator> make_depthwise_conv(const Layer&, const Kernels&, const Weights&);
@@ -206,6 +232,11 @@ void zero_ring(const Map& map, int64_t y0, int64_t y1);
 // Writes rows [y0, y1) to every outside tensor; `rows` is pixel 0 of row `first_row`.
 void export_rows(const Kernels& kernels, const std::vector<TensorView>& tensors, const MapLayout& layout,
                  const float* rows, int64_t first_row, int64_t y0, int64_t y1);
+
+// Writes rows [y0, y1) of a convolution with upscale_factor, shuffled and with the run's residual (its second input)
+// added, to the outside tensors; `pixels` is pixel 0 of row `first_row`.
+void export_shuffled(const Kernels& kernels, const Layer& layer, const Run& run, const MapLayout& layout,
+                     const float* pixels, int64_t first_row, int64_t y0, int64_t y1);
 
 // What follows the computation of rows [y0, y1) of the output map.
 void complete_rows(const Kernels& kernels, const Run& run, int64_t y0, int64_t y1);

@@ -52,6 +52,7 @@ constexpr Kernels make_kernels(const char* name) {
                  winograd,
                  winograd_scratch_floats,
                  conv1x1,
+                 nullptr,
                  planar1x1,
                  planar1x1_tile,
                  planar1x1_products,
