@@ -9,6 +9,7 @@
 #include <immintrin.h>
 
 #if defined(ESR_EMULATED_AVX512)  // for tests on a CPU without
+#include <cmath>
 #define ESR_TARGET "avx2,fma,f16c"
 #else
 #define ESR_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16"
@@ -25,7 +26,6 @@ ESR_TARGET_REGION(ESR_TARGET)
 
 #if defined(ESR_EMULATED_AVX512)
 #include "emulated_amx.h"
-#include "emulated_avx512.h"
 #endif
 
 #define ESR_PATH amx
