@@ -1,6 +1,6 @@
 // What csrc/cpu/bfloat_conv.h uses of AVX-512 and AMX beyond emulated_avx512.h, for tests on a CPU without: element by
-// element, after Intel's Intrinsics Guide. Included by csrc/cpu/path_amx.cpp. Denormal numbers, which the instructions take
-// for zeros, are kept, and the reciprocal is exact.
+// element, after Intel's Intrinsics Guide. Included by csrc/cpu/path_amx.cpp. Denormal numbers, which the instructions
+// take for zeros, are kept, and the reciprocal is exact.
 
 #include "emulated_avx512.h"
 
