@@ -8,8 +8,8 @@ constexpr int64_t kChunk = 32;           // channels
 constexpr int64_t kChunkWeights = 1024;  // of a chunk and 32 results
 constexpr int64_t kElementsPerFloat = 2;
 
-// 3x3 convolution, or 1x1 convolution of a concatenation, of bfloat16 maps. What an input or the result has no such map
-// for is converted strip by strip.
+// 3x3 convolution, or 1x1 convolution of a concatenation, of bfloat16 maps. The input of a 3x3 convolution that has
+// none is converted strip by strip.
 class BfloatConv final : public Operator {
  public:
   BfloatConv(const Layer& layer, const Kernels& kernels, const Weights& weights, std::vector<int64_t> channels)
@@ -46,8 +46,6 @@ class BfloatConv final : public Operator {
  private:
   static constexpr int64_t kStrip = 8;  // rows
 
-  int64_t halo() const { return taps_ == 9 ? 1 : 0; }
-
   // [32 results][input][tap][32 channels][2][pair of channels][16 results][2]
   void pack(const Weight& w) {
     for (const int64_t c : channels_) chunks_ += taps_ * ceil_div(c, kChunk);
@@ -73,74 +71,59 @@ class BfloatConv final : public Operator {
     }
   }
 
-  // Elements of a strip of `rows` rows of an input that is converted.
-  int64_t strip_elements(const MapLayout& m, int64_t rows) const {
-    return (rows + 2 * halo()) * m.pitch + kBfloatOverread * m.step;
-  }
-
   void run_strip(const Run& run, int64_t y0, int64_t y1) const {
-    const MapLayout& size = run.inputs[0].layout;
-    MapLayout out = MapLayout::make(cout_, size.height, size.width, kernels_.lanes);
+    const Map& in = run.inputs[0];
     const bool to_ring = run.output.ring != nullptr, to_bfloat = run.output.bfloat != nullptr;
+    MapLayout out = MapLayout::make(cout_, in.layout.height, in.layout.width, kernels_.lanes);
     if (!to_ring) out.pitch = out.width * out.step;
     const Map* residual = layer_.has_residual && !shuffles_ ? &run.inputs.back() : nullptr;
-    const bool converts_residual = residual != nullptr && residual->bfloat == nullptr && residual->ring == nullptr;
+    const bool imports_residual = residual != nullptr && residual->bfloat == nullptr && residual->ring == nullptr;
 
-    int64_t floats = to_ring || to_bfloat ? 0 : (y1 - y0) * out.pitch;
-    for (size_t i = 0; i < layer_.operands(); ++i) {
-      if (run.inputs[i].bfloat == nullptr) {
-        floats += round_up(strip_elements(layout_of(run.inputs[i]), y1 - y0), 2 * kChunk) / kElementsPerFloat;
-      }
-    }
-    if (converts_residual) floats += (y1 - y0) * residual->layout.pitch;
-    const Workspace workspace(floats);
-    float* free = workspace.data();
+    const int64_t in_floats = in.bfloat == nullptr ? converted_floats(in, y1 - y0) : 0;
+    const int64_t residual_floats = imports_residual ? (y1 - y0) * residual->layout.pitch : 0;
+    const Workspace workspace(in_floats + residual_floats + (to_ring || to_bfloat ? 0 : (y1 - y0) * out.pitch));
+    float* const residual_rows = workspace.data() + in_floats;
 
-    BfloatConvArgs a;
     std::vector<BfloatChunk> chunks;
     chunks.reserve(static_cast<size_t>(chunks_));
     for (size_t i = 0; i < layer_.operands(); ++i) {
-      const Map& in = run.inputs[i];
-      const MapLayout m = layout_of(in);
-      const uint16_t* pixels = in.bfloat;
-      if (pixels == nullptr) {
-        pixels = convert(in, m, reinterpret_cast<uint16_t*>(free), y0, y1);
-        free += round_up(strip_elements(m, y1 - y0), 2 * kChunk) / kElementsPerFloat;
-      }
+      const MapLayout m = bfloat_layout(run.inputs[i].layout);
+      const uint16_t* pixels = run.inputs[i].bfloat;
+      if (pixels == nullptr) pixels = convert(in, reinterpret_cast<uint16_t*>(workspace.data()), y0, y1);
       for (int64_t tap = 0; tap < taps_; ++tap) {
         const int64_t offset = taps_ == 9 ? (tap / 3 - 1) * m.pitch + (tap % 3 - 1) * m.step : 0;
         for (int64_t c = 0; c < m.channels; c += kChunk) chunks.push_back({pixels + offset + c, m.pitch, m.step});
       }
     }
+    BfloatConvArgs a;
     a.chunks = chunks.data();
     a.count = chunks_;
     a.weights = reinterpret_cast<const uint16_t*>(weights_.data());
     a.bias = bias_.data();
     a.channels = cout_;
-    a.width = size.width;
-    a.activation = layer_.activation;
-    a.slope = layer_.slope;
+    a.width = out.width;
+    a.epilogue.activation = layer_.activation;
+    a.epilogue.slope = layer_.slope;
     if (residual != nullptr) {
-      a.mode = layer_.residual_mode;
-      const MapLayout m = residual->bfloat != nullptr ? layout_of(*residual) : residual->layout;
-      a.residual_pitch = m.pitch;
+      const MapLayout m = residual->bfloat != nullptr ? bfloat_layout(residual->layout) : residual->layout;
+      a.epilogue.mode = layer_.residual_mode;
+      a.epilogue.residual_pitch = m.pitch;
       a.residual_step = m.step;
       a.bfloat_residual = residual->bfloat;
-      if (converts_residual) {
-        import_strip(kernels_, residual->tensor, m, free, y0, y1);
-        a.residual = free - y0 * m.pitch;
-        free += (y1 - y0) * m.pitch;
+      if (imports_residual) {
+        import_strip(kernels_, residual->tensor, m, residual_rows, y0, y1);
+        a.epilogue.residual = residual_rows - y0 * m.pitch;
       } else if (residual->ring != nullptr) {
-        a.residual = residual->pixels();
+        a.epilogue.residual = residual->pixels();
       }
     }
     if (to_bfloat) {
-      const MapLayout m = layout_of(run.output);
+      const MapLayout m = bfloat_layout(run.output.layout);
       a.bfloat_out = run.output.bfloat;
       a.out_pitch = m.pitch;
       a.out_step = m.step;
     } else {
-      a.out = to_ring ? run.output.pixels() : free;
+      a.out = to_ring ? run.output.pixels() : residual_rows + residual_floats;
       a.out_first_row = to_ring ? 0 : y0;
       a.out_pitch = out.pitch;
       a.out_step = out.step;
@@ -155,38 +138,26 @@ class BfloatConv final : public Operator {
     }
   }
 
-  static MapLayout layout_of(const Map& map) {
-    return bfloat_layout(map.layout.channels, map.layout.height, map.layout.width);
+  // Of a strip of `rows` rows and, as in Conv3x3, two more on both sides: what the filter reads, and a ring beyond it.
+  static int64_t converted_floats(const Map& in, int64_t rows) {
+    const MapLayout m = bfloat_layout(in.layout);
+    return round_up((rows + 4) * m.pitch + kBfloatOverread * m.step, 2 * kChunk) / kElementsPerFloat;
   }
 
-  // The rows of an input that rows [y0, y1) of the result read, as a part of a bfloat16 map; its pixel (0, 0).
-  const uint16_t* convert(const Map& in, const MapLayout& m, uint16_t* strip, int64_t y0, int64_t y1) const {
-    uint16_t* const pixels = strip + m.step - (y0 - halo()) * m.pitch;
-    const int64_t first = std::max<int64_t>(y0 - halo(), 0), last = std::min(y1 + halo(), m.height);
-    TensorView to{pixels, Dtype::kBFloat16, 1, m.pitch, m.step, m.step};
-    const MapLayout& from = in.layout;
+  // The rows that rows [y0, y1) of the result read, as a part of a bfloat16 map; its pixel (0, 0).
+  const uint16_t* convert(const Map& in, uint16_t* strip, int64_t y0, int64_t y1) const {
+    const MapLayout m = bfloat_layout(in.layout);
+    uint16_t* const pixels = strip + m.step - (y0 - 2) * m.pitch;
+    const TensorView to{pixels, Dtype::kBFloat16, 1, m.pitch, m.step, m.step};
+    const int64_t first = std::max<int64_t>(y0 - 1, 0), last = std::min(y1 + 1, m.height);
     if (in.ring != nullptr) {
-      export_rows(kernels_, {to}, from, in.pixels(), 0, first, last);
+      export_rows(kernels_, {to}, in.layout, in.pixels(), 0, first, last);
     } else {
-      const int64_t pitch = from.width * from.step;
-      const Workspace row(pitch);
-      MapLayout line = from;
-      line.pitch = pitch;
-      for (int64_t y = first; y < last; ++y) {
-        import_strip(kernels_, in.tensor, line, row.data(), y, y + 1);
-        export_rows(kernels_, {to}, line, row.data(), y, y, y + 1);
-      }
+      const Workspace rows((last - first) * in.layout.pitch);
+      import_strip(kernels_, in.tensor, in.layout, rows.data(), first, last);
+      export_rows(kernels_, {to}, in.layout, rows.data(), first, first, last);
     }
-    if (halo() == 0) return pixels;
-    const auto zero = [&](int64_t y, int64_t x, int64_t count) {
-      std::fill_n(pixels + y * m.pitch + x * m.step, count * m.step, uint16_t{0});
-    };
-    for (int64_t y = first; y < last; ++y) {
-      zero(y, -1, 1);
-      zero(y, m.width, 1);
-    }
-    if (y0 == 0) zero(-1, -1, m.width + 2);
-    if (y1 == m.height) zero(m.height, -1, m.width + 2);
+    zero_ring(pixels, m, first, last);
     return pixels;
   }
 
@@ -200,17 +171,11 @@ class BfloatConv final : public Operator {
 }  // namespace
 
 std::unique_ptr<Operator> make_bfloat_conv(const Layer& layer, const Kernels& kernels, const Weights& weights,
-                                           const std::vector<Shape>& inputs) {
-  if (layer.op != Op::kConv3x3 && layer.op != Op::kConv1x1 && layer.op != Op::kConv3x3PixelShuffle) return nullptr;
-  if (layer.one_pixel) return nullptr;
+                                           std::vector<int64_t> channels) {
+  constexpr int64_t kLeast = 8;  // of fewer input channels a chunk is mostly zeros
   const Weight& w = weights[static_cast<size_t>(layer.weights[0])];
-  std::vector<int64_t> channels;
-  for (size_t i = 0; i < layer.operands(); ++i) channels.push_back(inputs[i].channels);
-  if (channels.size() == 1) channels[0] = w.shape[1];
-  if (std::find(channels.begin(), channels.end(), -1) != channels.end()) return nullptr;
-  // A chunk with few channels is mostly zeros.
-  constexpr int64_t kLeast = 8;
-  if (w.shape[1] < kLeast) return nullptr;
+  if (layer.one_pixel || w.shape.size() != 4 || w.shape[1] < kLeast) return nullptr;
+  if (layer.op != Op::kConv1x1) channels = {w.shape[1]};
   return std::make_unique<BfloatConv>(layer, kernels, weights, std::move(channels));
 }
 

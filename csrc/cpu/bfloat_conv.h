@@ -1,4 +1,4 @@
-// Convolutions of bfloat16 maps, sums and epilogues in float32. Included after epilogue.h in path_bfloat.cpp.
+// Convolutions of bfloat16 maps, sums and epilogues in float32. Included after epilogue.h in path_amx.cpp.
 //
 // A pixel's result is a sum over chunks of 32 channels: the taps of a filter, or the inputs of a 1x1 convolution. It is
 // computed for 32 pixels and 32 channels at a time, and while the sums of one such block are computed, the epilogue
@@ -144,13 +144,14 @@ void bfloat_conv_rows(const BfloatConvArgs& a, Out* out, const Residual* residua
         previous.sums = sums[current];
         previous.out = out + (y - a.out_first_row) * a.out_pitch + x * a.out_step + c;
         previous.step = a.out_step;
-        if constexpr (F::kReadsResidual) previous.residual = residual + y * a.residual_pitch + x * a.residual_step + c;
+        if constexpr (F::kReadsResidual)
+          previous.residual = residual + y * a.epilogue.residual_pitch + x * a.residual_step + c;
         previous.residual_step = a.residual_step;
         // A float map is filled up with the zeros' results, like those of other kernels.
         const int64_t left = (sizeof(Out) == 2 ? a.channels : (a.channels + kLanes - 1) / kLanes * kLanes) - c;
         previous.channels = static_cast<int>(left < kBlockChannels ? left : kBlockChannels);
         previous.left = static_cast<int>(pixels);
-        previous.slope = set1(a.slope);
+        previous.slope = set1(a.epilogue.slope);
         current = 1 - current;
       }
     }
@@ -160,16 +161,13 @@ void bfloat_conv_rows(const BfloatConvArgs& a, Out* out, const Residual* residua
 }
 
 inline void bfloat_conv(const BfloatConvArgs& a, int64_t y0, int64_t y1) {
-  Epilogue e;
-  e.activation = a.activation;
-  e.mode = a.mode;
-  with_finish(e, [&](auto finish) {
+  with_finish(a.epilogue, [&](auto finish) {
     using F = Quick<decltype(finish)>;
     const auto with_residual = [&](auto* out) {
       if (!F::kReadsResidual || a.bfloat_residual != nullptr) {
         bfloat_conv_rows<F>(a, out, a.bfloat_residual, y0, y1);
       } else {
-        bfloat_conv_rows<F>(a, out, a.residual, y0, y1);
+        bfloat_conv_rows<F>(a, out, a.epilogue.residual, y0, y1);
       }
     };
     if (a.bfloat_out != nullptr) {

@@ -31,13 +31,14 @@ class CompiledPlan {
   // `bfloat`: feature maps may be held in bfloat16.
   CompiledPlan(Program program, const Weights& weights, const Kernels& kernels, bool bfloat)
       : program_(std::move(program)), kernels_(kernels) {
-    for (const Layer& layer : program_.layers) operators_.push_back(make_operator(layer, weights));
+    bfloat = bfloat && kernels_.bfloat_conv != nullptr;
+    for (const Layer& layer : program_.layers) operators_.push_back(make_operator(layer, weights, bfloat));
     // Channels that are known before the plan runs must fit.
     const std::vector<Shape> shapes = infer(std::vector<Shape>(static_cast<size_t>(program_.inputs)));
     count_readers();
     find_producers();
     bfloat_.assign(static_cast<size_t>(program_.values()), false);
-    if (bfloat && kernels_.bfloat_conv != nullptr) use_bfloat(weights, shapes);
+    if (bfloat) use_bfloat(weights, shapes);
     find_uses();
     planar_ = PlanarPlan::make(program_, weights, kernels_);
   }
@@ -77,7 +78,7 @@ class CompiledPlan {
   }
 
  private:
-  std::unique_ptr<Operator> make_operator(const Layer& layer, const Weights& weights) const {
+  std::unique_ptr<Operator> make_operator(const Layer& layer, const Weights& weights, bool bfloat) const {
     switch (layer.op) {
       case Op::kNormalize:
         return make_normalize(layer, kernels_);
@@ -106,8 +107,10 @@ class CompiledPlan {
         return make_modulate(layer, kernels_);
       case Op::kStatistic:
         return make_statistic(layer, kernels_);
-      default:
-        return make_conv3x3(layer, kernels_, weights);
+      default: {
+        auto conv = bfloat ? make_bfloat_conv(layer, kernels_, weights, {}) : nullptr;
+        return conv != nullptr ? std::move(conv) : make_conv3x3(layer, kernels_, weights);
+      }
     }
   }
 
@@ -165,10 +168,11 @@ class CompiledPlan {
     return k >= 0 && enlarges_[static_cast<size_t>(k)] ? operators_[static_cast<size_t>(k)].get() : nullptr;
   }
 
-  // What the work of layer k reads, and whether it can read the tensor that a value came in.
+  // What the work of layer k reads, and whether it can read the tensor that a value came in, or a bfloat16 map, as such
+  // or at all.
   struct Source {
     int64_t value;
-    bool in_tensor, in_strips;
+    bool in_tensor, in_strips, as_bfloat, from_bfloat;
   };
   std::vector<Source> sources_of(size_t k) const {
     const Operator* const producer = producer_of(k);
@@ -177,9 +181,11 @@ class CompiledPlan {
     for (size_t i = 0; i < op.layer().inputs.size(); ++i) {
       const int64_t v = op.layer().inputs[i];
       if (const Operator* const enlarger = enlarger_of(v)) {
-        sources.push_back({enlarger->layer().inputs[0], true, false});
+        sources.push_back({enlarger->layer().inputs[0], true, false, false, false});
       } else {
-        sources.push_back({v, op.reads_tensor(i), op.reads_strips(i) && readers_[static_cast<size_t>(v)] == 1});
+        const bool tensor = op.reads_tensor(i), strips = op.reads_strips(i), bfloat = op.reads_bfloat(i);
+        const bool only_reader = readers_[static_cast<size_t>(v)] == 1;
+        sources.push_back({v, tensor, strips && only_reader, bfloat, bfloat || tensor || strips});
       }
     }
     return sources;
@@ -188,26 +194,33 @@ class CompiledPlan {
   // The layer before that computes rows for layer k, or null.
   const Operator* producer_of(size_t k) const { return k > 0 && produces_[k - 1] ? operators_[k - 1].get() : nullptr; }
 
-  // Convolves in bfloat16 where no rows are computed for the next layer. A 1x1 convolution is too little work for its
-  // inputs to be converted.
+  // Takes 1x1 convolutions to bfloat16 where no rows are computed for the next layer and all inputs have such maps:
+  // they are too little work for a conversion.
   void use_bfloat(const Weights& weights, const std::vector<Shape>& shapes) {
+    std::vector<std::unique_ptr<Operator>> replaced(operators_.size());
     for (size_t k = 0; k < operators_.size(); ++k) {
-      if (is_done_elsewhere(k)) continue;
-      auto conv = make_bfloat_conv(program_.layers[k], kernels_, weights, shapes_of(*operators_[k], shapes));
-      if (conv != nullptr) operators_[k] = std::move(conv);
+      const Layer& layer = program_.layers[k];
+      if (layer.op != Op::kConv1x1 || is_done_elsewhere(k)) continue;
+      std::vector<int64_t> channels;
+      for (size_t i = 0; i < layer.operands(); ++i) {
+        channels.push_back(shapes[static_cast<size_t>(layer.inputs[i])].channels);
+      }
+      if (std::find(channels.begin(), channels.end(), -1) != channels.end()) continue;
+      if (auto conv = make_bfloat_conv(layer, kernels_, weights, std::move(channels))) {
+        replaced[k] = std::exchange(operators_[k], std::move(conv));
+      }
     }
     for (bool changed = true; changed;) {
       find_bfloat_maps();
       changed = false;
-      for (auto& op : operators_) {
-        const Layer& layer = op->layer();
-        if (layer.op != Op::kConv1x1 || !op->writes_bfloat()) continue;
-        for (size_t i = 0; i < layer.operands() && !changed; ++i)
-          changed = !bfloat_[static_cast<size_t>(layer.inputs[i])];
-        if (changed) {
-          op = make_operator(layer, weights);
-          break;
-        }
+      for (size_t k = 0; k < operators_.size(); ++k) {
+        if (replaced[k] == nullptr) continue;
+        const Layer& layer = program_.layers[k];
+        const auto end = layer.inputs.begin() + static_cast<std::ptrdiff_t>(layer.operands());
+        const auto has_map = [&](int64_t v) { return bfloat_[static_cast<size_t>(v)]; };
+        if (std::all_of(layer.inputs.begin(), end, has_map)) continue;
+        operators_[k] = std::move(replaced[k]);
+        changed = true;
       }
     }
   }
@@ -227,15 +240,10 @@ class CompiledPlan {
     bool wanted = false;
     for (size_t k = 0; k < operators_.size(); ++k) {
       if (is_done_elsewhere(k)) continue;
-      const Operator* const producer = producer_of(k);
-      const Operator& op = producer != nullptr ? *producer : *operators_[k];
-      for (size_t i = 0; i < op.layer().inputs.size(); ++i) {
-        const int64_t v = op.layer().inputs[i];
-        const Operator* const enlarger = enlarger_of(v);
-        if (enlarger != nullptr && enlarger->layer().inputs[0] == value) return false;
-        if (v != value) continue;
-        if (!op.reads_bfloat(i) && !op.reads_tensor(i) && !op.reads_strips(i)) return false;
-        wanted = wanted || op.reads_bfloat(i);
+      for (const Source& s : sources_of(k)) {
+        if (s.value != value) continue;
+        if (!s.from_bfloat) return false;
+        wanted = wanted || s.as_bfloat;
       }
     }
     return wanted;
@@ -335,28 +343,9 @@ class CompiledPlan {
     return MapLayout::make(s.channels, s.height, s.width, kernels_.lanes);
   }
 
-  static MapLayout bfloat_layout_of(const Geometry& g, size_t v) {
-    const Shape& s = g.shapes[v];
-    return bfloat_layout(s.channels, s.height, s.width);
-  }
-
   int64_t floats_of(const Geometry& g, size_t v) const {
-    if (!bfloat_[v]) return layout_of(g, v).floats();
-    const MapLayout m = bfloat_layout_of(g, v);
-    return ceil_div(m.floats() + kBfloatOverread * m.step, 2);
-  }
-
-  // Nothing computed lies there, and nobody else zeroes it.
-  static void zero_bfloat_ring(const Map& map, const MapLayout& m) {
-    const auto zero = [&](int64_t y, int64_t x, int64_t pixels) {
-      std::fill_n(map.bfloat + y * m.pitch + x * m.step, pixels * m.step, uint16_t{0});
-    };
-    zero(-1, -1, m.width + 2);
-    zero(m.height, -1, m.width + 2);
-    for (int64_t y = 0; y < m.height; ++y) {
-      zero(y, -1, 1);
-      zero(y, m.width, 1);
-    }
+    const MapLayout m = layout_of(g, v), b = bfloat_layout(m);
+    return bfloat_[v] ? ceil_div(b.floats() + kBfloatOverread * b.step, 2) : m.floats();
   }
 
   void run_image(const Geometry& g, const std::vector<Batch>& in, const std::vector<Batch>& out, int64_t n,
@@ -366,7 +355,7 @@ class CompiledPlan {
       map.layout = layout_of(g, v);
       if (v < in.size()) map.tensor = in[v].image(n);
       if (bfloat_[v]) {
-        const MapLayout m = bfloat_layout_of(g, v);
+        const MapLayout m = bfloat_layout(map.layout);
         map.bfloat = reinterpret_cast<uint16_t*>(workspace + g.offsets[v]) + m.origin();
         map.tensor = {map.bfloat, Dtype::kBFloat16, 1, m.pitch, m.step, m.step};
       } else if (uses_[v].needs_map) {
@@ -398,7 +387,7 @@ class CompiledPlan {
       run.output = map_of(in.size() + k);
       run.exports = exports_of(in.size() + k);
       if (bfloat_[in.size() + k]) {
-        zero_bfloat_ring(run.output, bfloat_layout_of(g, in.size() + k));
+        zero_ring(run.output.bfloat, bfloat_layout(run.output.layout), 0, run.output.layout.height);
         if (!operators_[k]->writes_bfloat()) run.exports.push_back(run.output.tensor);
       }
       run.temporary = workspace + g.temporaries[k];

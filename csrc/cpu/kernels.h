@@ -98,13 +98,10 @@ struct BfloatConvArgs {
   uint16_t* bfloat_out = nullptr;
   int64_t out_first_row = 0;
   int64_t out_pitch = 0, out_step = 0;
-  // One of the two, or none: pixel (0, 0).
-  const float* residual = nullptr;
+  Epilogue epilogue;
+  // The residual's map if that is bfloat16: pixel (0, 0), instead of epilogue.residual.
   const uint16_t* bfloat_residual = nullptr;
-  int64_t residual_pitch = 0, residual_step = 0;
-  Activation activation = Activation::kNone;
-  ResidualMode mode = ResidualMode::kNone;
-  float slope = 0.0f;
+  int64_t residual_step = 0;  // of either
 };
 
 // A 1x1 convolution from planes to planes.

@@ -1,7 +1,5 @@
 #include "operator.h"
 
-#include <cstring>
-
 namespace esr {
 namespace {
 
@@ -30,19 +28,6 @@ PackedFloats bias_of(const Layer& layer, size_t k, const Weights& weights, const
                      int64_t lanes) {
   const float* values = layer.weights[k] < 0 ? nullptr : weight_of(layer, k, weights, what, {channels}).values.data();
   return pack_vector(values, channels, lanes);
-}
-
-void zero_ring(const Map& map, int64_t y0, int64_t y1) {
-  const MapLayout& m = map.layout;
-  const size_t row = static_cast<size_t>(m.pitch) * sizeof(float);
-  if (y0 == 0) std::memset(map.ring, 0, row);
-  if (y1 == m.height) std::memset(map.ring + (m.height + 1) * m.pitch, 0, row);
-  const size_t pixel = static_cast<size_t>(m.step) * sizeof(float);
-  for (int64_t y = y0; y < y1; ++y) {
-    float* line = map.ring + (y + 1) * m.pitch;
-    std::memset(line, 0, pixel);
-    std::memset(line + m.pitch - m.step, 0, pixel);
-  }
 }
 
 void export_rows(const Kernels& kernels, const std::vector<TensorView>& tensors, const MapLayout& layout,

@@ -32,9 +32,7 @@ struct Shape {
 
 // The layout of a bfloat16 map: the same with elements of two bytes, and a pixel in whole cache lines, which are the
 // rows of AMX's tiles.
-inline MapLayout bfloat_layout(int64_t channels, int64_t height, int64_t width) {
-  return MapLayout::make(channels, height, width, 32);
-}
+inline MapLayout bfloat_layout(const MapLayout& m) { return MapLayout::make(m.channels, m.height, m.width, 32); }
 // Kernels read up to that many pixels behind the last one they need.
 constexpr int64_t kBfloatOverread = 31;
 
@@ -146,9 +144,9 @@ Shape conv1x1_result(const Layer& layer, int64_t cout, int64_t cin, const std::v
 std::unique_ptr<Operator> make_normalize(const Layer&, const Kernels&);
 std::unique_ptr<Operator> make_conv3x3(const Layer&, const Kernels&, const Weights&);
 std::unique_ptr<Operator> make_conv1x1(const Layer&, const Kernels&, const Weights&);
-// The same convolutions of bfloat16 maps, whose inputs have these channels; null where that is not known, or does not
-// pay.
-std::unique_ptr<Operator> make_bfloat_conv(const Layer&, const Kernels&, const Weights&, const std::vector<Shape>&);
+// The same convolutions in bfloat16, of inputs with so many channels; null where that does not pay. All inputs of a 1x1
+// convolution have bfloat16 maps when it runs.
+std::unique_ptr<Operator> make_bfloat_conv(const Layer&, const Kernels&, const Weights&, std::vector<int64_t> channels);
 std::unique_ptr<Operator> make_esa(const Layer&, const Kernels&, const Weights&);
 std::unique_ptr<Operator> make_bsconv(const Layer&, const Kernels&, const Weights&);
 std::unique_ptr<Operator> make_depthwise_conv(const Layer&, const Kernels&, const Weights&);
@@ -227,7 +225,18 @@ void for_image_rows(int64_t rows, int64_t first, int64_t last, const F& f) {
 }
 
 // Zeroes the ring around rows [y0, y1) of a map: left and right, and above and below at the image's ends.
-void zero_ring(const Map& map, int64_t y0, int64_t y1);
+template <typename T>
+void zero_ring(T* pixels, const MapLayout& m, int64_t y0, int64_t y1) {
+  const auto zero_row = [&](int64_t y) { std::fill_n(pixels + y * m.pitch - m.step, m.pitch, T{0}); };
+  if (y0 == 0) zero_row(-1);
+  if (y1 == m.height) zero_row(m.height);
+  for (int64_t y = y0; y < y1; ++y) {
+    T* const row = pixels + y * m.pitch;
+    std::fill_n(row - m.step, m.step, T{0});
+    std::fill_n(row + m.width * m.step, m.step, T{0});
+  }
+}
+inline void zero_ring(const Map& map, int64_t y0, int64_t y1) { zero_ring(map.pixels(), map.layout, y0, y1); }
 
 // Writes rows [y0, y1) to every outside tensor; `rows` is pixel 0 of row `first_row`.
 void export_rows(const Kernels& kernels, const std::vector<TensorView>& tensors, const MapLayout& layout,

@@ -15,14 +15,7 @@
 #define ESR_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16"
 #endif
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target(ESR_TARGET))), apply_to = function)
-#else
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#define ESR_PRAGMA(words) _Pragma(#words)
-#define ESR_TARGET_REGION(names) ESR_PRAGMA(GCC target(names))
-ESR_TARGET_REGION(ESR_TARGET)
-#endif
+#include "target_region.h"
 
 #if defined(ESR_EMULATED_AVX512)
 #include "emulated_amx.h"
@@ -30,27 +23,12 @@ ESR_TARGET_REGION(ESR_TARGET)
 
 #define ESR_PATH amx
 #define ESR_PATH_AVX512
-#define ESR_INLINE inline __attribute__((always_inline))
-#if defined(__clang__)
-#define ESR_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define ESR_UNROLL _Pragma("GCC unroll 16")
-#endif
+#include "path_core.h"
 
 namespace esr {
 namespace ESR_PATH {
 
-template <typename T, T kV>
-struct Constant {
-  static constexpr T kValue = kV;
-};
-
-// clang-format off
-#include "vec.h"
-#include "math.h"
-#include "epilogue.h"
 #include "bfloat_conv.h"
-// clang-format on
 
 }  // namespace ESR_PATH
 }  // namespace esr
@@ -60,6 +38,7 @@ struct Constant {
 #endif
 
 namespace esr {
+
 const Kernels* kernels_amx() {
   static const Kernels kernels = [] {
     Kernels result = *kernels_avx512();

@@ -8,11 +8,8 @@
 
 #include <immintrin.h>
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c")
-#endif
+#define ESR_TARGET "avx2,fma,f16c"
+#include "target_region.h"
 
 #define ESR_PATH avx2
 #define ESR_PATH_AVX2

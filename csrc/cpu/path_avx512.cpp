@@ -14,15 +14,7 @@
 #define ESR_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #endif
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target(ESR_TARGET))), apply_to = function)
-#else
-// Undefined registers inside the intrinsics' own header.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#define ESR_PRAGMA(words) _Pragma(#words)
-#define ESR_TARGET_REGION(names) ESR_PRAGMA(GCC target(names))
-ESR_TARGET_REGION(ESR_TARGET)
-#endif
+#include "target_region.h"
 
 #if defined(ESR_EMULATED_AVX512)
 #include "emulated_avx512.h"

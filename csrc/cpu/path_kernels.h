@@ -1,26 +1,12 @@
-// The kernels of one instruction set. A path_*.cpp defines ESR_PATH, includes every standard header first, opens its
-// target region and then includes this file, once.
+// The kernels of one instruction set. A path_*.cpp includes this file as it would path_core.h, once.
 
-#define ESR_INLINE inline __attribute__((always_inline))
-#if defined(__clang__)
-#define ESR_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define ESR_UNROLL _Pragma("GCC unroll 16")
-#endif
+#include "path_core.h"
 
 namespace esr {
 namespace ESR_PATH {
 
-template <typename T, T kV>
-struct Constant {
-  static constexpr T kValue = kV;
-};
-
 // Each of these uses the ones before it.
 // clang-format off
-#include "vec.h"
-#include "math.h"
-#include "epilogue.h"
 #include "multiply.h"
 #include "conv3x3.h"
 #include "winograd.h"
