@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +24,8 @@ if not torch.cuda.is_available():
     # On images this small a second thread costs more than it does; tests of threads choose their number.
     torch.set_num_threads(int(os.environ.get("ESR_KERNELS_TEST_THREADS", "1")))
 triton_interpreter.install()
+# A shell's background jobs begin with SIGINT ignored, and so would the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import esr_kernels  # noqa: E402
 
