@@ -3,6 +3,10 @@ PYTHON ?= python3
 ARGS ?=
 BENCH_JSON ?= bench/results/latest.json
 TRITON_VERSIONS ?= 3.6.0 3.9.0
+TORCH_VERSIONS ?= 2.11.0 2.14.1
+TORCH_TESTS ?= $(foreach t,conv3x3 conv3x3_pixel_shuffle conv1x1 spab esa bsconv depthwise_conv layer_norm2d modulate \
+	adaptive_max_pool dispatch graphs plan modules models reparam checkpoint native_cpu native_cpu_backward native_bfloat \
+	optimize optimize_entries optimize_channels optimize_networks tiling processes cli_upscale,tests/test_$(t).py)
 SANITIZERS ?= address thread
 FUZZ_SECONDS ?= 300
 FUZZ_EXAMPLES ?= 5000
@@ -17,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_USER := 0
 unexport PYTHONHOME
 
-.PHONY: help run train-demo test test-triton sanitize fuzz lint format bench build clean distclean
+.PHONY: help run train-demo test test-triton test-torch sanitize fuzz lint format bench build clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +29,7 @@ help:
 	@echo 'make train-demo trains a small network on photographs in minutes  ARGS="--resume ..."'
 	@echo 'make test       lint, then all tests                             ARGS="-k NAME ..."'
 	@echo 'make test-triton  the Triton tests with TRITON_VERSIONS="$(TRITON_VERSIONS)"'
+	@echo 'make test-torch   one wheel with TORCH_VERSIONS="$(TORCH_VERSIONS)", gigabytes each'
 	@echo 'make sanitize   the CPU backend under sanitizers      SANITIZERS="address thread"'
 	@echo 'make fuzz       hostile input and drawn operator calls, for minutes   FUZZ_SECONDS=300 FUZZ_EXAMPLES=5000'
 	@echo 'make lint       ruff, mypy, clang-format'
@@ -82,6 +87,23 @@ test-triton: build
 		echo "Triton $$v"; \
 		PYTHONPATH=build/triton-$$v $(PY) -m pytest -q tests/test_triton_interpreter.py tests/test_triton.py \
 			tests/test_triton_compile.py $(ARGS) || exit 1; \
+	done
+
+# One wheel, compiled against the pinned torch, installed and tested with other versions, each in an environment of its
+# own: what depends on torch, on the CPU.
+test-torch: build
+	@rm -rf build/wheel
+	@$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	@grep -vE '^(torch|triton|setuptools)==' constraints.txt > build/constraints-any-torch.txt
+	@for v in $(TORCH_VERSIONS); do \
+		env=build/torch-$$v; \
+		test -x $$env/bin/esr-kernels || { $(PY) -m venv --clear $$env && $$env/bin/pip install --quiet torch==$$v \
+			&& $$env/bin/pip install --quiet --constraint build/constraints-any-torch.txt \
+				"$$(ls build/wheel/*.whl)[test,bench,demo,train,onnx,plot]"; } || exit 1; \
+		$$env/bin/pip install --quiet --no-deps --force-reinstall build/wheel/*.whl || exit 1; \
+		(cd build/wheel && ../../$$env/bin/esr-kernels info) || exit 1; \
+		$$env/bin/python -m pytest -q -p no:cacheprovider -k 'not triton and not native-cuda' $(TORCH_TESTS) $(ARGS) \
+			|| exit 1; \
 	done
 
 # The CPU backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer, then ThreadSanitizer.

@@ -17,8 +17,15 @@ Dims = tuple[Any, ...]
 SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 
 _CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default)
-# Element by element, though not tagged so.
-_POINTWISE = (aten.prelu.default, aten.hardswish.default, aten.square.default, aten.relu6.default)
+# Element by element, though not tagged so; leaky_relu is not in PyTorch 2.11.
+_POINTWISE = (
+    aten.prelu.default,
+    aten.leaky_relu.default,
+    aten.hardswish.default,
+    aten.square.default,
+    aten.relu6.default,
+    aten.rsub.Tensor,
+)
 
 
 def dims(node: fx.Node) -> Dims:
