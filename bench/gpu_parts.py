@@ -40,7 +40,7 @@ from esr_kernels.timing import alternate, write_json
 
 INDUCTOR = "inductor"
 INDUCTOR_CHANNELS_LAST = "inductor channels_last"
-# One case per operator for what is timed of one only.
+# One case per operator that has kernels for GPUs, for what is timed of one only.
 ONE_CASE_EACH = (
     "conv3x3 span 28>28 silu",
     "spab span 28",

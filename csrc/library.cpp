@@ -96,6 +96,11 @@ void layer_norm2d_gradients(Tensor grad, Tensor x, Optional weight, double eps, 
   layer_norm2d_backward(grad, x, weight, eps, gradients);
 }
 
+void run_selective_scan(Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Optional d, Optional z,
+                        Optional delta_bias, bool delta_softplus, Tensors outputs) {
+  selective_scan(u, delta, a, b, c, d, z, delta_bias, delta_softplus, only("selective_scan", outputs));
+}
+
 void run_adaptive_max_pool(Tensor x, Tensors outputs) { adaptive_max_pool(x, only("adaptive_max_pool", outputs)); }
 
 void adaptive_max_pool_gradients(Tensor grad, Tensor x, Tensors gradients) {
@@ -146,6 +151,9 @@ STABLE_TORCH_LIBRARY(esr_native, m) {
       "float slope, bool gated, Tensor(a!)[] gradients) -> ()");
   m.def("layer_norm2d(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor(a!)[] outputs) -> ()");
   m.def("layer_norm2d_backward(Tensor grad, Tensor x, Tensor? weight, float eps, Tensor(a!)[] gradients) -> ()");
+  m.def(
+      "selective_scan(Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor? d, Tensor? z, Tensor? delta_bias, "
+      "bool delta_softplus, Tensor(a!)[] outputs) -> ()");
   m.def("adaptive_max_pool(Tensor x, Tensor(a!)[] outputs) -> ()");
   m.def("adaptive_max_pool_backward(Tensor grad, Tensor x, Tensor(a!)[] gradients) -> ()");
   m.def("modulate(Tensor x, Tensor[] maps, bool bilinear, int activation, float slope, Tensor(a!)[] outputs) -> ()");
@@ -174,6 +182,7 @@ STABLE_TORCH_LIBRARY_IMPL(esr_native, CompositeExplicitAutograd, m) {
   m.impl("depthwise_conv_backward", TORCH_BOX(&depthwise_conv_gradients));
   m.impl("layer_norm2d", TORCH_BOX(&run_layer_norm2d));
   m.impl("layer_norm2d_backward", TORCH_BOX(&layer_norm2d_gradients));
+  m.impl("selective_scan", TORCH_BOX(&run_selective_scan));
   m.impl("adaptive_max_pool", TORCH_BOX(&run_adaptive_max_pool));
   m.impl("adaptive_max_pool_backward", TORCH_BOX(&adaptive_max_pool_gradients));
   m.impl("modulate", TORCH_BOX(&run_modulate));

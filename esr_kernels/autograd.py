@@ -347,6 +347,37 @@ class Modulate(torch.autograd.Function):
         return (gx, None, None, None, *gmaps)
 
 
+class SelectiveScan(torch.autograd.Function):
+    """`esr_kernels.functional.selective_scan`."""
+
+    @staticmethod
+    def forward(
+        u: Tensor,
+        delta: Tensor,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        d: Tensor | None,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        delta_softplus: bool,
+    ) -> Tensor:
+        return ops.selective_scan(u, delta, a, b, c, d, z, delta_bias, delta_softplus)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _remember_backend(ctx, inputs[0])
+        ctx.save_for_backward(*inputs[:8])
+        ctx.delta_softplus = inputs[8]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        mask = list(ctx.needs_input_grad[:8])
+        call = ops.selective_scan_backward
+        gradients = _once(ctx, "selective_scan", call, grad, *ctx.saved_tensors, ctx.delta_softplus, mask)
+        return (*map(_keep, gradients, mask), None)
+
+
 # --- the operators' own derivatives, for direct calls of torch.ops.esr.* ------------------------------------------
 
 
@@ -399,6 +430,7 @@ for _name, _function in (
     ("depthwise_conv", DepthwiseConv),
     ("layer_norm2d", LayerNorm2d),
     ("adaptive_max_pool", AdaptiveMaxPool),
+    ("selective_scan", SelectiveScan),
 ):
     torch.library.register_autograd(
         f"esr::{_name}", _function.backward, setup_context=_function.setup_context, lib=library._library

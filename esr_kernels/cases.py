@@ -216,6 +216,17 @@ def _plain_modulate(
     return x * _activate(total, activation, negative_slope, inplace=False)
 
 
+def _plain_selective_scan(
+    u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, *, z: Tensor, delta_bias: Tensor, **_: bool
+) -> Tensor:
+    """With delta_softplus; the states are float32 at least, as those of the published function."""
+    from python_models.plain_blocks import plain_scan
+
+    given = (u, F.softplus(delta + delta_bias), a, b, c, d)
+    y = plain_scan(*(t if t.dtype == torch.float64 else t.float() for t in given))
+    return y.to(u.dtype) * F.silu(z)
+
+
 _PLAIN: dict[str, Callable[..., Tensor]] = {
     "conv3x3": _plain_conv3x3,
     "spab": _plain_spab,
@@ -227,6 +238,7 @@ _PLAIN: dict[str, Callable[..., Tensor]] = {
     "layer_norm2d": _plain_layer_norm2d,
     "adaptive_max_pool": lambda x, output_size: F.adaptive_max_pool2d(x, output_size),
     "modulate": _plain_modulate,
+    "selective_scan": _plain_selective_scan,
 }
 OPERATORS = tuple(_PLAIN)
 
@@ -292,10 +304,23 @@ class OperatorCase:
         return arguments
 
     def fused(self, arguments: dict[str, Any]) -> Tensor:
-        return getattr(functional, self.operator)(**arguments, **self.settings)
+        return getattr(functional, self.operator)(**self._given(arguments), **self.settings)
 
     def plain(self, arguments: dict[str, Any]) -> Tensor:
-        return _PLAIN[self.operator](**arguments, **self.settings)
+        return _PLAIN[self.operator](**self._given(arguments), **self.settings)
+
+    def _given(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What the operator takes: a scan the maps' pixels in raster order as tokens, and rates below zero."""
+        if self.operator != "selective_scan":
+            return arguments
+        tokens = {name: arguments[name].flatten(2).transpose(1, 2) for name in self.features}
+        return arguments | tokens | {"a": -arguments["a"].abs()}
+
+
+def _scan(channels: int, states: int) -> tuple[dict[str, int | tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    features: dict[str, int | tuple[int, ...]] = {"u": channels, "delta": channels, "z": channels}
+    parameters: dict[str, tuple[int, ...]] = {"a": (channels, states), "d": (channels,), "delta_bias": (channels,)}
+    return features | {"b": states, "c": states}, parameters
 
 
 def _conv(cin: int, cout: int, kernel: int = 3) -> dict[str, tuple[int, ...]]:
@@ -413,6 +438,7 @@ CASES: tuple[OperatorCase, ...] = (
     OperatorCase(
         "modulate", "safmn_pp 12", {"x": 12, "maps": (12,)}, {}, {"mode": "bilinear", "activation": "gelu"}, (8,)
     ),
+    OperatorCase("selective_scan", "dvmsr 120", *_scan(120, 16), {"delta_softplus": True}),
 )
 
 

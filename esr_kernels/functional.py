@@ -1,8 +1,8 @@
 """The fused operators as functions.
 
-Every function takes [N, C, H, W] tensors in NCHW or channels_last memory format (others too, at the price of a copy),
-of dtype float32, float16 or bfloat16 (float64 on the reference backend), and returns the input's dtype and memory
-format. Sums are accumulated and activations evaluated in float32 at least. Under autocast the floating-point arguments
+Every function but `selective_scan` takes [N, C, H, W] tensors in NCHW or channels_last memory format (others too, at
+the price of a copy), of dtype float32, float16 or bfloat16 (float64 on the reference backend), and returns the input's
+dtype and memory format. Sums are accumulated and activations evaluated in float32 at least. Under autocast the floating-point arguments
 are cast to its dtype. All are differentiable once and safe for empty batches.
 
 While `torch.jit` traces (fvcore's FLOP count) and while `torch.onnx` exports they decompose into plain PyTorch.
@@ -32,6 +32,7 @@ __all__ = [
     "esa",
     "layer_norm2d",
     "modulate",
+    "selective_scan",
     "spab",
 ]
 
@@ -534,6 +535,72 @@ def modulate(
     return _call("modulate", None, (x, given, *settings))
 
 
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None = None,
+    *,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+) -> Tensor:
+    """Mamba's selective scan over tokens (Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State
+    Spaces"; report section 4.24): S states of every channel, which each token lets decay and adds to.
+
+    With step = delta + delta_bias, or softplus of it with delta_softplus, and h = 0 in the beginning, equivalent to
+
+    - ``h = exp(step * a) * h + step * u * b``,
+    - ``y = (h * c).sum(states) + d * u``, times ``silu(z)`` where there is z
+
+    for one token after the other. Slices of a projection's channels are read where they are. States are float32 at
+    least. The native CPU backend computes it forward; gradients, and all of it on a GPU, are the reference's.
+
+    Args:
+        u, delta: [N, L, D]; L may be 0.
+        a: [D, S], negative where states decay. It, d and delta_bias may be float32 beside half types, and are not cast
+            under autocast.
+        b, c: [N, L, S].
+        d: [D] or None.
+        z: [N, L, D] or None.
+        delta_bias: [D] or None.
+        delta_softplus: whether softplus is applied to delta.
+
+    Returns:
+        [N, L, D], contiguous.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, dtype or device.
+        BackendError: no backend can run the call.
+    """
+    u, delta, b, c, z = _autocast(u, delta, b, c, z)
+    _check_tensor("u", u)
+    if u.dim() != 3:
+        raise ValueError(f"u: expected 3 dimensions [N, L, D], got {u.dim()} with shape {tuple(u.shape)}")
+    _check_dtype("u", u)
+    n, length, channels = u.shape
+    if channels < 1:
+        raise ValueError(f"u: channels must be at least 1, got shape {tuple(u.shape)}")
+    _check_like("delta", delta, u, (n, length, channels))
+    _check_tensor("a", a)
+    if a.dim() != 2 or a.shape[0] != channels or a.shape[1] < 1:
+        raise ValueError(f"a: expected shape [{channels}, S] with at least one state, got {list(a.shape)}")
+    _check_scan_parameter("a", a, u)
+    _check_like("b", b, u, (n, length, a.shape[1]))
+    _check_like("c", c, u, (n, length, a.shape[1]))
+    for name, values in (("d", d), ("delta_bias", delta_bias)):
+        if values is not None:
+            _check_tensor(name, values)
+            if values.dim() != 1 or values.shape[0] != channels:
+                raise ValueError(f"{name}: expected shape [{channels}] or None, got {list(values.shape)}")
+            _check_scan_parameter(name, values, u)
+    if z is not None:
+        _check_like("z", z, u, (n, length, channels))
+    return _call("selective_scan", autograd.SelectiveScan, (u, delta, a, b, c, d, z, delta_bias, bool(delta_softplus)))
+
+
 def decomposes() -> bool:
     """Whether who watches knows plain PyTorch alone: `torch.jit.trace` and both ONNX exporters."""
     return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
@@ -615,10 +682,14 @@ def _check_input(name: str, x: Any) -> None:
     _check_tensor(name, x)
     if x.dim() != 4:
         raise ValueError(f"{name}: expected 4 dimensions [N, C, H, W], got {x.dim()} with shape {tuple(x.shape)}")
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {x.dtype}")
+    _check_dtype(name, x)
     if x.shape[1] < 1 or x.shape[2] < 1 or x.shape[3] < 1:
         raise ValueError(f"{name}: channels, height and width must be at least 1, got shape {tuple(x.shape)}")
+
+
+def _check_dtype(name: str, x: Tensor) -> None:
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {x.dtype}")
 
 
 def _check_same(name: str, t: Tensor, x: Tensor) -> None:
@@ -669,9 +740,16 @@ def _check_vector(name: str, values: Any, channels: int, x: Tensor) -> None:
 
 def _check_like(name: str, t: Any, x: Tensor, shape: tuple[int, ...]) -> None:
     _check_tensor(name, t)
-    if t.dim() != 4 or any(a != b for a, b in zip(t.shape, shape, strict=True)):
+    if t.dim() != len(shape) or any(a != b for a, b in zip(t.shape, shape, strict=True)):
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
     _check_same(name, t, x)
+
+
+def _check_scan_parameter(name: str, t: Tensor, u: Tensor) -> None:
+    if t.dtype != torch.float32 or u.dtype not in (torch.float16, torch.bfloat16):
+        _check_same(name, t, u)
+    elif t.device != u.device:
+        raise ValueError(f"{name}: expected the input's device {u.device}, got {t.device}")
 
 
 def _check_name(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -43,6 +43,10 @@ _BSCONV = (
 )
 _DEPTHWISE = "Tensor x, Tensor weight, Tensor? bias, int dilation, str activation, float negative_slope, bool gated"
 _NORM = "Tensor x, Tensor? weight, Tensor? bias, float eps"
+_SCAN = (
+    "Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor? d, Tensor? z, Tensor? delta_bias, "
+    "bool delta_softplus"
+)
 _MODULATE = "Tensor x, Tensor[] maps, str mode, str activation, float negative_slope"
 
 SCHEMAS = {
@@ -68,6 +72,8 @@ SCHEMAS = {
     "adaptive_max_pool_backward": "(Tensor grad, Tensor x, bool[] output_mask) -> Tensor[]",
     "modulate": f"({_MODULATE}) -> Tensor",
     "modulate_backward": f"(Tensor grad, {_MODULATE}, bool[] output_mask) -> Tensor[]",
+    "selective_scan": f"({_SCAN}) -> Tensor",
+    "selective_scan_backward": f"(Tensor grad, {_SCAN}, bool[] output_mask) -> Tensor[]",
     "run_plan": "(Tensor[] inputs, Tensor[] weights, str plan) -> Tensor[]",
 }
 
@@ -298,6 +304,18 @@ def _(grad, x, maps, mode, activation, negative_slope, output_mask):  # type: ig
     return [gradient(t, wanted) for t, wanted in zip((x, *maps), output_mask, strict=True)]
 
 
+@torch.library.register_fake("esr::selective_scan", lib=_library)
+def _(u, delta, a, b, c, d, z, delta_bias, delta_softplus):  # type: ignore[no-untyped-def]
+    return u.new_empty(u.shape)
+
+
+@torch.library.register_fake("esr::selective_scan_backward", lib=_library)
+def _(grad, *args):  # type: ignore[no-untyped-def]
+    u, output_mask = args[0], args[-1]
+    given = zip(args[:8], output_mask, strict=True)
+    return [u.new_empty(0) if t is None else t.new_empty(t.shape if wanted else 0) for t, wanted in given]
+
+
 @torch.library.register_fake("esr::run_plan", lib=_library)
 def run_plan_outputs(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Tensor]:
     """The plan's uninitialised outputs: feature maps in the first input's memory format, images in NCHW."""
@@ -359,6 +377,24 @@ def _modulate_flops(
 ) -> int:
     resized = [x[1] for t in maps if list(t[2:]) != list(x[2:])]
     return _count("modulate", x, resized, x[1], mode=mode)
+
+
+@register_flop_formula(torch.ops.esr.selective_scan)
+def _scan_flops(
+    u: Shape,
+    delta: Shape,
+    a: Shape,
+    b: Shape,
+    c: Shape,
+    d: Any,
+    z: Any,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    """Of a state the exponent, what is added, the decay and the sum to y; of an element delta u, d u and the gate."""
+    each = 1 + 2 * int(d is not None) + int(z is not None)
+    return math.prod(u) * (6 * a[1] + each)
 
 
 @register_flop_formula(torch.ops.esr.esa)
@@ -433,6 +469,13 @@ def _(grad: Shape, x: Shape, maps: Sequence[Shape], mode: str, *args: Any, out_s
     mask = args[2]
     again = _modulate_flops(x, maps, mode) if any(mask) else 0
     return again + _modulate_flops(x, [t for t, wanted in zip(maps, mask[1:], strict=True) if wanted], mode)
+
+
+@register_flop_formula(torch.ops.esr.selective_scan_backward)
+def _(grad: Shape, u: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """The states again, their gradients in the other direction, and what these are to the states' five operands."""
+    *rest, mask = args
+    return any(mask) * (_scan_flops(u, *rest) + math.prod(u) * 13 * rest[1][1])
 
 
 @register_flop_formula(torch.ops.esr.esa_backward)

@@ -13,17 +13,13 @@ Team BlingBling, report section 4.24; Lei et al., "DVMSR: Distillated Vision Mam
 
 Particular: there is no residual around a Mamba block, the published code drops it. The recurrence runs over the whole
 image in raster order, one direction: an output pixel depends on all pixels before it. Table 1's FLOPs lack everything
-inside Mamba but its first projection: fvcore does not see into the published fused function. Here Mamba is plain
-PyTorch, see `selective_scan`.
+inside Mamba but its first projection: fvcore does not see into the published fused function.
 """
 
 from __future__ import annotations
 
-from math import isqrt
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from esr_kernels.modules.arguments import positive
 
@@ -34,53 +30,12 @@ from .registry import ModelCard, register
 _STATE, _KERNEL, _EXPAND = 16, 4, 2
 
 
-def selective_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """Mamba's recurrence h_t = exp(delta_t a) h_{t-1} + delta_t u_t b_t, y_t = c_t h_t + d u_t (Gu and Dao, Mamba).
-
-    In about the square root of L steps twice: once through all segments of the sequence side by side for the state that
-    each adds, then, after one pass over the segments, through all of them again from the right state.
-
-    Args:
-        u, delta: [N, L, D].
-        a: [D, S], negative. b, c: [N, L, S]. d: [D].
-
-    Returns:
-        [N, L, D].
-    """
-    n, length, channels = u.shape
-    steps = max(1, isqrt(length))
-    segments = -(-length // steps)
-    # A delta of zero keeps the state: what is appended changes nothing.
-    u_, delta_, b_, c_ = (
-        F.pad(t, (0, 0, 0, segments * steps - length)).view(n, segments, steps, t.shape[2]).unbind(2)
-        for t in (u, delta, b, c)
-    )
-
-    def advance(state: Tensor, t: int) -> Tensor:
-        decay = torch.exp(delta_[t].unsqueeze(-1) * a)
-        return torch.addcmul((delta_[t] * u_[t]).unsqueeze(-1) * b_[t].unsqueeze(-2), decay, state)
-
-    added = u.new_zeros(n, segments, channels, a.shape[1])
-    for t in range(steps):
-        added = advance(added, t)
-    kept = torch.exp(sum(delta_).unsqueeze(-1) * a)  # type: ignore[union-attr, arg-type]
-    starts = [torch.zeros_like(added[:, 0])]
-    for i in range(segments - 1):
-        starts.append(torch.addcmul(added[:, i], kept[:, i], starts[-1]))
-
-    state, outputs = torch.stack(starts, 1), []
-    for t in range(steps):
-        state = advance(state, t)
-        outputs.append((state * c_[t].unsqueeze(-2)).sum(-1))
-    y = torch.stack(outputs, 2).view(n, segments * steps, channels)[:, :length]
-    return torch.addcmul(y, u, d)
-
-
 class _Mamba(nn.Module):
     """Gu and Dao's block on tokens [N, L, C]."""
 
-    def __init__(self, c: int) -> None:
+    def __init__(self, layers: Layers, c: int) -> None:
         super().__init__()
+        self.conv, self.scan = layers.causal_conv, layers.selective_scan
         inner, self.rank = _EXPAND * c, -(-c // 16)
         self.in_proj = nn.Linear(c, 2 * inner, bias=False)
         self.conv1d = nn.Conv1d(inner, inner, _KERNEL, padding=_KERNEL - 1, groups=inner)
@@ -92,21 +47,18 @@ class _Mamba(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, -1)
-        x = F.silu(self.conv1d(x.transpose(1, 2))[:, :, : x.shape[1]]).transpose(1, 2)
+        x = self.conv(x, self.conv1d)
         dt, b, c = self.x_proj(x).split([self.rank, _STATE, _STATE], -1)
-        delta = F.softplus(self.dt_proj(dt))
-        # The state is a sum over the whole image: never in half precision.
-        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-        a = -self.A_log.to(exact).exp()
-        y = selective_scan(x.to(exact), delta.to(exact), a, b.to(exact), c.to(exact), self.D.to(exact))
-        return self.out_proj(y.to(x.dtype) * F.silu(z))
+        # Rates of decay are powers of e: never in half precision.
+        a = -self.A_log.to(torch.float64 if x.dtype == torch.float64 else torch.float32).exp()
+        return self.out_proj(self.scan(x, dt, self.dt_proj, a, b, c, self.D, z))
 
 
 class _Block(nn.Module):
-    def __init__(self, c: int) -> None:
+    def __init__(self, layers: Layers, c: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(c)
-        self.mixer = _Mamba(c)
+        self.mixer = _Mamba(layers, c)
 
     def forward(self, t: Tensor) -> Tensor:
         return self.mixer(self.norm(t))
@@ -117,7 +69,7 @@ class _RSSB(nn.Module):
 
     def __init__(self, layers: Layers, c: int) -> None:
         super().__init__()
-        self.residual_group = nn.ModuleDict({"blocks": nn.Sequential(_Block(c), _Block(c))})
+        self.residual_group = nn.ModuleDict({"blocks": nn.Sequential(_Block(layers, c), _Block(layers, c))})
         self.conv = layers.conv3x3(c, c)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esr_kernels import functional
@@ -45,8 +45,10 @@ from .plain_blocks import (
     PlainRLFB,
     PlainUpsampler,
     plain_attention,
+    plain_causal_conv,
     plain_modulate,
     plain_rep,
+    plain_selective_scan,
 )
 
 Make = Callable[..., Any]
@@ -75,6 +77,8 @@ class Layers:
     modulating_conv1x1: Make
     pool: Callable[..., Tensor]
     modulate: Callable[..., Tensor]
+    causal_conv: Callable[..., Tensor]
+    selective_scan: Callable[..., Tensor]
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -82,6 +86,21 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | Non
     if torch.jit.is_tracing():
         return plain_attention(q, k, v, scale, bias)
     return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+
+
+def _causal_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """`plain_causal_conv` on a row of pixels, by a filter that has zeros for the tokens to come."""
+    weight = F.pad(conv.weight, (0, conv.kernel_size[0] - 1)).unsqueeze(2)
+    row = x.transpose(1, 2).unsqueeze(2)
+    return functional.depthwise_conv(row, weight, conv.bias, activation="silu").squeeze(2).transpose(1, 2)
+
+
+def _selective_scan(
+    u: Tensor, dt: Tensor, dt_proj: nn.Linear, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor
+) -> Tensor:
+    """Arguments of `plain_selective_scan`."""
+    delta = F.linear(dt, dt_proj.weight)
+    return functional.selective_scan(u, delta, a, b, c, d, z=z, delta_bias=dt_proj.bias, delta_softplus=True)
 
 
 def _rep(form: Callable[..., Reparameterized], *channels: int, **options: Any) -> Reparameterized:
@@ -105,6 +124,8 @@ FUSED = Layers(
     modulating_conv1x1=ModulatingConv1x1,
     pool=functional.adaptive_max_pool,
     modulate=functional.modulate,
+    causal_conv=_causal_conv,
+    selective_scan=_selective_scan,
 )
 PLAIN = Layers(
     conv3x3=PlainConv3x3,
@@ -123,6 +144,8 @@ PLAIN = Layers(
     modulating_conv1x1=PlainModulatingConv1x1,
     pool=F.adaptive_max_pool2d,
     modulate=plain_modulate,
+    causal_conv=plain_causal_conv,
+    selective_scan=plain_selective_scan,
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import isqrt
 from typing import Any
 
 import torch
@@ -311,3 +312,60 @@ class PlainUpsampler(nn.Sequential):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = super().forward(x)
         return y if residual is None else y + residual
+
+
+def plain_causal_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """silu of a convolution over tokens [N, L, D] that pads as many tokens as it has taps before a token."""
+    return F.silu(conv(x.transpose(1, 2))[:, :, : x.shape[1]]).transpose(1, 2)
+
+
+def plain_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """Mamba's recurrence h_t = exp(delta_t a) h_{t-1} + delta_t u_t b_t, y_t = c_t h_t + d u_t (Gu and Dao, Mamba).
+
+    In about the square root of L steps twice: once through all segments of the sequence side by side for the state that
+    each adds, then, after one pass over the segments, through all of them again from the right state.
+
+    Args:
+        u, delta: [N, L, D].
+        a: [D, S], negative. b, c: [N, L, S]. d: [D].
+
+    Returns:
+        [N, L, D].
+    """
+    n, length, channels = u.shape
+    steps = max(1, isqrt(length))
+    segments = -(-length // steps)
+    # A delta of zero keeps the state: what is appended changes nothing.
+    u_, delta_, b_, c_ = (
+        F.pad(t, (0, 0, 0, segments * steps - length)).view(n, segments, steps, t.shape[2]).unbind(2)
+        for t in (u, delta, b, c)
+    )
+
+    def advance(state: Tensor, t: int) -> Tensor:
+        decay = torch.exp(delta_[t].unsqueeze(-1) * a)
+        return torch.addcmul((delta_[t] * u_[t]).unsqueeze(-1) * b_[t].unsqueeze(-2), decay, state)
+
+    added = u.new_zeros(n, segments, channels, a.shape[1])
+    for t in range(steps):
+        added = advance(added, t)
+    kept = torch.exp(sum(delta_).unsqueeze(-1) * a)  # type: ignore[union-attr, arg-type]
+    starts = [torch.zeros_like(added[:, 0])]
+    for i in range(segments - 1):
+        starts.append(torch.addcmul(added[:, i], kept[:, i], starts[-1]))
+
+    state, outputs = torch.stack(starts, 1), []
+    for t in range(steps):
+        state = advance(state, t)
+        outputs.append((state * c_[t].unsqueeze(-2)).sum(-1))
+    y = torch.stack(outputs, 2).view(n, segments * steps, channels)[:, :length]
+    return torch.addcmul(y, u, d)
+
+
+def plain_selective_scan(
+    u: Tensor, dt: Tensor, dt_proj: nn.Linear, a: Tensor, b: Tensor, c: Tensor, d: Tensor, z: Tensor
+) -> Tensor:
+    """`plain_scan` with delta = softplus(dt_proj(dt)), times silu(z); z is [N, L, D]."""
+    # The state is a sum over the whole image: never in half precision.
+    delta = F.softplus(dt_proj(dt))
+    y = plain_scan(*(t.to(a.dtype) for t in (u, delta, a, b, c, d)))
+    return y.to(u.dtype) * F.silu(z)

@@ -227,6 +227,13 @@ OPERATOR_CASES = [
     OperatorCase("adaptive_max_pool", "", {"x": 5}, {}, {"output_size": (2, 3)}),
     OperatorCase("modulate", "", {"x": 5, "maps": (5, 5)}, {}, {"activation": "gelu"}, (1, 2)),
     OperatorCase("modulate", "bilinear", {"x": 5, "maps": (5,)}, {}, {"mode": "bilinear"}, (3,)),
+    OperatorCase(
+        "selective_scan",
+        "",
+        {"u": 5, "delta": 5, "b": 3, "c": 3, "z": 5},
+        {"a": (5, 3), "d": (5,), "delta_bias": (5,)},
+        {"delta_softplus": True},
+    ),
 ]
 
 

@@ -9,6 +9,7 @@ import torch
 from gradients import check
 from helpers import HALF, LAYOUTS, expected_format, largest_error, lay_out, rand, to
 from test_native_cpu import _restore, capability, pytestmark  # noqa: F401
+from test_selective_scan import operands
 
 import esr_kernels
 from esr_kernels.backends import reference
@@ -89,6 +90,17 @@ def test_sizes_and_filters_at_random(capability, seed):  # noqa: F811
         check("modulate", (grad, x, *settings, [True, r.random() < 0.5]), 2e-5)
         compare("layer_norm2d", (x, None, rand(channels), 1e-2), torch.float32)
         check("layer_norm2d", (grad, x, rand(channels), None, 1e-2, [True, r.random() < 0.5, True]), 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_selective_scan(capability, dtype):  # noqa: F811
+    """Channels that fill no vector, states that fill no group of those advanced together."""
+    torch.manual_seed(0)
+    for channels, states in ((1, 1), (7, 3), (16, 8), (40, 16), (37, 19)):
+        tensors = operands(70, channels, states, dtype=dtype).values()
+        out = torch.ops.esr.selective_scan(*tensors, True)
+        exact = reference.OPERATORS["selective_scan"](*to(tuple(tensors), torch.float64), True)
+        assert largest_error(out, exact) <= TOLERANCE[dtype] * float(exact.abs().max())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])

@@ -30,6 +30,14 @@ void layer_norm2d_backward(const torch::stable::Tensor& grad, const torch::stabl
                            const std::optional<torch::stable::Tensor>& weight, double eps,
                            const std::vector<torch::stable::Tensor>& gradients);
 
+// Selective scan, documented in esr_kernels/functional.py. Tokens [N, L, D] come as [N, D, 1, L] with adjacent
+// channels.
+void selective_scan(const torch::stable::Tensor& u, const torch::stable::Tensor& delta, const torch::stable::Tensor& a,
+                    const torch::stable::Tensor& b, const torch::stable::Tensor& c,
+                    const std::optional<torch::stable::Tensor>& d, const std::optional<torch::stable::Tensor>& z,
+                    const std::optional<torch::stable::Tensor>& delta_bias, bool delta_softplus,
+                    const torch::stable::Tensor& out);
+
 // Adaptive max pooling to the size of `out`, documented in esr_kernels/functional.py.
 void adaptive_max_pool(const torch::stable::Tensor& x, const torch::stable::Tensor& out);
 

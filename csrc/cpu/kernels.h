@@ -354,6 +354,21 @@ struct LayerNormGradientArgs {
   float* sums = nullptr;  // added to
 };
 
+// Steps of a scan that go through the states together; what they need lies in scratch memory.
+inline constexpr int64_t kScanSteps = 64;
+
+// A selective scan over the tokens of one image, which are the pixels of one row with adjacent channels.
+struct SelectiveScanArgs {
+  TensorView u, delta, b, c, out;
+  TensorView z;  // data null: without a gate
+  int64_t length = 0, channels = 0, states = 0;
+  const float* a = nullptr;  // [vector of channels][state][lanes]
+  const float* d = nullptr;  // this and delta_bias: filled up to whole vectors
+  const float* delta_bias = nullptr;
+  bool delta_softplus = false;
+  float* scratch = nullptr;  // selective_scan_floats()
+};
+
 // Adaptive max pooling of one image as it is in memory.
 struct AdaptiveMaxPoolArgs {
   TensorView in, out;
@@ -502,6 +517,8 @@ struct Kernels {
   void (*norm_pixels)(const LayerNormArgs&, int64_t y, int64_t x, int64_t n);
   void (*norm_planes_gradient)(const LayerNormGradientArgs&, int64_t y, int64_t x, int64_t n);
   void (*norm_pixels_gradient)(const LayerNormGradientArgs&, int64_t y, int64_t x, int64_t n);
+  void (*selective_scan)(const SelectiveScanArgs&, int64_t channel);  // a vector of channels
+  int64_t (*selective_scan_floats)(const SelectiveScanArgs&);
   int64_t (*adaptive_max_pool_planes_floats)(const AdaptiveMaxPoolArgs&);
   void (*adaptive_max_pool_planes)(const AdaptiveMaxPoolArgs&, int64_t row0, int64_t row1);
   void (*adaptive_max_pool_pixels)(const AdaptiveMaxPoolArgs&, int64_t y0, int64_t y1);

@@ -24,6 +24,7 @@ namespace ESR_PATH {
 #include "depthwise_conv.h"
 #include "depthwise_conv_gradient.h"
 #include "layer_norm2d.h"
+#include "selective_scan.h"
 #include "adaptive_max_pool.h"
 #include "statistic.h"
 #include "modulate.h"
@@ -77,6 +78,8 @@ constexpr Kernels make_kernels(const char* name) {
                  norm_pixels,
                  norm_planes_gradient,
                  norm_pixels_gradient,
+                 selective_scan,
+                 selective_scan_floats,
                  adaptive_max_pool_planes_floats,
                  adaptive_max_pool_planes,
                  adaptive_max_pool_pixels,

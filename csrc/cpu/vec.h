@@ -14,6 +14,8 @@ constexpr int kPixels1 = 12, kPixels2 = 12, kPixels3 = 8;
 constexpr int kPlanarRows = 12;
 // Channels of a gradient and of an input, of one vector of pixels each: 24 sums.
 constexpr int kProductRows = 6, kProductColumns = 4;
+// States of a scan that are advanced together, with three registers each for their decay.
+constexpr int kScanStates = 4;
 using Vec = __m512;
 
 ESR_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -95,6 +97,7 @@ constexpr int kLanes = 8;
 constexpr int kPixels1 = 8, kPixels2 = 6, kPixels3 = 4;
 constexpr int kPlanarRows = 6;
 constexpr int kProductRows = 4, kProductColumns = 3;
+constexpr int kScanStates = 2;
 using Vec = __m256;
 
 ESR_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
@@ -170,6 +173,7 @@ constexpr int kLanes = 16;
 constexpr int kPixels1 = 4, kPixels2 = 2, kPixels3 = 1;
 constexpr int kPlanarRows = 2;
 constexpr int kProductRows = 2, kProductColumns = 2;
+constexpr int kScanStates = 2;
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t IntVec __attribute__((vector_size(64)));
 

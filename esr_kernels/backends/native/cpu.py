@@ -32,13 +32,38 @@ def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Ten
     return outputs
 
 
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    out = u.new_empty(u.shape)
+    u, delta, b, c, to = map(_row, (u, delta, b, c, out))
+    z = None if z is None else _row(z)
+    torch.ops.esr_native.selective_scan(u, delta, a, b, c, d, z, delta_bias, delta_softplus, [to])
+    return out
+
+
+def _row(tokens: Tensor) -> Tensor:
+    """[N, L, C] as [N, C, 1, L] with adjacent channels; tokens with gaps between them will do."""
+    if tokens.stride(2) != 1:
+        tokens = tokens.contiguous()
+    return tokens.transpose(1, 2).unsqueeze(2)
+
+
 def _run(name: str, x: Tensor, arguments: tuple[Any, ...], results: list[Tensor]) -> None:
     getattr(torch.ops.esr_native, name)(*arguments, results)
 
 
 OPERATORS: dict[str, Callable[..., Any]] = (
     {f.__name__: _on_cpu(f) for f in FORWARD}
-    | {"run_plan": run_plan}
+    | {"run_plan": run_plan, "selective_scan": selective_scan}
     | backward.operators(_run)
     | direct.operators(_run, direct.dense_rows)
 )

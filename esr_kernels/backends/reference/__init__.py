@@ -18,6 +18,7 @@ from .esa import esa, esa_backward
 from .layer_norm2d import layer_norm2d, layer_norm2d_backward
 from .modulate import modulate, modulate_backward
 from .run_plan import run_plan
+from .selective_scan import selective_scan, selective_scan_backward
 from .spab import spab, spab_backward
 
 OPERATORS: dict[str, Callable[..., Any]] = {
@@ -43,6 +44,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
         adaptive_max_pool_backward,
         modulate,
         modulate_backward,
+        selective_scan,
+        selective_scan_backward,
         run_plan,
     )
 }
