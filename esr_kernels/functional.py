@@ -2,8 +2,8 @@
 
 Every function but `selective_scan` takes [N, C, H, W] tensors in NCHW or channels_last memory format (others too, at
 the price of a copy), of dtype float32, float16 or bfloat16 (float64 on the reference backend), and returns the input's
-dtype and memory format. Sums are accumulated and activations evaluated in float32 at least. Under autocast the floating-point arguments
-are cast to its dtype. All are differentiable once and safe for empty batches.
+dtype and memory format. Sums are accumulated and activations evaluated in float32 at least. Under autocast the
+floating-point arguments are cast to its dtype. All are differentiable once and safe for empty batches.
 
 While `torch.jit` traces (fvcore's FLOP count) and while `torch.onnx` exports they decompose into plain PyTorch.
 """

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import esr_kernels
+import python_models
 from esr_kernels import functional
 from esr_kernels.optimize import OptimizedModel, optimize
 from esr_kernels.plan import Layer, Plan
@@ -1207,6 +1208,19 @@ def test_what_no_rewrite_foresaw_runs_as_it_was(monkeypatch):
     x = torch.rand(1, 3, 9, 8)
     assert torch.equal(fast(x), network(x))
     assert "the whole network: its graph cannot be rewritten (ValueError: no such pattern)" in fast.report().left
+
+
+def test_a_selective_scan_is_one_call_in_a_graph_for_every_size():
+    """In plain PyTorch it is a loop whose length depends on the image."""
+    model = python_models.create("dvmsr", channels=8, num_layers=1)
+    fast = optimize(model)
+    assert "other images" not in str(fast.report())
+    for size in ((1, 24, 24), (2, 9, 14), (1, 1, 1)):
+        x = torch.rand(size[0], 3, *size[1:])
+        with torch.inference_mode(), torch.profiler.profile() as profile:
+            out = fast(x)
+        assert {e.key: e.count for e in profile.key_averages()}["esr::selective_scan"] == 2
+        torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_networks_that_take_too_long_to_trace_are_taken_module_by_module(monkeypatch):
