@@ -15,7 +15,7 @@ from esr_kernels.commands._arguments import expand, model_name, positive, size
 from esr_kernels.profiling import Shares, shares
 
 OPERATORS = ("conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv", "depthwise_conv", "layer_norm2d")
-OPERATORS += ("adaptive_max_pool", "modulate", "selective_scan")
+OPERATORS += ("adaptive_max_pool", "modulate", "selective_scan", "window_attention")
 
 
 def census(name: str, height: int, width: int) -> Shares:

@@ -116,6 +116,13 @@ void modulate_gradients(Tensor grad, Tensor x, Tensors maps, bool bilinear, int6
   modulate_backward(grad, x, maps, bilinear, activation, slope, gradients);
 }
 
+void run_window_attention(Tensor q, Tensor k, Tensor v, Optional bias, Optional scales, Optional residual,
+                          std::vector<int64_t> window, int64_t heads, double scale, bool cosine,
+                          std::vector<int64_t> shift, double mask, Tensors outputs) {
+  window_attention({q, k, v, bias, scales, residual, window, heads, scale, cosine, shift, mask},
+                   only("window_attention", outputs));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(esr_native, m) {
@@ -160,6 +167,9 @@ STABLE_TORCH_LIBRARY(esr_native, m) {
   m.def(
       "modulate_backward(Tensor grad, Tensor x, Tensor[] maps, bool bilinear, int activation, float slope, "
       "Tensor(a!)[] gradients) -> ()");
+  m.def(
+      "window_attention(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? scales, Tensor? residual, int[] window, "
+      "int heads, float scale, bool cosine, int[] shift, float mask, Tensor(a!)[] outputs) -> ()");
 }
 
 // Not the CPU key: most of these take no tensor, and one on another device is to get a message of ours.
@@ -187,6 +197,7 @@ STABLE_TORCH_LIBRARY_IMPL(esr_native, CompositeExplicitAutograd, m) {
   m.impl("adaptive_max_pool_backward", TORCH_BOX(&adaptive_max_pool_gradients));
   m.impl("modulate", TORCH_BOX(&run_modulate));
   m.impl("modulate_backward", TORCH_BOX(&modulate_gradients));
+  m.impl("window_attention", TORCH_BOX(&run_window_attention));
 }
 
 }  // namespace esr

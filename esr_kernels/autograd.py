@@ -378,6 +378,42 @@ class SelectiveScan(torch.autograd.Function):
         return (*map(_keep, gradients, mask), None)
 
 
+class WindowAttention(torch.autograd.Function):
+    """`esr_kernels.functional.window_attention`; arguments in the order of the operator's schema."""
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        scales: Tensor | None,
+        residual: Tensor | None,
+        window: list[int],
+        heads: int,
+        scale: float,
+        cosine: bool,
+        shift: list[int],
+        shift_mask: float,
+    ) -> Tensor:
+        settings = (window, heads, scale, cosine, shift, shift_mask)
+        return ops.window_attention(q, k, v, bias, scales, residual, *settings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _remember_backend(ctx, inputs[0])
+        ctx.save_for_backward(*inputs[:5])
+        ctx.settings = inputs[6:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        mask = list(ctx.needs_input_grad[:5])
+        call = ops.window_attention_backward
+        gradients = _once(ctx, "window_attention", call, grad, *ctx.saved_tensors, *ctx.settings, mask)
+        to_residual = _keep(grad, ctx.needs_input_grad[5])
+        return (*map(_keep, gradients, mask), to_residual, *(None,) * 6)
+
+
 # --- the operators' own derivatives, for direct calls of torch.ops.esr.* ------------------------------------------
 
 
@@ -431,6 +467,7 @@ for _name, _function in (
     ("layer_norm2d", LayerNorm2d),
     ("adaptive_max_pool", AdaptiveMaxPool),
     ("selective_scan", SelectiveScan),
+    ("window_attention", WindowAttention),
 ):
     torch.library.register_autograd(
         f"esr::{_name}", _function.backward, setup_context=_function.setup_context, lib=library._library

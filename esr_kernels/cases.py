@@ -227,6 +227,30 @@ def _plain_selective_scan(
     return y.to(u.dtype) * F.silu(z)
 
 
+def _plain_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: tuple[int, int],
+    heads: int,
+    *,
+    bias: Tensor | None = None,
+    shift: tuple[int, int] = (0, 0),
+) -> Tensor:
+    n, c, h, w = q.shape
+    (height, width), (down, right) = window, shift
+
+    def tokens(x: Tensor) -> Tensor:
+        x = x.roll((-down, -right), (2, 3)) if down or right else x
+        x = x.reshape(n, heads, c // heads, h // height, height, w // width, width).permute(0, 3, 5, 1, 4, 6, 2)
+        return x.reshape(-1, heads, height * width, c // heads)
+
+    y = F.scaled_dot_product_attention(tokens(q), tokens(k), tokens(v), bias)
+    y = y.reshape(n, h // height, w // width, heads, height, width, c // heads).permute(0, 3, 6, 1, 4, 2, 5)
+    y = y.reshape(n, c, h, w)
+    return y.roll((down, right), (2, 3)) if down or right else y
+
+
 _PLAIN: dict[str, Callable[..., Tensor]] = {
     "conv3x3": _plain_conv3x3,
     "spab": _plain_spab,
@@ -239,6 +263,7 @@ _PLAIN: dict[str, Callable[..., Tensor]] = {
     "adaptive_max_pool": lambda x, output_size: F.adaptive_max_pool2d(x, output_size),
     "modulate": _plain_modulate,
     "selective_scan": _plain_selective_scan,
+    "window_attention": _plain_window_attention,
 }
 OPERATORS = tuple(_PLAIN)
 
@@ -282,12 +307,14 @@ class OperatorCase:
         seed: int = 0,
     ) -> dict[str, Any]:
         """Random tensors: normal feature maps [batch, C, height, width] in `memory_format` (an upscaled residual where
-        there is one), weights whose results have about unit variance."""
+        there is one; whole windows where there are such), weights whose results have about unit variance."""
         generator = torch.Generator().manual_seed(seed)
 
         def feature(name: str, channels: int, divisor: int = 1) -> Tensor:
             scale = self.settings.get("upscale_factor", 1) if name == "residual" else 1
             sides = (max(1, side * scale // divisor) for side in (height, width))
+            window = self.settings.get("window", (1, 1))
+            sides = (-(-side // multiple) * multiple for side, multiple in zip(sides, window, strict=True))
             t = torch.randn(batch, channels, *sides, generator=generator)
             return t.to(device, dtype).contiguous(memory_format=memory_format)
 
@@ -439,6 +466,17 @@ CASES: tuple[OperatorCase, ...] = (
         "modulate", "safmn_pp 12", {"x": 12, "maps": (12,)}, {}, {"mode": "bilinear", "activation": "gelu"}, (8,)
     ),
     OperatorCase("selective_scan", "dvmsr 120", *_scan(120, 16), {"delta_softplus": True}),
+)
+
+
+CASES += (
+    OperatorCase(
+        "window_attention",
+        "craft 24 of 3 heads 16x4",
+        {"q": 24, "k": 24, "v": 24},
+        {},
+        {"window": (16, 4), "heads": 3, "shift": (8, 2)},
+    ),
 )
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "modulate",
     "selective_scan",
     "spab",
+    "window_attention",
 ]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -601,6 +602,83 @@ def selective_scan(
     return _call("selective_scan", autograd.SelectiveScan, (u, delta, a, b, c, d, z, delta_bias, bool(delta_softplus)))
 
 
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: tuple[int, int],
+    heads: int,
+    *,
+    scale: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    shift: tuple[int, int] = (0, 0),
+    shift_mask: float = 0.0,
+    cosine: bool = False,
+) -> Tensor:
+    """Attention between the pixels of a window, between feature maps (Liu et al., "Swin Transformer"; report sections
+    4.4, 4.26, 4.28).
+
+    The maps are rolled by ``-shift`` and cut into windows; the pixels of a window are its tokens, row by row, and the
+    channels are those of the first head, then those of the second, and so on. With q, k and v [heads, T, D] of a window
+    it computes ``softmax(scale * q @ k.transpose(-2, -1) + bias) @ v``, as `scaled_dot_product_attention` does, puts
+    the windows together, rolls back and adds the residual. Parts of the channels of one map, as ``qkv.chunk(3, 1)``
+    gives, are read where they are, and no windows are in memory.
+
+    Native on the CPU (float32, float16 and bfloat16) in the forward pass; gradients, float64 and CUDA run in PyTorch.
+
+    Args:
+        q, k, v: [N, C, H, W], C a multiple of `heads`, H and W multiples of the window's sides.
+        window: height and width of a window.
+        heads: how many.
+        scale: a number, or [heads] with one of each head's own; None: 1 / sqrt(C / heads).
+        bias: [heads, T, T], T pixels of a window, queries before keys; or None.
+        residual: [N, C, H, W] or None.
+        shift: where the first window begins: at least 0 and less than the window's sides. Windows at the edges go on at
+            the opposite ones.
+        shift_mask: is added to the scores of pixels in such a window that are from opposite edges, as -100 or -inf.
+        cosine: q and k are first brought to length 1, pixel by pixel and head by head (Swin v2).
+
+    Returns:
+        [N, C, H, W].
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, dtype or device, or a value that is not allowed.
+        BackendError: no backend can run the call.
+    """
+    scales = scale if isinstance(scale, Tensor) else None
+    q, k, v, bias, scales, residual = _autocast(q, k, v, bias, scales, residual)
+    _check_input("q", q)
+    shape = tuple(q.shape)
+    _check_like("k", k, q, shape)
+    _check_like("v", v, q, shape)
+    height, width = _check_pair("window", window)
+    down, right = _check_pair("shift", shift)
+    if not isinstance(heads, int):
+        raise TypeError(f"heads: expected an int, got {heads!r}")
+    if heads < 1 or shape[1] % heads:
+        raise ValueError(f"heads: expected a divisor of {shape[1]} channels, got {heads}")
+    if height < 1 or width < 1:
+        raise ValueError(f"window: height and width must be at least 1, got {(height, width)}")
+    if shape[2] % height or shape[3] % width:
+        raise ValueError(f"q: {shape[2]}x{shape[3]} pixels are not whole windows of {height}x{width}")
+    if not (0 <= down < height and 0 <= right < width):
+        raise ValueError(f"shift: must be at least 0 and less than the window {(height, width)}, got {(down, right)}")
+    if bias is not None:
+        tokens = height * width
+        _check_tensor("bias", bias)
+        if tuple(bias.shape) != (heads, tokens, tokens):
+            raise ValueError(f"bias: expected shape {[heads, tokens, tokens]} or None, got {list(bias.shape)}")
+        _check_same("bias", bias, q)
+    _check_vector("scale", scales, heads, q)
+    if residual is not None:
+        _check_like("residual", residual, q, shape)
+    number = 1.0 if scales is not None else (shape[1] // heads) ** -0.5 if scale is None else float(scale)
+    tensors = (q, k, v, bias, scales, residual)
+    settings = ([height, width], heads, number, bool(cosine), [down, right], float(shift_mask))
+    return _call("window_attention", autograd.WindowAttention, (*tensors, *settings))
+
+
 def decomposes() -> bool:
     """Whether who watches knows plain PyTorch alone: `torch.jit.trace` and both ONNX exporters."""
     return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
@@ -750,6 +828,13 @@ def _check_scan_parameter(name: str, t: Tensor, u: Tensor) -> None:
         _check_same(name, t, u)
     elif t.device != u.device:
         raise ValueError(f"{name}: expected the input's device {u.device}, got {t.device}")
+
+
+def _check_pair(name: str, value: Any) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, Sequence) else value
+    if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(v, int) for v in pair):
+        raise TypeError(f"{name}: expected two ints, got {value!r}")
+    return pair
 
 
 def _check_name(name: str, value: Any, allowed: tuple[str, ...]) -> None:

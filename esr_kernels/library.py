@@ -48,6 +48,7 @@ _SCAN = (
     "bool delta_softplus"
 )
 _MODULATE = "Tensor x, Tensor[] maps, str mode, str activation, float negative_slope"
+_WINDOWS = "int[] window, int heads, float scale, bool cosine, int[] shift, float shift_mask"
 
 SCHEMAS = {
     "conv3x3": f"({_CONV3X3}) -> Tensor",
@@ -74,6 +75,10 @@ SCHEMAS = {
     "modulate_backward": f"(Tensor grad, {_MODULATE}, bool[] output_mask) -> Tensor[]",
     "selective_scan": f"({_SCAN}) -> Tensor",
     "selective_scan_backward": f"(Tensor grad, {_SCAN}, bool[] output_mask) -> Tensor[]",
+    "window_attention": f"(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? scales, Tensor? residual, {_WINDOWS})"
+    " -> Tensor",
+    "window_attention_backward": f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? scales, {_WINDOWS}"
+    ", bool[] output_mask) -> Tensor[]",
     "run_plan": "(Tensor[] inputs, Tensor[] weights, str plan) -> Tensor[]",
 }
 
@@ -316,6 +321,17 @@ def _(grad, *args):  # type: ignore[no-untyped-def]
     return [u.new_empty(0) if t is None else t.new_empty(t.shape if wanted else 0) for t, wanted in given]
 
 
+@torch.library.register_fake("esr::window_attention", lib=_library)
+def _(q, k, v, bias, scales, residual, window, heads, scale, cosine, shift, shift_mask):  # type: ignore[no-untyped-def]
+    return feature_map(q, q.shape[1])
+
+
+@torch.library.register_fake("esr::window_attention_backward", lib=_library)
+def _(grad, q, k, v, bias, scales, window, heads, scale, cosine, shift, shift_mask, output_mask):  # type: ignore[no-untyped-def]
+    tensors = zip((q, k, v, bias, scales), output_mask, strict=True)
+    return [q.new_empty(0) if t is None else gradient(t, wanted) for t, wanted in tensors]
+
+
 @torch.library.register_fake("esr::run_plan", lib=_library)
 def run_plan_outputs(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Tensor]:
     """The plan's uninitialised outputs: feature maps in the first input's memory format, images in NCHW."""
@@ -397,6 +413,16 @@ def _scan_flops(
     return math.prod(u) * (6 * a[1] + each)
 
 
+def _window_product(q: Shape, window: Sequence[int]) -> int:
+    """Of every query with every key of its window, or of the weights with the values."""
+    return 2 * math.prod(q) * math.prod(window)
+
+
+@register_flop_formula(torch.ops.esr.window_attention)
+def _(q: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * _window_product(q, args[5])
+
+
 @register_flop_formula(torch.ops.esr.esa)
 def _esa_flops(x: Shape, w1: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     wf, w_max = args[7], args[9]
@@ -476,6 +502,15 @@ def _(grad: Shape, u: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -
     """The states again, their gradients in the other direction, and what these are to the states' five operands."""
     *rest, mask = args
     return any(mask) * (_scan_flops(u, *rest) + math.prod(u) * 13 * rest[1][1])
+
+
+@register_flop_formula(torch.ops.esr.window_attention_backward)
+def _(grad: Shape, q: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """The scores again, the gradient to the weights where it leads further, and one product for each gradient."""
+    to_q, to_k, to_v, to_bias, to_scales = args[10]
+    to_weights = to_q or to_k or to_bias or to_scales
+    products = any(args[10]) + bool(to_weights) + bool(to_q or to_scales) + bool(to_k) + bool(to_v)
+    return products * _window_product(q, args[4])
 
 
 @register_flop_formula(torch.ops.esr.esa_backward)

@@ -65,67 +65,83 @@ class _PositionBias(nn.Module):
 
 
 class _WindowAttention(nn.Module):
-    def __init__(self, layers: Layers, c: int, window: tuple[int, int]) -> None:
+    def __init__(self, layers: Layers, c: int, window: tuple[int, int], rolled: bool) -> None:
         super().__init__()
         self.layers, self.window, self.heads = layers, window, c // _HEAD
+        self.shift = (window[0] // 2, window[1] // 2) if rolled else (0, 0)
         self.pos = _PositionBias(self.heads)
 
-    def forward(self, qkv: Tensor, offsets: Tensor, index: Tensor) -> Tensor:
-        """[N, 3 C, H, W] -> [N, C, H, W]."""
-        height, width = self.window
-        q, k, v = (to_windows(t, height, width, self.heads) for t in qkv.chunk(3, 1))
-        scale = _HEAD**-0.5
-        if self.layers is PLAIN or torch.jit.is_tracing():
-            bias = self.pos(offsets)[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)
-            y = ((q * scale) @ k.transpose(-2, -1) + bias).softmax(-1) @ v
-        else:
-            y = self.layers.attention(q, k, v, scale)
-        return from_windows(y, height, width, qkv.shape[2], qkv.shape[3])
+    def bias(self, offsets: Tensor, index: Tensor) -> Tensor:
+        return self.pos(offsets)[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)
+
+    def rolled(self, qkv: Tensor, offsets: Tensor, index: Tensor) -> Tensor:
+        """In the steps of the published network: [N, 3 C, H, W] -> [N, C, H, W]."""
+        down, right = self.shift
+        qkv = qkv.roll((-down, -right), (2, 3)) if down or right else qkv
+        q, k, v = (to_windows(t, *self.window, self.heads) for t in qkv.chunk(3, 1))
+        y = ((q * _HEAD**-0.5) @ k.transpose(-2, -1) + self.bias(offsets, index)).softmax(-1) @ v
+        y = from_windows(y, *self.window, qkv.shape[2], qkv.shape[3])
+        return y.roll((down, right), (2, 3)) if down or right else y
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, residual: Tensor, offsets: Tensor, index: Tensor) -> Tensor:
+        """[N, C, H, W]; the bias is left out but where operators are counted."""
+        bias = self.bias(offsets, index) if torch.jit.is_tracing() else None
+        attend = self.layers.window_attention
+        return attend(q, k, v, self.window, self.heads, bias=bias, residual=residual, shift=self.shift)
 
 
 class _MLP(nn.Module):
-    def __init__(self, c: int, hidden: int) -> None:
+    def __init__(self, layers: Layers, c: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(c, hidden)
-        self.fc2 = nn.Linear(hidden, c)
+        self.fc1 = layers.linear(c, hidden)
+        self.fc2 = layers.linear(hidden, c)
+        if layers is not PLAIN:
+            self.fc1.activation = "gelu"
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Of maps."""
+        return self.fc2(self.fc1(x), residual)
 
 
 class _SRWAB(nn.Module):
-    """Shifted rectangular window attention block, on pixels as tokens [N, H, W, C]."""
+    """Shifted rectangular window attention block, on maps [N, C, H, W]; the plain one on tokens [N, H, W, C]."""
 
     def __init__(self, layers: Layers, c: int, rolled: bool) -> None:
         super().__init__()
-        self.rolled = rolled
-        self.norm1 = nn.LayerNorm(c)
-        self.qkv = nn.Linear(c, 3 * c)
-        self.attns = nn.ModuleList(_WindowAttention(layers, c // 2, w) for w in _WINDOWS)
+        self.plain = layers is PLAIN  # not asked again: a copied model has a copied kit
+        self.norm1 = layers.token_norm(c)
+        self.qkv = layers.linear(c, 3 * c)
+        self.attns = nn.ModuleList(_WindowAttention(layers, c // 2, w, rolled) for w in _WINDOWS)
         self.get_v = layers.depthwise_conv(c)
-        self.proj = nn.Linear(c, c)
-        self.norm2 = nn.LayerNorm(c)
-        self.mlp = _MLP(c, 2 * c)
-
-    def attend(self, qkv: Tensor, positions: list[tuple[Tensor, Tensor]]) -> Tensor:
-        n, c3, h, w = qkv.shape
-        halves = qkv.view(n, 3, 2, c3 // 6, h, w)
-        outputs = []
-        for i, attention in enumerate(self.attns):
-            part = halves[:, :, i].reshape(n, c3 // 2, h, w)
-            height, width = _WINDOWS[i]
-            down, right = height // 2, width // 2
-            part = part.roll((-down, -right), (2, 3)) if self.rolled else part
-            y = attention(part, *positions[i])
-            outputs.append(y.roll((down, right), (2, 3)) if self.rolled else y)
-        return torch.cat(outputs, 1)
+        self.proj = layers.linear(c, c)
+        self.norm2 = layers.token_norm(c)
+        self.mlp = _MLP(layers, c, 2 * c)
 
     def forward(self, x: Tensor, positions: list[tuple[Tensor, Tensor]]) -> Tensor:
+        if self.plain:
+            return self.on_tokens(x, positions)
+        qkv = self.qkv(self.norm1(x))
+        c = x.shape[1]
+        parts = qkv.split(c // 2, 1)  # of q, k and v the halves
+        added = self.get_v(qkv[:, 2 * c :]).chunk(2, 1)
+        y = [
+            attention(*parts[i::2], added[i], *position)
+            for i, (attention, position) in enumerate(zip(self.attns, positions, strict=True))
+        ]
+        x = self.proj(y, x)
+        return self.mlp(self.norm2(x), x)
+
+    def on_tokens(self, x: Tensor, positions: list[tuple[Tensor, Tensor]]) -> Tensor:
         qkv = self.qkv(self.norm1(x)).permute(0, 3, 1, 2).contiguous()
-        v = qkv[:, 2 * x.shape[3] :]
-        y = self.attend(qkv, positions) + self.get_v(v)
+        n, c3, h, w = qkv.shape
+        halves = qkv.view(n, 3, 2, c3 // 6, h, w)
+        outputs = [
+            attention.rolled(halves[:, :, i].reshape(n, c3 // 2, h, w), *position)  # type: ignore[operator]
+            for i, (attention, position) in enumerate(zip(self.attns, positions, strict=True))
+        ]
+        y = torch.cat(outputs, 1) + self.get_v(qkv[:, 2 * x.shape[3] :])
         x = x + self.proj(y.permute(0, 2, 3, 1))
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
 
 
 class _HFERB(nn.Module):
@@ -183,16 +199,17 @@ class _Group(nn.Module):
 
     def __init__(self, layers: Layers, c: int) -> None:
         super().__init__()
+        self.plain = layers is PLAIN
         self.srwa_blocks = nn.ModuleList(_SRWAB(layers, c, rolled=i % 2 == 1) for i in range(4))
         self.hfer_blocks = nn.ModuleList(_HFERB(layers, c) for _ in range(2))
         self.hf_blocks = nn.ModuleList(_HFB(layers, c) for _ in range(2))
 
     def forward(self, z: Tensor, positions: list[tuple[Tensor, Tensor]]) -> Tensor:
         for i in range(2):
-            tokens = z.permute(0, 2, 3, 1).contiguous()
+            low = z.permute(0, 2, 3, 1).contiguous() if self.plain else z
             for block in self.srwa_blocks[2 * i : 2 * i + 2]:  # type: ignore[union-attr]
-                tokens = block(tokens, positions)
-            low = tokens.permute(0, 3, 1, 2).contiguous()
+                low = block(low, positions)
+            low = low.permute(0, 3, 1, 2).contiguous() if self.plain else low
             z = self.hf_blocks[i](low, self.hfer_blocks[i](z))
         return z
 

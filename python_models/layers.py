@@ -6,7 +6,7 @@ network, `PLAIN` in its twin, which then computes what the published network doe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ from .plain_blocks import (
     plain_modulate,
     plain_rep,
     plain_selective_scan,
+    plain_window_attention,
 )
 
 Make = Callable[..., Any]
@@ -79,6 +80,23 @@ class Layers:
     modulate: Callable[..., Tensor]
     causal_conv: Callable[..., Tensor]
     selective_scan: Callable[..., Tensor]
+    # On pixels: of maps [N, C, H, W] in the fused kit, of tokens [N, H, W, C] in the plain one.
+    linear: Make
+    token_norm: Make
+    window_attention: Callable[..., Tensor]
+
+
+class PixelLinear(nn.Linear):
+    """`nn.Linear` of the channels of every pixel of [N, C, H, W] (one or several, concatenated), with activation and
+    residual."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, activation: str = "none") -> None:
+        super().__init__(in_features, out_features, bias)
+        self.activation = activation
+
+    def forward(self, xs: Tensor | Sequence[Tensor], residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        weight = self.weight[:, :, None, None]
+        return functional.conv1x1(xs, weight, self.bias, activation=self.activation, residual=residual)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -126,6 +144,9 @@ FUSED = Layers(
     modulate=functional.modulate,
     causal_conv=_causal_conv,
     selective_scan=_selective_scan,
+    linear=PixelLinear,
+    token_norm=PixelNorm,
+    window_attention=functional.window_attention,
 )
 PLAIN = Layers(
     conv3x3=PlainConv3x3,
@@ -146,6 +167,9 @@ PLAIN = Layers(
     modulate=plain_modulate,
     causal_conv=plain_causal_conv,
     selective_scan=plain_selective_scan,
+    linear=nn.Linear,
+    token_norm=nn.LayerNorm,
+    window_attention=plain_window_attention,
 )
 
 

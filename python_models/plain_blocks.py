@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from esr_kernels.modules import RBSB, RepConv1x1
 from esr_kernels.reparam import Reparameterized
 
+from .windows import from_windows, to_windows
+
 
 def _same(x: Tensor) -> Tensor:
     return x
@@ -293,6 +295,22 @@ class PlainConv3x3PixelShuffle(nn.Conv2d):
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     scores = (q * scale) @ k.transpose(-2, -1)
     return (scores if bias is None else scores + bias).softmax(-1) @ v
+
+
+def plain_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: tuple[int, int],
+    heads: int,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    q_tokens, k_tokens, v_tokens = (to_windows(t, *window, heads) for t in (q, k, v))
+    y = from_windows(plain_attention(q_tokens, k_tokens, v_tokens, scale, bias), *window, q.shape[2], q.shape[3])
+    return y if residual is None else y + residual
 
 
 class PlainUpsampler(nn.Sequential):

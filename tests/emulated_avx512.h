@@ -154,7 +154,7 @@ ESR_EMULATED Floats shuffle_quarters(Floats a, Floats b) {
 #define _mm512_mul_ps ::esr::emulated::mul
 #define _mm512_div_ps ::esr::emulated::div
 #define _mm512_min_ps ::esr::emulated::min
-#define _mm512_max_ps ::esr::emulated::max
+#define _mm512_maskz_max_ps(mask, a, b) ::esr::emulated::max(a, b)  // all lanes
 #define _mm512_unpacklo_ps ::esr::emulated::unpacklo
 #define _mm512_unpackhi_ps ::esr::emulated::unpackhi
 #define _mm512_add_epi32 ::esr::emulated::add

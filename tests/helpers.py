@@ -234,6 +234,13 @@ OPERATOR_CASES = [
         {"a": (5, 3), "d": (5,), "delta_bias": (5,)},
         {"delta_softplus": True},
     ),
+    OperatorCase(
+        "window_attention",
+        "",
+        {"q": 6, "k": 6, "v": 6},
+        {"bias": (2, 12, 12)},
+        {"window": (3, 4), "heads": 2, "shift": (1, 2)},
+    ),
 ]
 
 

@@ -27,8 +27,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "sanitize"
 TESTS = ("conv3x3", "spab", "conv3x3_pixel_shuffle", "conv1x1", "esa", "bsconv", "depthwise_conv", "layer_norm2d")
-TESTS += ("adaptive_max_pool", "modulate")
-NATIVE_TESTS = ("native_cpu", "native_cpu_direct", "native_cpu_backward", "native_bfloat")
+TESTS += ("adaptive_max_pool", "modulate", "window_attention")
+NATIVE_TESTS = ("native_cpu", "native_cpu_direct", "native_cpu_window", "native_cpu_backward", "native_bfloat")
 TESTS += (*NATIVE_TESTS, "properties", "processes")
 CHOSEN = "native-cpu or native_cpu or native_bfloat or many_threads or winograd_keeps"
 QUICK_TESTS = ("properties", "processes")

@@ -36,7 +36,7 @@ import esr_kernels
 import python_models
 from esr_kernels import cases
 from esr_kernels import functional as E
-from esr_kernels.cases import CASES, OperatorCase
+from esr_kernels.cases import OperatorCase
 from esr_kernels.modules import RLFB, SPAB, Conv1x1, Conv3x3, PixelShuffleUpsampler
 from esr_kernels.plan import STATISTICS
 
@@ -54,6 +54,10 @@ FUSED = [name for name in BACKENDS if name != "reference"]
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HALVES = ("float16", "bfloat16")
+
+# What runs in PyTorch on CUDA is left out.
+CASES = [case for case in cases.CASES if case.operator != "window_attention"]
+SMALL_CASES = [case for case in OPERATOR_CASES if case.operator != "window_attention"]
 
 
 def named(name: str) -> OperatorCase:
@@ -624,7 +628,7 @@ def positional(operator: Any, given: dict[str, Any]) -> list[Any]:
     return [given.get(argument.name) for argument in operator._schema.arguments]
 
 
-@pytest.mark.parametrize("case", OPERATOR_CASES, ids=lambda case: case.name.strip())
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name.strip())
 def test_opcheck(case: OperatorCase, backend: str, device: str) -> None:
     """The operator with gradients, then its backward operator by itself."""
     shape = (2, 16, 17) if case.operator == "esa" else (2, 6, 7)

@@ -55,4 +55,18 @@ void modulate_backward(const torch::stable::Tensor& grad, const torch::stable::T
                        const std::vector<torch::stable::Tensor>& maps, bool bilinear, int64_t activation, double slope,
                        const std::vector<torch::stable::Tensor>& gradients);
 
+// Attention inside windows, documented in esr_kernels/functional.py; `scales` has one for each head and takes the place
+// of `scale`. Reads and writes tensors of any strides.
+struct WindowAttention {
+  torch::stable::Tensor q, k, v;
+  std::optional<torch::stable::Tensor> bias, scales, residual;
+  std::vector<int64_t> window;  // height and width
+  int64_t heads = 1;
+  double scale = 1.0;
+  bool cosine = false;
+  std::vector<int64_t> shift;  // down and right
+  double mask = 0.0;
+};
+void window_attention(const WindowAttention& call, const torch::stable::Tensor& out);
+
 }  // namespace esr

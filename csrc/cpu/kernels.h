@@ -384,6 +384,20 @@ struct AdaptiveMaxPoolGradientArgs {
   TensorView to_x;  // added to
 };
 
+// Attention inside the windows of one image as it is in memory.
+struct WindowAttentionArgs {
+  TensorView q, k, v, residual, out;  // residual: data null without one
+  int64_t height = 0, width = 0;
+  int64_t window_height = 0, window_width = 0;
+  int64_t shift_y = 0, shift_x = 0;  // the first window begins there
+  int64_t heads = 0, depth = 0;      // channels of a head
+  const float* scales = nullptr;     // of each head, times log2(e)
+  const float* bias = nullptr;       // [heads][keys][window_attention_stride()], times log2(e); may be null
+  float mask = 0.0f;                 // times log2(e)
+  bool cosine = false;
+  float* scratch = nullptr;  // window_attention_floats()
+};
+
 // For every pixel of a side the two it lies between on another side, and the weight of the second.
 struct ResizeTable {
   const int64_t* low = nullptr;
@@ -531,6 +545,9 @@ struct Kernels {
   int64_t (*resize_planes_floats)(const ResizePlanesArgs&, int64_t rows);
   void (*resize_planes)(const ResizePlanesArgs&, int64_t y0, int64_t y1);
   void (*resize_map)(const ResizeMapArgs&, int64_t y0, int64_t y1);
+  int64_t (*window_attention_stride)(const WindowAttentionArgs&);
+  int64_t (*window_attention_floats)(const WindowAttentionArgs&);
+  void (*window_attention)(const WindowAttentionArgs&, int64_t window, int64_t head);
   void (*slice_rows)(const SliceArgs&, int64_t y0, int64_t y1);
   void (*statistic_blocks)(const StatisticArgs&, int64_t block0, int64_t block1);
 };

@@ -29,6 +29,7 @@ namespace ESR_PATH {
 #include "statistic.h"
 #include "modulate.h"
 #include "resize.h"
+#include "window_attention.h"
 // clang-format on
 
 constexpr Kernels make_kernels(const char* name) {
@@ -92,6 +93,9 @@ constexpr Kernels make_kernels(const char* name) {
                  resize_planes_floats,
                  resize_planes,
                  resize_map,
+                 window_attention_stride,
+                 window_attention_floats,
+                 window_attention,
                  slice_rows,
                  statistic_blocks};
 }

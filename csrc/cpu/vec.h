@@ -31,7 +31,8 @@ ESR_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 ESR_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a, b, c); }
 // When one operand is NaN these return b.
 ESR_INLINE Vec vmin(Vec a, Vec b) { return _mm512_min_ps(a, b); }
-ESR_INLINE Vec vmax(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+// Not _mm512_max_ps, of whose header GCC 12 warns in some loops.
+ESR_INLINE Vec vmax(Vec a, Vec b) { return _mm512_maskz_max_ps(static_cast<__mmask16>(0xffff), a, b); }
 ESR_INLINE Vec abs(Vec a) { return _mm512_abs_ps(a); }
 ESR_INLINE Vec select_negative(Vec x, Vec a, Vec b) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), b, a);

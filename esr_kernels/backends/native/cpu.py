@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...library import run_plan_outputs
+from ...library import feature_map, run_plan_outputs
 from ...plan import Plan
+from .. import reference
 from . import backward, direct
 from .engine import compiled_plan
 from .operators import FORWARD, Call
@@ -61,9 +62,21 @@ def _run(name: str, x: Tensor, arguments: tuple[Any, ...], results: list[Tensor]
     getattr(torch.ops.esr_native, name)(*arguments, results)
 
 
+def window_attention(q: Tensor, *arguments: Any) -> Tensor:
+    """csrc/cpu/direct.h; reads any strides."""
+    out = feature_map(q, q.shape[1])
+    if q.shape[0] > 0:
+        _run("window_attention", q, (q, *arguments), [out])
+    return out
+
+
+# Gradients in PyTorch: this engine has none for them.
+_IN_PYTORCH = ("selective_scan_backward", "window_attention_backward")
+
 OPERATORS: dict[str, Callable[..., Any]] = (
     {f.__name__: _on_cpu(f) for f in FORWARD}
-    | {"run_plan": run_plan, "selective_scan": selective_scan}
+    | {"run_plan": run_plan, "selective_scan": selective_scan, "window_attention": window_attention}
+    | {name: reference.OPERATORS[name] for name in _IN_PYTORCH}
     | backward.operators(_run)
     | direct.operators(_run, direct.dense_rows)
 )

@@ -20,6 +20,7 @@ from .modulate import modulate, modulate_backward
 from .run_plan import run_plan
 from .selective_scan import selective_scan, selective_scan_backward
 from .spab import spab, spab_backward
+from .window_attention import window_attention, window_attention_backward
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     f.__name__: f
@@ -46,6 +47,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
         modulate_backward,
         selective_scan,
         selective_scan_backward,
+        window_attention,
+        window_attention_backward,
         run_plan,
     )
 }

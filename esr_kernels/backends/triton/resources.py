@@ -32,8 +32,9 @@ from ...library import ACTIVATIONS
 from ...optimize import optimize
 from ...plan import STATISTICS
 from ...timing import write_json
-from . import _pointwise, _resize, adaptive_max_pool, call, configs, launch, maps, modulate, statistic
+from . import _MODULES, _pointwise, _resize, adaptive_max_pool, call, configs, launch, maps, modulate, statistic
 
+FUSED_CASES = tuple(case for case in CASES if case.operator in _MODULES)
 ARCHITECTURES = (80, 86, 89, 90)
 # Shared memory that one program can have, in bytes.
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
@@ -251,7 +252,7 @@ def operator_launches(arch: int, name: str, *, config: Choice | None = None) -> 
     return unique(
         [
             item
-            for case in CASES
+            for case in FUSED_CASES
             for layout in layouts(case)
             for item in case_launches(case, arch, name, backward=True, layout=layout, config=config)
         ]

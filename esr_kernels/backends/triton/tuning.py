@@ -55,7 +55,7 @@ def tasks(labels: Sequence[str], arch: int) -> list[Task]:
     seen: set[str] = set()
     for label in labels:
         for training in (False, True):
-            for case, layout in ((c, layout) for c in CASES for layout in resources.layouts(c)):
+            for case, layout in ((c, layout) for c in resources.FUSED_CASES for layout in resources.layouts(c)):
                 for item in resources.case_launches(case, arch, label, backward=training, layout=layout):
                     if item.config is None or item.config in seen:
                         continue
