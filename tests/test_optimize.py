@@ -15,6 +15,7 @@ from torch import nn
 import esr_kernels
 from esr_kernels import functional as E
 from esr_kernels.optimize import optimize
+from esr_kernels.optimize.pooling import max_pool2d
 
 
 class Block(nn.Module):
@@ -157,6 +158,61 @@ def test_copies_pickles_exports_and_compiles(backend):
         y = torch.rand(1, 3, *size)
         assert torch.equal(compiled(y), fast(y))
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        ((20, 17), {"kernel_size": 7, "stride": 3}),
+        ((9, 14), {"kernel_size": 3, "stride": 1, "padding": 1}),
+        ((9, 14), {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0)}),
+        ((10, 11), {"kernel_size": 2}),
+        ((10, 11), {"kernel_size": 1, "stride": 2}),
+        ((10, 11), {"kernel_size": 3, "stride": 2, "ceil_mode": True}),
+        ((10, 11), {"kernel_size": 3, "stride": 2, "dilation": 2}),
+        ((7, 7), {"kernel_size": 7, "stride": 3}),
+    ],
+)
+def test_maxima_of_windows_bit_by_bit(memory_format, size, options):
+    x = torch.randn(2, 5, *size).to(memory_format=memory_format)
+    x[0, 1, 3, 4], x[1, 2, 5, 6], x[1, 3] = float("nan"), float("inf"), float("-inf")
+    expected = nn.functional.max_pool2d(x, **options)
+    kernel_size, stride, *rest = (
+        options.get(name, default)
+        for name, default in (("kernel_size", 0), ("stride", ()), ("padding", 0), ("dilation", 1), ("ceil_mode", False))
+    )
+    lists = [[v] if isinstance(v, int) and not isinstance(v, bool) else v for v in (kernel_size, stride, *rest)]
+    got = max_pool2d(x, *lists)
+    assert got.shape == expected.shape
+    assert torch.equal(got.nan_to_num(nan=1e9), expected.nan_to_num(nan=1e9))
+
+
+def test_windows_too_large_are_refused():
+    for shape, kernel_size, padding in (((1, 2, 5, 9), [7], [0]), ((1, 2, 9, 9), [3], [2])):
+        with pytest.raises(RuntimeError):
+            max_pool2d(torch.zeros(shape), kernel_size, [1], padding)
+
+
+def test_pooling_between_plans_exports():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+
+        def forward(self, x):
+            return self.b(nn.functional.max_pool2d(self.a(x), 3, 1, 1))
+
+    model = Pooled().eval()
+    fast = optimize(model)
+    assert fast.plan is None
+    x = torch.rand(2, 3, 17, 19)
+    expected = fast(x)
+    torch.testing.assert_close(expected, model(x))
+    assert torch.equal(pickle.loads(pickle.dumps(fast))(x), expected)
+    auto = torch.export.Dim.AUTO
+    program = torch.export.export(fast, (torch.rand(2, 3, 20, 21),), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
+    assert torch.equal(program.module()(x), expected)
 
 
 def test_flops_through_the_plan():

@@ -540,6 +540,11 @@ def by_size(m, x):
     return m.tail(y)
 
 
+def repeated(x, r):
+    n, c, h, w = x.shape
+    return x[:, :, :, None, :, None].expand(-1, -1, -1, r, -1, r).reshape(n, c, h * r, w * r)
+
+
 WHOLE = {
     "espcn": (
         lambda: nn.Sequential(conv(3, 12), nn.ReLU(True), conv(12, 27), nn.PixelShuffle(3)),
@@ -560,6 +565,18 @@ WHOLE = {
     ),
     "nearest skip": (
         lambda: Net(lambda m, x: F.interpolate(x, scale_factor=3) + m.tail(m.head(x)), head=conv(3, 12), tail=tail(3)),
+        ["conv3x3", "resize", "conv3x3_pixel_shuffle post"],
+    ),
+    "repeated rows and columns": (
+        lambda: Net(
+            lambda m, x: m.tail(m.head(x)) + x.repeat_interleave(2, 2).repeat_interleave(2, 3),
+            head=conv(3, 12),
+            tail=tail(2),
+        ),
+        ["conv3x3", "resize", "conv3x3_pixel_shuffle post"],
+    ),
+    "repeated pixels": (
+        lambda: Net(lambda m, x: m.tail(m.head(x)) + repeated(x, 3), head=conv(3, 12), tail=tail(3)),
         ["conv3x3", "resize", "conv3x3_pixel_shuffle post"],
     ),
     "two upsamplings": (

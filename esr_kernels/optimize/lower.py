@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from ..plan import ESA_WEIGHTS, Plan, PlanBuilder
 from .capture import adaptive_max_pool2d, statistic
+from .pooling import max_pool2d
 from .simplify import affine_of, function_of
 from .workspace import Workspace, aten, concatenated, dims, is_map, is_pixel, location, ratio, resized, slice_of
 
@@ -28,8 +29,12 @@ _ALONE = _CHANNELWISE | {op.default for op in (ops.adaptive_max_pool, ops.modula
 _POOLS = (ops.adaptive_max_pool.default, ops.adaptive_max_pool2d.default)
 _MOST_JOINED = 64  # channels of a concatenation that a plan makes
 _MOST_RESIZE = 64  # upscale factor of a resize
-# What runs in a finished graph for operators that only graphs have.
-_PLAIN = {ops.adaptive_max_pool2d.default: adaptive_max_pool2d, ops.statistic.default: statistic}
+# What runs in a finished graph for operators that only graphs have, or that PyTorch is slow at.
+_PLAIN = {
+    ops.adaptive_max_pool2d.default: adaptive_max_pool2d,
+    ops.statistic.default: statistic,
+    aten.max_pool2d.default: max_pool2d,
+}
 
 
 class NotPlannableError(Exception):

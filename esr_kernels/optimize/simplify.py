@@ -43,7 +43,7 @@ _SAME = {
     aten.feature_dropout.default,
 }
 _RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints}
-# What only moves elements.
+# What only moves and repeats elements.
 _MOVES = {
     *_RESHAPES,
     aten.permute.default,
@@ -53,6 +53,8 @@ _MOVES = {
     aten.unflatten.int,
     aten.clone.default,
     aten.contiguous.default,
+    aten.expand.default,
+    aten.repeat_interleave.self_int,
 }
 
 
@@ -911,7 +913,7 @@ def _with_channels_first(ws: Workspace, node: fx.Node) -> fx.Node | None:
 
 
 def recognize_shuffles(ws: Workspace, image: fx.Node, example: Tensor) -> None:
-    """Chains of views and transpositions that amount to a pixel shuffle, its inverse or nothing.
+    """Chains of views and transpositions that amount to a pixel shuffle, its inverse, repeated pixels or nothing.
 
     They are told by what they do to the numbers of the elements, not by how they are written.
 
@@ -935,7 +937,8 @@ def recognize_shuffles(ws: Workspace, image: fx.Node, example: Tensor) -> None:
         if shuffle is None:
             continue
         target, factor = shuffle
-        new = source if factor == 1 else ws.call(node, target, (source, factor), node)
+        settings = (None, [float(factor)] * 2) if target is aten.upsample_nearest2d.vec else (factor,)
+        new = source if factor == 1 else ws.call(node, target, (source, *settings), node)
         ws.replace(node, new, chain[:0:-1])
     ws.clean()
 
@@ -956,6 +959,11 @@ def _shuffle(ws: Workspace, source: fx.Node, chain: list[fx.Node], run: Callable
         factor, rest = divmod(b.shape[2], a.shape[2])
         if rest or factor < 2 or a.shape[2] * factor != b.shape[2] or a.shape[3] * factor != b.shape[3]:
             continue
+        if up and a.shape[:2] == b.shape[:2]:
+            rows = numbers.repeat_interleave(factor, 2)
+            return (
+                (aten.upsample_nearest2d.vec, factor) if torch.equal(rows.repeat_interleave(factor, 3), moved) else None
+            )
         if a.shape[1] == b.shape[1] * factor**2 and torch.equal(target(numbers, factor), moved):
             return target, factor
     return None
