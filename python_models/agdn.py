@@ -21,13 +21,17 @@ they overlap (the test-time local converter of Chu et al.). The published code t
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from itertools import product
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
+from esr_kernels.functional import decomposes
 from esr_kernels.modules import CCA, GDFN, ElementScale, Level, MultiscaleGate
 from esr_kernels.modules.arguments import positive
 
@@ -78,11 +82,61 @@ def _starts(size: int) -> list[int]:
     return [min(i * step, size - _WINDOW) for i in range(count)]
 
 
+def _windows(height: int, width: int) -> Iterator[tuple[Any, ...]]:
+    """What indexes the windows of an image."""
+    for top, left in product(_starts(height), _starts(width)):
+        yield ..., slice(top, top + _WINDOW), slice(left, left + _WINDOW)
+
+
+# An operator, whose windows are cut for the size at hand: a graph of the network then is good for every size.
+torch.library.define("esr_models::channel_attention", "(Tensor qkv, Tensor temperature) -> Tensor")
+
+
+def _channel_attention(qkv: Tensor, temperature: Tensor) -> Tensor:
+    """The attention of `_ChannelAttention`, [N, 3 C, H, W] -> [N, C, H, W]: cosines from products and lengths."""
+    n, c, height, width = qkv.shape
+    heads = c // (3 * _HEAD)
+    total = qkv.new_empty(n, c // 3, height, width)
+    single = height <= _WINDOW and width <= _WINDOW
+    if not single:
+        total.zero_()
+        count = qkv.new_zeros(1, 1, height, width)
+    for window in _windows(height, width):
+        q, k, v = (t.flatten(2).unflatten(1, (heads, _HEAD)) for t in qkv[window].chunk(3, 1))
+        lengths = (torch.linalg.vector_norm(t, dim=-1, keepdim=True).clamp_min(1e-12) for t in (q, k))
+        cosines = q @ k.mT / (next(lengths) @ next(lengths).mT)
+        part = (F.relu(cosines * temperature) @ v).reshape(total[window].shape)
+        if single:
+            total = part
+        else:
+            total[window] += part
+            count[window] += 1
+    return total if single else total.div_(count)
+
+
+torch.library.impl("esr_models::channel_attention", "CompositeExplicitAutograd", _channel_attention)
+
+
+@torch.library.register_fake("esr_models::channel_attention")
+def _(qkv: Tensor, temperature: Tensor) -> Tensor:
+    n, c, height, width = qkv.shape
+    return qkv.new_empty(n, c // 3, height, width)
+
+
+@register_flop_formula(torch.ops.esr_models.channel_attention)
+def _flops(qkv: Sequence[int], temperature: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """Of the products of queries with keys and of their cosines with values."""
+    n, c, height, width = qkv
+    pixels = [min(size, _WINDOW) * len(_starts(size)) for size in (height, width)]
+    return 2 * 2 * n * (c // 3) * _HEAD * pixels[0] * pixels[1]
+
+
 class _ChannelAttention(nn.Module):
     """Restormer's transposed attention, sparse: ReLU of the scaled cosines of channels, in windows."""
 
     def __init__(self, layers: Layers, c: int) -> None:
         super().__init__()
+        self.plain = layers is PLAIN
         self.temperature = nn.Parameter(torch.ones(c // _HEAD, 1, 1))
         self.qkv = layers.conv1x1(c, 3 * c, bias=False)
         self.qkv_dwconv = layers.depthwise_conv(3 * c, bias=False)
@@ -97,12 +151,13 @@ class _ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         qkv = self.qkv_dwconv(self.qkv(x))
+        if not (self.plain or decomposes() or (torch.is_grad_enabled() and qkv.requires_grad)):
+            return self.project_out(torch.ops.esr_models.channel_attention(qkv, self.temperature), residual)
         height, width = int(x.shape[2]), int(x.shape[3])
         if height <= _WINDOW and width <= _WINDOW:
             return self.project_out(self.attend(qkv), residual)
         total, count = torch.zeros_like(x), x.new_zeros(1, 1, height, width)
-        for top, left in product(_starts(height), _starts(width)):
-            window = (..., slice(top, top + _WINDOW), slice(left, left + _WINDOW))
+        for window in _windows(height, width):
             total[window] += self.attend(qkv[window])
             count[window] += 1
         return self.project_out(total / count, residual)
