@@ -320,7 +320,7 @@ def _describe(layer: Layer) -> str:
     if layer.op == "normalize":
         words += [f"{name} {' '.join(f'{v:g}' for v in a[name])}" for name in ("shift", "scale")]
     if layer.op == "activate":
-        bounds = {"leaky_relu": ("low",), "clamp": ("low", "high")}.get(a["function"], ())
+        bounds = {"leaky_relu": ("low",), "clamp": ("low", "high"), "rsqrt": ("low",)}.get(a["function"], ())
         words.append(a["function"])
         words += [f"{name} {' '.join(f'{v:g}' for v in dict.fromkeys(a[name]))}" for name in bounds]
     if layer.op == "depthwise_conv":

@@ -1106,6 +1106,34 @@ def test_statistics(name):
     assert fast.plan is not None and fast.report().left == []
 
 
+LENGTHS = {
+    "normalize": F.normalize,
+    "over the norm": lambda y: y / y.norm(dim=1, keepdim=True).clamp_min(1e-3),
+    "over the vector norm": lambda y: y / torch.linalg.vector_norm(y, dim=1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_lengths_of_pixels(name):
+    model = Net(lambda m, x: m.tail(LENGTHS[name](m.head(x))), head=conv(3, 12), tail=conv(12, 3))
+    fast = check(model, [(1, 3, 9, 12), (2, 3, 8, 8)])
+    assert ops_of(fast) == ["conv3x3", "multiply", "conv1x1", "activate rsqrt", "multiply", "conv3x3"]
+    assert fast.plan is not None and fast.report().left == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda y: F.normalize(y, p=1.0),
+        lambda y: F.normalize(y, dim=2),
+        lambda y: y.relu() / y.norm(dim=1, keepdim=True).clamp_min(1e-3),
+    ],
+)
+def test_other_lengths_stay(other):
+    model = Net(lambda m, x: m.tail(other(m.head(x))), head=conv(3, 12), tail=conv(12, 3))
+    assert "activate rsqrt" not in ops_of(check(model, [(1, 3, 9, 12), (2, 3, 8, 8)]))
+
+
 UNLIKE_STATISTICS = {
     "of the batch": lambda y: y.mean((0, 2, 3), keepdim=True),
     "of rows": lambda y: y.mean(3, keepdim=True),

@@ -100,6 +100,28 @@ def elementwise_network():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_unit_lengths(backend, layout):
+    """x over the length of each pixel, which is at least 0.5 and 0 for some, and the inverse root itself."""
+    torch.manual_seed(0)
+    b = PlanBuilder()
+    x = b.input(5)
+    total = b.add("conv1x1", [b.add("multiply", [x, x], 5)], 1, {"weight": 0}, **LINEAR)
+    inverse = b.add("activate", [total], 1, function="rsqrt", low=[0.5], high=[2.0])
+    plan = b.finish([inverse, b.add("multiply", [x, inverse], 5)])
+    image = lay_out(torch.randn(2, 5, 6, 9), layout)
+    image[0, :, :2] = 0.0
+    image[1, :, :, 3] *= 1e-3
+
+    def oracle(x):
+        inverse = 2 / x.square().sum(1, keepdim=True).sqrt().clamp_min(0.5)
+        return inverse, x * inverse
+
+    results = torch.ops.esr.run_plan([image], [torch.ones(1, 5, 1, 1)], plan.to_json())
+    for i, (got, exact) in enumerate(zip(results, oracle(image.double()), strict=True)):
+        check_close(got, exact, lambda i=i: oracle(image)[i], backend)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_elementwise_layers(backend, layout):
     torch.manual_seed(0)
     plan, weights, oracle = elementwise_network()

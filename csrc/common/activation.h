@@ -20,8 +20,9 @@ enum class Function : int32_t {
   kClamp = 7,      // at least low, at most high
   kHardswish = 8,  // x * clamp(x / 6 + 1 / 2, 0, 1)
   kMish = 9,       // x * tanh(log(1 + exp(x)))
+  kRsqrt = 10,     // high / max(sqrt(x), low)
 };
-inline constexpr int64_t kFunctionCount = 10;
+inline constexpr int64_t kFunctionCount = 11;
 
 // h is the convolution's result. The first three are public, the first two of every operator with a residual; a gate
 // ends ESA.

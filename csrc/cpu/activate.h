@@ -14,6 +14,8 @@ ESR_INLINE Vec function_of(Vec x, Vec low, Vec high) {
     const Vec e = exp(vmin(set1(20.0f), x));
     const Vec n = mul(e, add(e, set1(2.0f)));
     return mul(x, div(n, add(n, set1(2.0f))));
+  } else if constexpr (F == Function::kRsqrt) {
+    return div(high, vmax(vmax(low, set1(1e-30f)), sqrt(x)));
   } else {
     return activate<static_cast<Activation>(F)>(x, low);
   }
@@ -53,5 +55,7 @@ inline void activate_rows(const ActivateArgs& a, int64_t y0, int64_t y1) {
       return function_rows<Function::kHardswish>(a, y0, y1);
     case Function::kMish:
       return function_rows<Function::kMish>(a, y0, y1);
+    case Function::kRsqrt:
+      return function_rows<Function::kRsqrt>(a, y0, y1);
   }
 }

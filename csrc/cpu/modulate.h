@@ -56,6 +56,13 @@ inline void write_modulated(const ModulateArgs& a, const float* line, const Tens
 // A row of a map along the row of x: pixels [x0, x0 + n).
 inline void enlarge_line(const ResizeTable& columns, bool blend, const float* row, int64_t step, int64_t x0, int64_t n,
                          float* out) {
+  if (blend && step == 1) {
+    for (int64_t i = 0; i < n; ++i) {
+      const float weight = columns.weight[x0 + i];
+      out[i] = (1.0f - weight) * row[columns.low[x0 + i]] + weight * row[columns.high[x0 + i]];
+    }
+    return;
+  }
   for (int64_t i = 0; i < n; ++i, out += step) {
     const float* low = row + columns.low[x0 + i] * step;
     if (!blend) {

@@ -47,6 +47,13 @@ ESR_DEVICE void apply(float (&x)[8], const float (&low)[8], const float (&high)[
         x[k] *= fast_divide(n, n + 2.0f);
       }
       break;
+    case Function::kRsqrt:
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const float root = sqrtf(x[k]), least = low[k] > 1e-30f ? low[k] : 1e-30f;
+        x[k] = high[k] / (root < least ? least : root);  // NaN stays
+      }
+      break;
   }
 }
 

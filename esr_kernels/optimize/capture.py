@@ -156,6 +156,22 @@ def _(x: Tensor, kind: str, correction: int) -> Tensor:
     return x.new_empty(*x.shape[:2], 1, 1)
 
 
+torch.library.define("esr::inverse_root", "(Tensor x, float least) -> Tensor")
+
+
+def inverse_root(x: Tensor, least: float) -> Tensor:
+    """What stands outside of plans for one over the root, which is at least `least`."""
+    return x.sqrt().clamp_min(least).reciprocal()
+
+
+torch.library.impl("esr::inverse_root", "CompositeExplicitAutograd", inverse_root)
+
+
+@torch.library.register_fake("esr::inverse_root")
+def _(x: Tensor, least: float) -> Tensor:
+    return torch.empty_like(x)
+
+
 # PyTorch's own computes the number of channels from the sizes, which then is no number.
 torch.library.define("esr::pixel_unshuffle", "(Tensor x, int factor) -> Tensor")
 torch.library.impl("esr::pixel_unshuffle", "CompositeExplicitAutograd", F.pixel_unshuffle)

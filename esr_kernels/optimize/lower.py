@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..plan import ESA_WEIGHTS, Plan, PlanBuilder
-from .capture import adaptive_max_pool2d, statistic
+from .capture import adaptive_max_pool2d, inverse_root, statistic
 from .pooling import max_pool2d
 from .simplify import affine_of, function_of
 from .workspace import Workspace, aten, concatenated, dims, is_map, is_pixel, location, ratio, resized, slice_of
@@ -33,6 +33,7 @@ _MOST_RESIZE = 64  # upscale factor of a resize
 _PLAIN = {
     ops.adaptive_max_pool2d.default: adaptive_max_pool2d,
     ops.statistic.default: statistic,
+    ops.inverse_root.default: inverse_root,
     aten.max_pool2d.default: max_pool2d,
 }
 

@@ -28,7 +28,7 @@ from .channels import canonicalize_channels
 from .lower import Lowered, lower
 from .patterns import match
 from .report import Report
-from .simplify import canonicalize, channels_first, merge_linear, recognize_shuffles
+from .simplify import canonicalize, channels_first, merge_linear, recognize_shuffles, unit_lengths
 from .statistics import recognize_statistics
 from .workspace import Workspace
 
@@ -390,6 +390,8 @@ def rewrite(ws: Workspace, image: fx.Node, example: Tensor, scale_limit: float |
     recognize_shuffles(ws, image, example)
     recognize_statistics(ws, scale_limit)
     canonicalize_channels(ws, image, example)
+    if scale_limit is None:
+        unit_lengths(ws)
     merge_linear(ws, scale_limit)
     match(ws, scale_limit)
 

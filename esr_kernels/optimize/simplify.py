@@ -219,6 +219,8 @@ def function_of(ws: Workspace, node: fx.Node) -> tuple[fx.Node, str, Tensor, Ten
         return None
     elif name == "sigmoid":
         high = 1.0
+    elif t in (torch.ops.esr.inverse_root.default, aten.rsqrt.default):
+        name, low, high = "rsqrt", float((*node.args, 0.0)[1]), 1.0  # type: ignore[arg-type]
     elif t is aten.leaky_relu.default:
         name, low = "leaky_relu", float(numbers[0] if numbers else 0.01)  # type: ignore[arg-type]
     elif t is aten.prelu.default and isinstance(numbers[0], Tensor):
@@ -509,6 +511,53 @@ _CANONICAL: tuple[Callable[[Workspace, fx.Node], bool], ...] = (
     _hard_sigmoid,
     _unshuffle,
 )
+
+
+# --- lengths of pixels
+
+
+def unit_lengths(ws: Workspace) -> None:
+    """Maps over the roots of the sums of their squares over channels, as `F.normalize` computes them: a product.
+
+    The sum is a 1x1 convolution, so that all of it can be part of a plan. float16 has no room for the squares.
+    """
+    for node in list(ws.graph.nodes):
+        if node.target is not aten.div.Tensor or node.kwargs or node in ws.values or not is_map(node):
+            continue
+        x, length = node.args
+        found = _length_of(ws, length)
+        if found is None or found[0] is not x or dims(x) != dims(node) or ws.dtype(node) == torch.float16:
+            continue
+        channels = dims(x)[1]
+        if not isinstance(channels, int):
+            continue
+        squares = ws.call(node, aten.mul.Tensor, (x, x), node)
+        ones = ws.constant(torch.ones(1, channels, 1, 1, dtype=torch.float64), ws.dtype(node))
+        settings = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+        total = with_channels(ws.call(node, aten.convolution.default, (squares, ones, None, *settings), node), node, 1)
+        inverse = ws.call(node, torch.ops.esr.inverse_root.default, (total, found[1]), total)
+        ws.replace(node, ws.call(node, aten.mul.Tensor, (x, inverse), node))
+    ws.clean()
+
+
+def _length_of(ws: Workspace, node: Any) -> tuple[fx.Node, float] | None:
+    """A map of which a node is every pixel's length, and how long it is at least."""
+    least = 0.0
+    while isinstance(node, fx.Node) and not node.kwargs:
+        if node.target is aten.clamp_min.default:
+            bound = ws.known(node.args[1])
+            if not isinstance(bound, (int, float)):
+                return None
+            least = max(least, float(bound))
+        elif node.target is aten.linalg_vector_norm.default:
+            defaults: list[Any] = [None, 2, None, False]
+            x, order, axes, keeps = [*node.args, *defaults[len(node.args) :]][:4]
+            whole = order == 2 and axes in ([1], [-3]) and keeps
+            return (x, least) if whole and is_map(x) and x not in ws.values else None
+        elif node.target not in (aten.expand_as.default, aten.expand.default):
+            return None
+        node = node.args[0]
+    return None
 
 
 # --- linear layers that amount to fewer

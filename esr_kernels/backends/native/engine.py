@@ -33,7 +33,7 @@ OP_CODES = {
     "statistic": 15,
 }
 ACTIVATION_CODES = {"none": 0, "relu": 1, "leaky_relu": 2, "silu": 3, "gelu": 4, "gelu_tanh": 5}
-FUNCTION_CODES = ACTIVATION_CODES | {"sigmoid": 6, "clamp": 7, "hardswish": 8, "mish": 9}
+FUNCTION_CODES = ACTIVATION_CODES | {"sigmoid": 6, "clamp": 7, "hardswish": 8, "mish": 9, "rsqrt": 10}
 RESIDUAL_CODES = {"pre": 0, "post": 1, "attention": 2}
 PADDING_CODES = {"zeros": 0, "reflect": 1}
 RESIZE_CODES = {"nearest": 0, "bilinear": 1, "bicubic": 2}

@@ -90,8 +90,8 @@ def activate(h: Tensor, activation: str, negative_slope: float) -> Tensor:
 def apply(x: Tensor, function: str, low: Tensor, high: Tensor) -> Tensor:
     """A function of every element of a map, as plans have them; `low` and `high` broadcast over it.
 
-    sigmoid: times `high`. leaky_relu: `low` is the factor of negative values. clamp: the bounds. Other functions read
-    neither.
+    sigmoid: times `high`. leaky_relu: `low` is the factor of negative values. clamp: the bounds. rsqrt: `high` over the
+    root, which is at least `low` and 1e-30. Other functions read neither.
     """
     if function == "sigmoid":
         return torch.sigmoid(x) * high
@@ -101,6 +101,8 @@ def apply(x: Tensor, function: str, low: Tensor, high: Tensor) -> Tensor:
         return F.hardswish(x)
     if function == "mish":
         return F.mish(x)
+    if function == "rsqrt":
+        return high / torch.maximum(x.sqrt(), low.clamp_min(1e-30))
     if function == "leaky_relu":
         return torch.where(x < 0, x * low, x)
     return activate(x, function, 0.0)

@@ -37,6 +37,10 @@ def apply_function(x, low, high, FUNCTION: tl.constexpr):
         e = tl.exp(tl.where(x > 20, 20.0, x))
         e = e * (e + 2.0)
         result = x * (e / (e + 2.0))
+    elif FUNCTION == "rsqrt":
+        root = tl.sqrt(x)
+        least = tl.where(low > 1e-30, low, 1e-30)
+        result = high / tl.where(root < least, least, root)  # NaN stays
     else:
         result = activate(x, 0.0, FUNCTION)
     return result

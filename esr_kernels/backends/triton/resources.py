@@ -285,7 +285,7 @@ def model_launches(
 
 # What a plan computes of every element.
 _OPERATIONS = (
-    *("add", "multiply", "normalize", "clamp", "sigmoid", "hardswish", "mish"),
+    *("add", "multiply", "normalize", "clamp", "sigmoid", "hardswish", "mish", "rsqrt"),
     *(activation for activation in ACTIVATIONS if activation != "none"),
 )
 
