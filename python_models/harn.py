@@ -35,7 +35,6 @@ from .base import Network
 from .distillation import Distillation, EnhancedCCA
 from .layers import PLAIN, Layers, pad_same
 from .registry import ModelCard, register
-from .windows import from_windows, to_windows
 
 _WINDOWS = ((32, 32), (8, 32), (32, 8), (8, 32))
 _ROLLED_BLOCK, _GATE_BLOCK = 1, 3
@@ -106,7 +105,7 @@ class _WindowAttention(nn.Module):
 
     def __init__(self, layers: Layers, c: int, window: tuple[int, int], rolled: bool) -> None:
         super().__init__()
-        self.kit, self.window = layers, window
+        self.kit, self.window, self.scale = layers, window, c**-0.5
         self.shift = (window[0] // 2, window[1] // 2) if rolled else (0, 0)
         self.proj_qk = layers.conv1x1(c, 2 * c)
         self.proj_v = layers.conv1x1(c, c)
@@ -123,10 +122,8 @@ class _WindowAttention(nn.Module):
         q, k = self.proj_qk(x).chunk(2, 1)
         v = self.proj_v(x)
         lepe = self.lepe_v(v)
-        maps = (self.proj_q_5x5(q) + lepe, self.proj_k_5x5(k) + lepe, v)
-        tq, tk, tv = (to_windows(t, height, width, heads=1) for t in maps)
-        y = self.kit.attention(tq, tk, tv, x.shape[1] ** -0.5)
-        y = from_windows(y, height, width, x.shape[2], x.shape[3]) + lepe
+        q, k = self.proj_q_5x5(q) + lepe, self.proj_k_5x5(k) + lepe
+        y = self.kit.window_attention(q, k, v, self.window, 1, scale=self.scale, residual=lepe)
         if down or right:
             y = y.roll((down, right), (2, 3))
         return y[:, :, :h, :w]

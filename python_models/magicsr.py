@@ -28,6 +28,7 @@ and computed for all others. No weights were published.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,10 @@ from esr_kernels.modules.arguments import positive
 from .base import Network
 from .layers import PLAIN, Layers
 from .registry import ModelCard, register
+from .windows import from_windows, to_windows
 
 _WINDOW, _SHIFT = 8, 4
+_SEPARATE = -100.0  # is added between pixels of a rolled window that were not neighbours
 _LARGEST_SCALE = 4.605170185988092  # log 100
 _MEAN, _STD = (0.4485, 0.4375, 0.4045), (0.2352, 0.2244, 0.2349)
 _MULTIPLE = 32
@@ -61,14 +64,14 @@ def _merged(windows: Tensor, h: int, w: int) -> Tensor:
 
 
 def _roll_mask(h: int, w: int) -> Tensor:
-    """-100 between pixels of a rolled window that were not neighbours, else 0: [windows, 64, 64]."""
+    """For each two pixels of a rolled window: [windows, 64, 64]."""
 
     def region(size: int) -> Tensor:
         position = torch.arange(size)
         return (position >= size - _WINDOW).long() + (position >= size - _SHIFT).long()
 
     regions = _windows((3 * region(h)[:, None] + region(w)).view(1, h, w, 1)).squeeze(-1)
-    return torch.where(regions[:, None] == regions[:, :, None], 0.0, -100.0)
+    return torch.where(regions[:, None] == regions[:, :, None], 0.0, _SEPARATE)
 
 
 def _position_index(side: int) -> Tensor:
@@ -84,35 +87,65 @@ class _CosineAttention(nn.Module):
 
     def __init__(self, layers: Layers, c: int, heads: int, side: int) -> None:
         super().__init__()
-        self.attention, self.heads, self.width = layers.attention, heads, c // heads
+        self.layers, self.side, self.heads, self.width = layers, side, heads, c // heads
         inner = heads * self.width
         self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), 10.0).log())
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * side - 1) ** 2, heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("relative_position_index", _position_index(side))
-        self.qkv = nn.Linear(c, 3 * inner)
-        self.proj = nn.Linear(inner, c)
+        self.qkv = layers.linear(c, 3 * inner)
+        self.proj = layers.linear(inner, c)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def scale_and_bias(self) -> tuple[Tensor, Tensor]:
+        """[heads, 1, 1] and [heads, tokens, tokens]."""
+        index = self.relative_position_index
+        bias = self.relative_position_bias_table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)
+        return self.logit_scale.clamp(max=_LARGEST_SCALE).exp(), bias
+
+    def on_tokens(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """[N windows, tokens, C], mask [windows, tokens, tokens]."""
         count, tokens, _ = x.shape
         qkv = self.qkv(x).view(count, tokens, 3, self.heads, self.width).permute(2, 0, 3, 1, 4)
-        scale = self.logit_scale.clamp(max=_LARGEST_SCALE).exp()
-        q, k = F.normalize(qkv[0], dim=-1) * scale, F.normalize(qkv[1], dim=-1)
-        index = self.relative_position_index
-        bias = self.relative_position_bias_table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)[None]
+        scale, bias = self.scale_and_bias()
+        q, k, bias = F.normalize(qkv[0], dim=-1) * scale, F.normalize(qkv[1], dim=-1), bias[None]
         if mask is not None:
             bias = (bias + mask[:, None]).repeat(count // mask.shape[0], 1, 1, 1)
-        y = self.attention(q, k, qkv[2], 1.0, bias)
+        y = self.layers.attention(q, k, qkv[2], 1.0, bias)
         return self.proj(y.transpose(1, 2).reshape(count, tokens, self.heads * self.width))
+
+    def with_mask(self, x: Tensor, mask: Tensor) -> Tensor:
+        """[N, C, H, W], mask [windows, tokens, tokens] of any values."""
+        q, k, v = (to_windows(t, self.side, self.side, self.heads) for t in self.qkv(x).chunk(3, 1))
+        scale, bias = self.scale_and_bias()
+        bias = (bias + mask[:, None]).repeat(x.shape[0], 1, 1, 1)
+        y = self.layers.attention(F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1), v, 1.0, bias)
+        return self.proj(from_windows(y, self.side, self.side, x.shape[2], x.shape[3]))
+
+    def forward(self, x: Tensor, shift: int = 0) -> Tensor:
+        """[N, C, H, W]."""
+        q, k, v = self.qkv(x).chunk(3, 1)
+        scale, bias = self.scale_and_bias()
+        y = self.layers.window_attention(
+            q,
+            k,
+            v,
+            (self.side, self.side),
+            self.heads,
+            scale=scale.flatten(),
+            bias=bias,
+            shift=(shift, shift),
+            shift_mask=_SEPARATE,
+            cosine=True,
+        )
+        return self.proj(y)
 
 
 class _NGramContext(nn.Module):
-    """What each window learns from its neighbours: [N, H, W, C] -> [N, H / 8, W / 8, C]."""
+    """What each window learns from its neighbours: [N, C, H, W] -> [N, C, H / 8, W / 8]."""
 
     def __init__(self, layers: Layers, c: int, heads: int) -> None:
         super().__init__()
-        half = c // 2
+        self.plain, half = layers is PLAIN, c // 2
         self.unigram_embed = nn.Conv2d(c, half, _WINDOW, _WINDOW, groups=half)
         self.ngram_attn = _CosineAttention(layers, half, heads, 2)
         self.merge = layers.conv1x1(c, c)
@@ -120,45 +153,72 @@ class _NGramContext(nn.Module):
     def neighbours(self, padded: Tensor) -> Tensor:
         """Attention inside every 2 x 2 windows, averaged: [N, C / 2, h + 1, w + 1] -> [N, C / 2, h, w]."""
         n, c, h, w = padded.shape
-        corners = (padded[:, :, i : h - 1 + i, j : w - 1 + j] for i in (0, 1) for j in (0, 1))
-        tokens = torch.stack(tuple(corners), -1).permute(0, 2, 3, 4, 1).reshape(-1, 4, c)
-        return self.ngram_attn(tokens).mean(1).view(n, h - 1, w - 1, c).permute(0, 3, 1, 2)
+        corners = tuple(padded[:, :, i : h - 1 + i, j : w - 1 + j] for i in (0, 1) for j in (0, 1))
+        if self.plain:
+            tokens = torch.stack(corners, -1).permute(0, 2, 3, 4, 1).reshape(-1, 4, c)
+            return self.ngram_attn.on_tokens(tokens).mean(1).view(n, h - 1, w - 1, c).permute(0, 3, 1, 2)
+        windows = F.pixel_shuffle(torch.stack(corners, 2).flatten(1, 2), 2)
+        return F.avg_pool2d(self.ngram_attn(windows), 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        unigrams = self.unigram_embed(x.permute(0, 3, 1, 2))
+        unigrams = self.unigram_embed(x)
         forwards = self.neighbours(F.pad(unigrams, (0, 1, 0, 1), mode="reflect"))
         backwards = self.neighbours(F.pad(unigrams, (1, 0, 1, 0), mode="reflect"))
-        return self.merge([forwards, backwards]).permute(0, 2, 3, 1)
+        return self.merge([forwards, backwards])
 
 
 class _MLP(nn.Module):
-    def __init__(self, c: int, hidden: int) -> None:
+    """Of tokens, or of maps in the fused kit."""
+
+    def __init__(self, layers: Layers, c: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(c, hidden)
-        self.fc2 = nn.Linear(hidden, c)
+        self.fc1 = layers.linear(c, hidden)
+        self.fc2 = layers.linear(hidden, c)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class _Block(nn.Module):
-    """Context-aware Swin transformer block on [N, H, W, C]."""
+    """Context-aware Swin transformer block on maps [N, C, H, W]; the plain one on tokens [N, H, W, C]."""
 
     attn_mask: Tensor | None
 
     def __init__(self, layers: Layers, c: int, heads: int, rolled: bool, trained: int) -> None:
         super().__init__()
-        self.rolled, self.trained = rolled, trained
+        self.plain, self.rolled, self.trained = layers is PLAIN, rolled, trained
+        self.usual_mask = True  # the loaded one is that of any other size
         self.ngram_window_partition = nn.ModuleDict({"ngram_context": _NGramContext(layers, c, heads)})
         self.attn = _CosineAttention(layers, c, heads, _WINDOW)
-        self.norm1 = nn.LayerNorm(c)
-        self.ffn = _MLP(c, 2 * c)
-        self.norm2 = nn.LayerNorm(c)
+        self.norm1 = layers.token_norm(c)
+        self.ffn = _MLP(layers, c, 2 * c)
+        self.norm2 = layers.token_norm(c)
         self.register_buffer("attn_mask", _roll_mask(trained, trained) if rolled else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        _, h, w, _ = x.shape
+        if self.plain:
+            return self.on_tokens(x)
+        n, c, h, w = x.shape
         context = self.ngram_window_partition["ngram_context"](x)
+        pixels = x.reshape(n, c, h // _WINDOW, _WINDOW, w // _WINDOW, _WINDOW)
+        y = (pixels + context[:, :, :, None, :, None]).reshape(n, c, h, w)
+        mask = self.attn_mask
+        if mask is None or self.usual_mask or (x.shape[2], x.shape[3]) != (self.trained, self.trained):
+            y = self.attn(y, _SHIFT if self.rolled else 0)
+        else:
+            y = self.attn.with_mask(y.roll((-_SHIFT, -_SHIFT), (2, 3)), mask).roll((_SHIFT, _SHIFT), (2, 3))
+        x = x + self.norm1(y)
+        return x + self.norm2(self.ffn(x))
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        mask = self.attn_mask
+        if mask is not None and not mask.is_meta:
+            self.usual_mask = torch.equal(mask, _roll_mask(self.trained, self.trained).to(mask))
+
+    def on_tokens(self, x: Tensor) -> Tensor:
+        _, h, w, _ = x.shape
+        context = self.ngram_window_partition["ngram_context"](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         y = x + context.repeat_interleave(_WINDOW, 1).repeat_interleave(_WINDOW, 2)
         mask = None
         if self.rolled:
@@ -166,7 +226,7 @@ class _Block(nn.Module):
             mask = self.attn_mask
             if h != self.trained or w != self.trained:
                 mask = _roll_mask(int(h), int(w)).to(x)
-        y = _merged(self.attn(_windows(y), mask), h, w)
+        y = _merged(self.attn.on_tokens(_windows(y), mask), h, w)
         if self.rolled:
             y = y.roll((_SHIFT, _SHIFT), (1, 2))
         x = x + self.norm1(y)
@@ -176,14 +236,19 @@ class _Block(nn.Module):
 class _Downsample(nn.Module):
     """Each 2 x 2 pixels, normalised, to one."""
 
-    def __init__(self, c: int) -> None:
+    def __init__(self, layers: Layers, c: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * c)
-        self.reduction = nn.Linear(4 * c, c, bias=False)
+        self.plain = layers is PLAIN
+        self.norm = layers.token_norm(4 * c)
+        self.reduction = layers.linear(4 * c, c, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        quarters = [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
-        return self.reduction(self.norm(torch.cat(quarters, -1)))
+        corners = [(i, j) for i in (0, 1) for j in (0, 1)]
+        if self.plain:
+            quarters = torch.cat([x[:, i::2, j::2] for i, j in corners], -1)
+        else:
+            quarters = torch.cat([x[:, :, i::2, j::2] for i, j in corners], 1)
+        return self.reduction(self.norm(quarters))
 
 
 class _Stage(nn.Module):
@@ -191,17 +256,18 @@ class _Stage(nn.Module):
         self, layers: Layers, c: int, heads: int, blocks: int, trained: int, *, cascade: int = 0, last: bool = False
     ) -> None:
         super().__init__()
-        self.across_cascade_proj = nn.Linear(cascade, c) if cascade else None
+        self.plain = layers is PLAIN
+        self.across_cascade_proj = layers.linear(cascade, c) if cascade else None
         self.blocks = nn.ModuleList(_Block(layers, c, heads, i % 2 == 1, trained) for i in range(blocks))
-        self.downsample = None if last else _Downsample(c)
+        self.downsample = None if last else _Downsample(layers, c)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The last block's output, and it plus its input at half the size."""
         if self.across_cascade_proj is not None:
             x = self.across_cascade_proj(x)
         y = torch.zeros_like(x)
-        for block in self.blocks:
-            x = y + x
+        for i, block in enumerate(self.blocks):
+            x = y + x if self.plain or i else x
             y = block(x)
         return y, None if self.downsample is None else self.downsample(y + x)
 
@@ -209,17 +275,19 @@ class _Stage(nn.Module):
 class _Bottleneck(nn.Module):
     def __init__(self, layers: Layers, c: int) -> None:
         super().__init__()
-        inner = c + c // 4 + c // 16
+        self.plain, inner = layers is PLAIN, c + c // 4 + c // 16
         self.depthwise = layers.depthwise_conv(inner, activation="gelu")
-        self.pointwise = nn.Linear(inner, c)
-        self.norm = nn.LayerNorm(c)
+        self.pointwise = layers.linear(inner, c)
+        self.norm = layers.token_norm(c)
 
     def forward(self, shallow: Tensor, stages: Sequence[Tensor]) -> Tensor:
         maps, pooled = [], shallow
         for i, stage in enumerate(stages):
             pooled = F.max_pool2d(pooled, 2) if i else pooled
-            maps.append(F.pixel_shuffle(stage.permute(0, 3, 1, 2) + F.leaky_relu(pooled), 2**i))
-        return self.norm(self.pointwise(self.depthwise(torch.cat(maps, 1)).permute(0, 2, 3, 1)))
+            y = stage.permute(0, 3, 1, 2) if self.plain else stage
+            maps.append(F.pixel_shuffle(y + F.leaky_relu(pooled), 2**i))
+        y = self.depthwise(torch.cat(maps, 1))
+        return self.norm(self.pointwise(y.permute(0, 2, 3, 1) if self.plain else y))
 
 
 class _Target(nn.Module):
@@ -253,6 +321,7 @@ class MagicSR(Network):
         if channels % 16:
             raise ValueError(f"channels: must be a multiple of 16, got {channels}")
         c, layers = channels, self.kit
+        self.plain = layers is PLAIN
         self.scale = upscale
         self.set_mean(_MEAN)
         self.register_buffer("std", torch.tensor(_STD).view(1, -1, 1, 1), persistent=False)
@@ -262,7 +331,7 @@ class MagicSR(Network):
         self.encoder_layer3 = _Stage(layers, c, 4, 4, _TRAINED // 4, cascade=3 * c, last=True)
         self.bottleneck = _Bottleneck(layers, c)
         self.decoder_layer1 = _Stage(layers, c, 6, 6, _TRAINED // 2, last=True)
-        self.norm = nn.LayerNorm(c)
+        self.norm = layers.token_norm(c)
         self.to_target = _Target(layers, c, upscale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -270,15 +339,20 @@ class MagicSR(Network):
         h, w = x.shape[2:]
         x = F.pad(x, (0, -w % _MULTIPLE, 0, -h % _MULTIPLE))
         shallow = self.shallow_extract["conv1"]((x - self.mean) / self.std)
-        tokens = cascade = shallow.permute(0, 2, 3, 1)
+        tokens = cascade = shallow.permute(0, 2, 3, 1) if self.plain else shallow
         encoded, smaller = self.encoder_layer1(tokens)
         stages = [encoded]
         for stage in (self.encoder_layer2, self.encoder_layer3):
-            cascade = torch.cat([F.max_pool2d(cascade.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1), smaller], -1)
+            if self.plain:
+                pooled = F.max_pool2d(cascade.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+                cascade = torch.cat([pooled, smaller], -1)
+            else:
+                cascade = torch.cat([F.max_pool2d(cascade, 2), smaller], 1)
             y, smaller = stage(cascade)
             stages.append(y)
         decoded, _ = self.decoder_layer1(self.bottleneck(shallow, stages) + encoded)
-        y = self.to_target((self.norm(decoded) + tokens).permute(0, 3, 1, 2)) * self.std + self.mean
+        decoded = self.norm(decoded) + tokens
+        y = self.to_target(decoded.permute(0, 3, 1, 2) if self.plain else decoded) * self.std + self.mean
         return y[:, :, : h * self.scale, : w * self.scale]
 
 

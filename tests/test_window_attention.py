@@ -345,3 +345,27 @@ def test_errors(change, error, message):
     x = torch.zeros(1, 4, 8, 8)
     with pytest.raises(error, match=message):
         window_attention(**{"q": x, "k": x, "v": x, "window": (4, 4), "heads": 2} | change)
+
+
+class _Attending(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Conv2d(3, 48, 3, padding=1), torch.nn.Conv2d(16, 3, 3, padding=1)
+        self.bias = torch.nn.Parameter(rand(2, 32, 32))
+
+    def forward(self, x):
+        q, k, v = self.first(x).chunk(3, 1)
+        return self.last(window_attention(q, k, v, (4, 8), 2, bias=self.bias, shift=(2, 4), shift_mask=-100.0))
+
+
+def test_stays_in_an_optimised_network():
+    torch.manual_seed(10)
+    network = _Attending().requires_grad_(False).eval()
+    fast = esr_kernels.optimize(network)
+    for size in ((8, 16), (16, 24), (12, 40)):
+        x = torch.rand(2, 3, *size)
+        with torch.profiler.profile() as profile:
+            got = fast(x)
+        names = {event.name for event in profile.events()}
+        assert "esr::window_attention" in names and "esr::run_plan" in names
+        torch.testing.assert_close(got, network(x), rtol=1e-4, atol=1e-4)
