@@ -264,7 +264,7 @@ class CRAFT(Network):
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
         h, w = x.shape[2:]
-        x = F.pad(x, (0, -w % _LONG, 0, -h % _LONG), mode="reflect") if h % _LONG or w % _LONG else x
+        x = F.pad(x, (0, -w % _LONG, 0, -h % _LONG), mode="reflect")
         positions = [(self.biases_h, self.relative_position_index_h), (self.biases_v, self.relative_position_index_v)]
         shallow = self.conv_first(x - self.mean)
         y = shallow
