@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -1104,6 +1105,27 @@ def test_statistics(name):
     assert ops_of(fast) == ["conv3x3", "statistic", "conv1x1", "activate sigmoid", "modulate", "conv3x3"]
     assert statistics_of(fast) == [(kind, correction)]
     assert fast.plan is not None and fast.report().left == []
+
+
+WINDOWS = {
+    "of the last axes": (lambda y: y.unfold(2, 5, 3).unfold(3, 5, 3).var((-2, -1)), True),
+    "of others": (lambda y: y.unfold(2, 5, 2).unfold(3, 3, 1).var((5, 4), correction=0), True),
+    "without correction": (lambda y: y.unfold(-2, 3, 1).unfold(-2, 4, 2).var((4, 5), unbiased=False), True),
+    "of rows": (lambda y: y.unfold(2, 5, 1).var(-1), False),
+    "kept": (lambda y: y.unfold(2, 5, 1).unfold(3, 5, 1).var((-2, -1), keepdim=True)[..., 0, 0], False),
+    "columns first": (lambda y: y.unfold(3, 5, 2).unfold(2, 3, 1).var((-2, -1)), False),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_variances_of_windows(name):
+    function, recognized = WINDOWS[name]
+    model = Net(lambda m, x: m.tail(function(m.head(x))), head=conv(3, 12), tail=conv(12, 3))
+    fast = check(model, [(1, 3, 9, 12), (2, 3, 8, 8)])
+    targets = [getattr(n.target, "__name__", "") for n in fast.fallback.body.graph.nodes]
+    assert ("local_variance" in targets) == recognized
+    x = torch.randn(2, 3, 11, 13)
+    assert torch.equal(pickle.loads(pickle.dumps(fast.fallback.body))(x), fast(x))
 
 
 LENGTHS = {

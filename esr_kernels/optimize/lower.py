@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from ..plan import ESA_WEIGHTS, Plan, PlanBuilder
 from .capture import adaptive_max_pool2d, inverse_root, statistic
-from .pooling import max_pool2d
+from .pooling import local_variance, max_pool2d
 from .simplify import affine_of, function_of
 from .workspace import Workspace, aten, concatenated, dims, is_map, is_pixel, location, ratio, resized, slice_of
 
@@ -34,6 +34,7 @@ _PLAIN = {
     ops.adaptive_max_pool2d.default: adaptive_max_pool2d,
     ops.statistic.default: statistic,
     ops.inverse_root.default: inverse_root,
+    ops.local_variance.default: local_variance,
     aten.max_pool2d.default: max_pool2d,
 }
 

@@ -29,7 +29,7 @@ from .lower import Lowered, lower
 from .patterns import match
 from .report import Report
 from .simplify import canonicalize, channels_first, merge_linear, recognize_shuffles, unit_lengths
-from .statistics import recognize_statistics
+from .statistics import local_variances, recognize_statistics
 from .workspace import Workspace
 
 ops = torch.ops.esr
@@ -388,6 +388,7 @@ def rewrite(ws: Workspace, image: fx.Node, example: Tensor, scale_limit: float |
     canonicalize(ws)
     channels_first(ws)
     recognize_shuffles(ws, image, example)
+    local_variances(ws)
     recognize_statistics(ws, scale_limit)
     canonicalize_channels(ws, image, example)
     if scale_limit is None:

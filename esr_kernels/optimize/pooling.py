@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -11,6 +13,19 @@ from torch.nn import functional as F
 from ..functional import decomposes
 
 
+def _whole(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function as one node of graphs, which are traced again when they are unpickled."""
+
+    @functools.wraps(function)
+    def call(x: Any, *args: Any) -> Any:
+        if isinstance(x, fx.Proxy):
+            return x.tracer.create_proxy("call_function", call, (x, *args), {})
+        return function(x, *args)
+
+    return call
+
+
+@_whole
 def max_pool2d(
     x: Tensor,
     kernel_size: Sequence[int],
@@ -23,9 +38,6 @@ def max_pool2d(
 
     PyTorch's kernel visits every pixel of every window, and writes where the maximum was.
     """
-    if isinstance(x, fx.Proxy):  # a graph that is being unpickled
-        arguments = (x, kernel_size, stride, padding, dilation, ceil_mode)
-        return x.tracer.create_proxy("call_function", max_pool2d, arguments, {})  # type: ignore[return-value]
     (ky, kx), (sy, sx), (py, px) = (_pair(v) for v in (kernel_size, stride or kernel_size, padding))
     plain = x.device.type != "cpu" or torch.compiler.is_compiling() or decomposes()
     if not plain:  # what is none, and windows larger than the image, are PyTorch's to do or to refuse
@@ -54,3 +66,26 @@ def _maxima(x: Tensor, axis: int, size: int, stride: int) -> Tensor:
     for start in range(1, size):
         y = torch.maximum(y, view(start)) if start == 1 else torch.maximum(y, view(start), out=y)
     return y
+
+
+torch.library.define("esr::local_variance", "(Tensor x, int[] size, int[] stride, int correction) -> Tensor")
+
+
+@_whole
+def local_variance(x: Tensor, size: Sequence[int], stride: Sequence[int], correction: int) -> Tensor:
+    """Of the windows along the last two axes; on the CPU of copies of them, which PyTorch's kernel reads one by one."""
+    windows = x.unfold(-2, size[0], stride[0]).unfold(-2, size[1], stride[1])
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or decomposes():
+        return windows.var((-2, -1), correction=correction)
+    windows = windows.flatten(-2)
+    differences = windows - windows.mean(-1, keepdim=True)
+    return differences.square_().sum(-1) / max(size[0] * size[1] - correction, 0)
+
+
+torch.library.impl("esr::local_variance", "CompositeExplicitAutograd", local_variance)
+
+
+@torch.library.register_fake("esr::local_variance")
+def _(x: Tensor, size: Sequence[int], stride: Sequence[int], correction: int) -> Tensor:
+    sides = [(x.shape[i - 2] - size[i]) // stride[i] + 1 for i in (0, 1)]
+    return x.new_empty(*x.shape[:-2], *sides)

@@ -55,6 +55,33 @@ _LINEAR = {
 }
 
 
+def local_variances(ws: Workspace) -> None:
+    """Variances of windows that were unfolded, rows first, as `esr::local_variance`."""
+    for node in list(ws.graph.nodes):
+        if node.target not in (aten.var.dim, aten.var.correction) or node in ws.values or not is_map(node):
+            continue
+        columns, axes, *rest = (*node.args, None)[:4]
+        options: dict[str, Any] = dict(node.kwargs)
+        if node.target is aten.var.dim:
+            options |= dict(zip(("unbiased", "keepdim"), rest, strict=False))
+            correction = 1 if options.get("unbiased", True) in (True, None) else 0
+        else:
+            correction = 1 if options.get("correction") is None else options["correction"]
+        rows = columns.args[0] if isinstance(columns, fx.Node) and columns.target is aten.unfold.default else None
+        if not isinstance(rows, fx.Node) or rows.target is not aten.unfold.default or options.get("keepdim"):
+            continue
+        x, *along_rows = rows.args
+        sizes = [along_rows, list(columns.args[1:])]  # type: ignore[union-attr]
+        if not is_map(x) or x in ws.values or not isinstance(axes, (list, tuple)):
+            continue
+        if sorted(a % 6 for a in axes) != [4, 5] or [sizes[0][0] % 4, sizes[1][0] % 5] != [2, 3]:  # type: ignore[operator]
+            continue
+        size, stride = ([side[i] for side in sizes] for i in (1, 2))
+        if all(isinstance(v, int) for v in (*size, *stride, correction)):
+            ws.replace(node, ws.call(node, ops.local_variance.default, (x, size, stride, correction), node))
+    ws.clean()
+
+
 def recognize_statistics(ws: Workspace, limit: float | None = None) -> None:
     """Statistics as `esr::statistic`, and what follows them as layers of maps of one pixel.
 
