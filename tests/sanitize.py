@@ -5,8 +5,8 @@
 `--quick`, which `make test` runs: AddressSanitizer and UndefinedBehaviorSanitizer only, a few drawn calls of every
 operator and its gradients in many threads, with each of the kernels.
 
-On a CPU that has AVX2 and no AMX the kernels for AVX-512 and AMX are compiled with emulated instructions
-(emulated_avx512.h, emulated_amx.h), so that they are tested there too.
+On a CPU that has AVX2 and no AMX, or where Linux refuses a process its registers, the kernels for AVX-512 and AMX are
+compiled with emulated instructions (emulated_avx512.h, emulated_amx.h), so that they are tested there too.
 
 "address" stands for AddressSanitizer and UndefinedBehaviorSanitizer, "thread" for ThreadSanitizer. Python and PyTorch
 are not compiled for them, so the sanitizers' libraries are loaded before everything else. For each sanitizer a planted
@@ -15,6 +15,7 @@ bug must be found first.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import subprocess
@@ -36,8 +37,17 @@ QUICK_CHOSEN = "native-cpu or one_operator_in_many_threads or winograd_keeps"
 QUICK_EXAMPLES = 8
 CAPABILITY = torch.backends.cpu.get_cpu_capability()  # of this CPU, in PyTorch's words
 HAS_AVX2 = CAPABILITY in ("AVX2", "AVX512")
-CPU_FLAGS = Path("/proc/cpuinfo").read_text().split()
-EMULATES = HAS_AVX2 and not {"amx_bf16", "avx512_bf16"} <= set(CPU_FLAGS)
+
+
+def has_amx() -> bool:
+    """Whether this CPU has it and Linux lets a process use it, which has to ask."""
+    if not {"amx_bf16", "avx512_bf16"} <= set(Path("/proc/cpuinfo").read_text().split()):
+        return False
+    arch_prctl, request, tile_data = 158, 0x1023, 18  # ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
+
+
+EMULATES = HAS_AVX2 and not has_amx()
 FOUND = 66  # exit status of a program in which something was found
 
 OVERFLOW = """

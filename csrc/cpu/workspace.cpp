@@ -43,6 +43,7 @@ class Pool {
         kept_.erase(best);
         return block;
       }
+      if (alignment == kHugePage) drop_largest_below(bytes);
     }
     void* data = ::operator new(bytes, std::align_val_t{alignment}, std::nothrow);
     if (data == nullptr) {
@@ -79,13 +80,24 @@ class Pool {
 
  private:
   void drop_to(size_t most) {
-    while (kept_bytes_ > most) {
-      const Block block = kept_.front();
-      kept_.pop_front();
-      kept_bytes_ -= block.bytes;
-      total_bytes_ -= block.bytes;
-      ::operator delete(block.data, std::align_val_t{alignment_of(block.bytes)});
+    while (kept_bytes_ > most) drop(kept_.begin());
+  }
+
+  // What a new block is to replace: the plans of a network want one of them, the largest, not one each.
+  void drop_largest_below(size_t bytes) {
+    auto largest = kept_.end();
+    for (auto b = kept_.begin(); b != kept_.end(); ++b) {
+      if (b->bytes < bytes && (largest == kept_.end() || b->bytes > largest->bytes)) largest = b;
     }
+    if (largest != kept_.end()) drop(largest);
+  }
+
+  void drop(std::deque<Block>::iterator which) {
+    const Block block = *which;
+    kept_.erase(which);
+    kept_bytes_ -= block.bytes;
+    total_bytes_ -= block.bytes;
+    ::operator delete(block.data, std::align_val_t{alignment_of(block.bytes)});
   }
 
   std::mutex mutex_;
