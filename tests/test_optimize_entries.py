@@ -8,6 +8,7 @@ from test_optimize_networks import Net, batch_norm, check, conv, ops_of
 from torch import nn
 from torch.nn import functional as F
 
+from esr_kernels import functional
 from esr_kernels.optimize import optimize
 
 
@@ -160,6 +161,11 @@ def pixel_attention(m, x):
     return m.b(m.a(x) * torch.sigmoid(m.w(x))) + x
 
 
+def own_dense(m, x):
+    y = functional.conv3x3(x, m.a.weight, m.a.bias, activation="silu")
+    return torch.add(x, functional.conv3x3(torch.cat([x, y], 1), m.b.weight, m.b.bias), alpha=0.2)
+
+
 def before_the_activation(m, x):
     return x + m.b(F.relu(m.a(F.relu(m.norm(x)))))
 
@@ -265,7 +271,17 @@ BLOCKS = {
     "before the activation": (lambda: pair(before_the_activation, norm=batch_norm(16)), None, []),
     "dense": (
         lambda: Net(dense, a=conv(16, 8), b=conv(24, 8), c=conv(32, 16)),
-        ["conv3x3 leaky_relu", "conv3x3", "conv3x3 leaky_relu pre", "conv3x3", "conv3x3 post", "conv3x3 post", "add"],
+        ["conv3x3 leaky_relu", "conv3x3", "conv3x3 leaky_relu pre", "conv3x3 post", "conv3x3 post", "conv3x3 pre"],
+        [],
+    ),
+    "dense, activated and added": (
+        lambda: Net(lambda m, x: x + F.relu(m.b(torch.cat([x, m.a(x)], 1))), a=conv(16, 8), b=conv(24, 16)),
+        ["conv3x3", "conv3x3", "conv3x3 relu pre", "add"],
+        [],
+    ),
+    "dense, of this library's convolutions": (
+        lambda: Net(own_dense, a=conv(16, 8), b=conv(24, 16)),
+        ["conv3x3 silu", "conv3x3 post", "conv3x3 pre"],
         [],
     ),
     "ReLU6 after batch norm": (

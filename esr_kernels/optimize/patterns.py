@@ -66,6 +66,7 @@ def match(ws: Workspace, scale_limit: float | None = None) -> None:
     _depthwise(ws)
     _normalizations(ws)
     _epilogues(ws, scale_limit)
+    _sums(ws)
     if _split(ws):
         _epilogues(ws, scale_limit)
     _gates(ws)
@@ -97,16 +98,29 @@ def _convolutions(ws: Workspace) -> None:
         conv = conv_of(ws, node)
         if conv is None or not conv.plain:
             continue
-        xs = (concatenated(conv.x) if conv.x not in ws.values else None) or [conv.x]
+        xs = _parts(ws, conv.x)
         if conv.kernel == (3, 3) and conv.padding == (1, 1):
-            if len(xs) > 1 and all(isinstance(dims(x)[1], int) for x in xs) and not _is_shuffled(node):
-                _sum_over(ws, conv, xs)
-            else:
-                x = xs[0] if len(xs) == 1 else conv.x
-                _write(ws, _Fused("conv3x3", node, [x], conv.weight, conv.bias), node)
+            _write(ws, _Fused("conv3x3", node, xs if len(xs) == 1 else [conv.x], conv.weight, conv.bias), node)
         elif conv.pointwise:
             xs, weight = _whole(ws, xs, conv.weight)
             _write(ws, _Fused("conv1x1", node, xs, weight, conv.bias), node)
+    ws.clean()
+
+
+def _parts(ws: Workspace, x: fx.Node) -> list[fx.Node]:
+    """What a map is a concatenation of, or itself."""
+    return (concatenated(x) if x not in ws.values else None) or [x]
+
+
+def _sums(ws: Workspace) -> None:
+    """3x3 convolutions of concatenations as sums of convolutions."""
+    for node in list(ws.graph.nodes):
+        fused = None if node._erased else _fused_of(ws, node)
+        if fused is None or fused.op != "conv3x3" or fused.mode == "attention" or _is_shuffled(node):
+            continue
+        xs = _parts(ws, fused.xs[0])
+        if len(xs) > 1 and all(isinstance(dims(x)[1], int) for x in xs):
+            _sum_over(ws, fused, xs)
     ws.clean()
 
 
@@ -114,21 +128,22 @@ def _is_shuffled(node: fx.Node) -> bool:
     return any(user.target is aten.pixel_shuffle.default for user in node.users)
 
 
-def _sum_over(ws: Workspace, conv: Conv, xs: list[fx.Node]) -> None:
+def _sum_over(ws: Workspace, fused: _Fused, xs: list[fx.Node]) -> None:
     """The convolution of a concatenation: the sum of those of its parts, each the residual of the next."""
     parts: dict[fx.Node, Tensor] = {}  # a map that is there twice is read once
     first = 0
     for x in xs:
-        part = conv.weight[:, first : first + dims(x)[1]]
+        part = fused.weight[:, first : first + dims(x)[1]]
         first += dims(x)[1]
         parts[x] = parts[x] + part if x in parts else part
-    total: fx.Node | None = None
+    at, bias = fused.node, fused.bias
+    behind = fused.residual if fused.mode == "post" and fused.activation != "none" else None
+    total = fused.residual if behind is None else None
     *before, last = parts.items()
     for x, weight in before:
-        bias = conv.bias if total is None else None
-        total = _insert(ws, _Fused("conv3x3", conv.node, [x], weight, bias, total), conv.node)
-    x, weight = last
-    _write(ws, _Fused("conv3x3", conv.node, [x], weight, conv.bias if total is None else None, total), conv.node)
+        total, bias = _insert(ws, _Fused("conv3x3", at, [x], weight, bias, total), at), None
+    result = _insert(ws, replace(fused, xs=[last[0]], weight=last[1], bias=bias, residual=total, mode="pre"), at)
+    ws.replace(at, result if behind is None else ws.call(at, aten.add.Tensor, (result, behind), at))
 
 
 def _whole(ws: Workspace, xs: list[fx.Node], weight: Tensor) -> tuple[list[fx.Node], Tensor]:
