@@ -52,7 +52,6 @@ ONE_CASE_EACH = (
     "layer_norm2d rcn 40",
     "adaptive_max_pool smfan 24 to 16x16",
     "modulate egfmn 36",
-    "window_attention craft 24 of 3 heads 16x4",
 )
 # What is off until a GPU shows that it pays -> the cases, precisions and networks that it is for.
 SWITCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
