@@ -5,8 +5,9 @@ BENCH_JSON ?= bench/results/latest.json
 TRITON_VERSIONS ?= 3.6.0 3.9.0
 TORCH_VERSIONS ?= 2.11.0 2.14.1
 TORCH_TESTS ?= $(foreach t,conv3x3 conv3x3_pixel_shuffle conv1x1 spab esa bsconv depthwise_conv layer_norm2d modulate \
-	adaptive_max_pool dispatch graphs plan modules models reparam checkpoint native_cpu native_cpu_backward native_bfloat \
-	optimize optimize_entries optimize_channels optimize_networks tiling processes cli_upscale,tests/test_$(t).py)
+	adaptive_max_pool selective_scan window_attention dispatch graphs plan modules models reparam checkpoint native_cpu \
+	native_cpu_backward native_bfloat optimize optimize_entries optimize_channels optimize_networks tiling processes \
+	cli_upscale,tests/test_$(t).py)
 SANITIZERS ?= address thread
 FUZZ_SECONDS ?= 300
 FUZZ_EXAMPLES ?= 5000

@@ -237,18 +237,17 @@ def _plain_window_attention(
     bias: Tensor | None = None,
     shift: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    n, c, h, w = q.shape
-    (height, width), (down, right) = window, shift
+    from python_models.windows import from_windows, to_windows
+
+    down, right = shift
+    rolls = bool(down or right)
 
     def tokens(x: Tensor) -> Tensor:
-        x = x.roll((-down, -right), (2, 3)) if down or right else x
-        x = x.reshape(n, heads, c // heads, h // height, height, w // width, width).permute(0, 3, 5, 1, 4, 6, 2)
-        return x.reshape(-1, heads, height * width, c // heads)
+        return to_windows(x.roll((-down, -right), (2, 3)) if rolls else x, *window, heads)
 
     y = F.scaled_dot_product_attention(tokens(q), tokens(k), tokens(v), bias)
-    y = y.reshape(n, h // height, w // width, heads, height, width, c // heads).permute(0, 3, 6, 1, 4, 2, 5)
-    y = y.reshape(n, c, h, w)
-    return y.roll((down, right), (2, 3)) if down or right else y
+    y = from_windows(y, *window, q.shape[2], q.shape[3])
+    return y.roll((down, right), (2, 3)) if rolls else y
 
 
 _PLAIN: dict[str, Callable[..., Tensor]] = {
@@ -466,10 +465,6 @@ CASES: tuple[OperatorCase, ...] = (
         "modulate", "safmn_pp 12", {"x": 12, "maps": (12,)}, {}, {"mode": "bilinear", "activation": "gelu"}, (8,)
     ),
     OperatorCase("selective_scan", "dvmsr 120", *_scan(120, 16), {"delta_softplus": True}),
-)
-
-
-CASES += (
     OperatorCase(
         "window_attention",
         "craft 24 of 3 heads 16x4",

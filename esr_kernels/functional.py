@@ -10,7 +10,7 @@ While `torch.jit` traces (fvcore's FLOP count) and while `torch.onnx` exports th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -481,10 +481,8 @@ def adaptive_max_pool(x: Tensor, output_size: tuple[int, int]) -> Tensor:
     """
     (x,) = _autocast(x)
     _check_input("x", x)
-    size = tuple(output_size) if isinstance(output_size, Sequence) else output_size
     numbers = (int, torch.SymInt, Tensor) if torch.jit.is_tracing() else (int, torch.SymInt)
-    if not isinstance(size, tuple) or len(size) != 2 or not all(isinstance(s, numbers) for s in size):
-        raise TypeError(f"output_size: expected two ints, got {output_size!r}")
+    size = _check_pair("output_size", output_size, numbers)
     if size[0] < 1 or size[1] < 1:
         raise ValueError(f"output_size: height and width must be at least 1, got {size}")
     return _call("adaptive_max_pool", autograd.AdaptiveMaxPool, (x, size))
@@ -591,12 +589,8 @@ def selective_scan(
     _check_scan_parameter("a", a, u)
     _check_like("b", b, u, (n, length, a.shape[1]))
     _check_like("c", c, u, (n, length, a.shape[1]))
-    for name, values in (("d", d), ("delta_bias", delta_bias)):
-        if values is not None:
-            _check_tensor(name, values)
-            if values.dim() != 1 or values.shape[0] != channels:
-                raise ValueError(f"{name}: expected shape [{channels}] or None, got {list(values.shape)}")
-            _check_scan_parameter(name, values, u)
+    _check_vector("d", d, channels, u, _check_scan_parameter)
+    _check_vector("delta_bias", delta_bias, channels, u, _check_scan_parameter)
     if z is not None:
         _check_like("z", z, u, (n, length, channels))
     return _call("selective_scan", autograd.SelectiveScan, (u, delta, a, b, c, d, z, delta_bias, bool(delta_softplus)))
@@ -807,13 +801,15 @@ def _check_bias(name: str, bias: Any, weight: Tensor, x: Tensor) -> None:
     _check_vector(name, bias, weight.shape[0], x)
 
 
-def _check_vector(name: str, values: Any, channels: int, x: Tensor) -> None:
+def _check_vector(
+    name: str, values: Any, channels: int, x: Tensor, fits: Callable[[str, Tensor, Tensor], None] = _check_same
+) -> None:
     if values is None:
         return
     _check_tensor(name, values)
     if values.dim() != 1 or values.shape[0] != channels:
         raise ValueError(f"{name}: expected shape [{channels}] or None, got {list(values.shape)}")
-    _check_same(name, values, x)
+    fits(name, values, x)
 
 
 def _check_like(name: str, t: Any, x: Tensor, shape: tuple[int, ...]) -> None:
@@ -830,9 +826,9 @@ def _check_scan_parameter(name: str, t: Tensor, u: Tensor) -> None:
         raise ValueError(f"{name}: expected the input's device {u.device}, got {t.device}")
 
 
-def _check_pair(name: str, value: Any) -> tuple[int, int]:
+def _check_pair(name: str, value: Any, numbers: tuple[type, ...] = (int,)) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, Sequence) else value
-    if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(v, int) for v in pair):
+    if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(v, numbers) for v in pair):
         raise TypeError(f"{name}: expected two ints, got {value!r}")
     return pair
 

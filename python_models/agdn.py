@@ -21,7 +21,7 @@ they overlap (the test-time local converter of Chu et al.). The published code t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from math import ceil
 from typing import Any
@@ -82,10 +82,19 @@ def _starts(size: int) -> list[int]:
     return [min(i * step, size - _WINDOW) for i in range(count)]
 
 
-def _windows(height: int, width: int) -> Iterator[tuple[Any, ...]]:
-    """What indexes the windows of an image."""
+def _in_windows(qkv: Tensor, total: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    """The mean of what `attend` makes of an image's windows, where they overlap; `total` is zeros."""
+    height, width = total.shape[2:]
+    count = qkv.new_zeros(1, 1, height, width)
     for top, left in product(_starts(height), _starts(width)):
-        yield ..., slice(top, top + _WINDOW), slice(left, left + _WINDOW)
+        window = (..., slice(top, top + _WINDOW), slice(left, left + _WINDOW))
+        total[window] += attend(qkv[window])
+        count[window] += 1
+    return total / count
+
+
+def _is_one_window(height: int, width: int) -> bool:
+    return height <= _WINDOW and width <= _WINDOW
 
 
 # An operator, whose windows are cut for the size at hand: a graph of the network then is good for every size.
@@ -95,23 +104,16 @@ torch.library.define("esr_models::channel_attention", "(Tensor qkv, Tensor tempe
 def _channel_attention(qkv: Tensor, temperature: Tensor) -> Tensor:
     """The attention of `_ChannelAttention`, [N, 3 C, H, W] -> [N, C, H, W]: cosines from products and lengths."""
     n, c, height, width = qkv.shape
-    heads = c // (3 * _HEAD)
-    total = qkv.new_empty(n, c // 3, height, width)
-    single = height <= _WINDOW and width <= _WINDOW
-    if not single:
-        total.zero_()
-        count = qkv.new_zeros(1, 1, height, width)
-    for window in _windows(height, width):
-        q, k, v = (t.flatten(2).unflatten(1, (heads, _HEAD)) for t in qkv[window].chunk(3, 1))
-        lengths = (torch.linalg.vector_norm(t, dim=-1, keepdim=True).clamp_min(1e-12) for t in (q, k))
-        cosines = q @ k.mT / (next(lengths) @ next(lengths).mT)
-        part = (F.relu(cosines * temperature) @ v).reshape(total[window].shape)
-        if single:
-            total = part
-        else:
-            total[window] += part
-            count[window] += 1
-    return total if single else total.div_(count)
+
+    def attend(part: Tensor) -> Tensor:
+        q, k, v = (t.flatten(2).unflatten(1, (-1, _HEAD)) for t in part.chunk(3, 1))
+        of_q, of_k = (torch.linalg.vector_norm(t, dim=-1, keepdim=True).clamp_min(1e-12) for t in (q, k))
+        cosines = q @ k.mT / (of_q @ of_k.mT)
+        return (F.relu(cosines * temperature) @ v).reshape(n, c // 3, *part.shape[2:])
+
+    if _is_one_window(height, width):
+        return attend(qkv)
+    return _in_windows(qkv, qkv.new_zeros(n, c // 3, height, width), attend)
 
 
 torch.library.impl("esr_models::channel_attention", "CompositeExplicitAutograd", _channel_attention)
@@ -154,13 +156,9 @@ class _ChannelAttention(nn.Module):
         if not (self.plain or decomposes() or (torch.is_grad_enabled() and qkv.requires_grad)):
             return self.project_out(torch.ops.esr_models.channel_attention(qkv, self.temperature), residual)
         height, width = int(x.shape[2]), int(x.shape[3])
-        if height <= _WINDOW and width <= _WINDOW:
+        if _is_one_window(height, width):
             return self.project_out(self.attend(qkv), residual)
-        total, count = torch.zeros_like(x), x.new_zeros(1, 1, height, width)
-        for window in _windows(height, width):
-            total[window] += self.attend(qkv[window])
-            count[window] += 1
-        return self.project_out(total / count, residual)
+        return self.project_out(_in_windows(qkv, torch.zeros_like(x), self.attend), residual)
 
 
 class _SGSA(nn.Module):

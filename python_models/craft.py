@@ -93,10 +93,9 @@ class _WindowAttention(nn.Module):
 class _MLP(nn.Module):
     def __init__(self, layers: Layers, c: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = layers.linear(c, hidden)
+        activation = {} if layers is PLAIN else {"activation": "gelu"}
+        self.fc1 = layers.linear(c, hidden, **activation)
         self.fc2 = layers.linear(hidden, c)
-        if layers is not PLAIN:
-            self.fc1.activation = "gelu"
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """Of maps."""

@@ -34,20 +34,11 @@ def run_plan(inputs: list[Tensor], weights: list[Tensor], plan: str) -> list[Ten
 
 
 def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    d: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
+    u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, z: Tensor | None, *settings: Any
 ) -> Tensor:
     out = u.new_empty(u.shape)
     u, delta, b, c, to = map(_row, (u, delta, b, c, out))
-    z = None if z is None else _row(z)
-    torch.ops.esr_native.selective_scan(u, delta, a, b, c, d, z, delta_bias, delta_softplus, [to])
+    _run("selective_scan", u, (u, delta, a, b, c, d, None if z is None else _row(z), *settings), [to])
     return out
 
 

@@ -88,11 +88,12 @@ def _steps(delta: Tensor, delta_bias: Tensor | None) -> Tensor:
     return delta if delta_bias is None else delta + delta_bias
 
 
-def _scanned(states: Iterator[Tensor], scan: _Scan, c: Tensor) -> Tensor:
-    """The sum of c h over the states."""
+def _scanned(states: Iterator[Tensor], scan: _Scan, u: Tensor, c: Tensor, d: Tensor | None) -> Tensor:
+    """The sum of c h over the states, and d u."""
     next(states)
     parts = [(state * of_c.unsqueeze(-2)).sum(-1) for state, of_c in zip(states, scan.segments.split(c), strict=True)]
-    return scan.segments.join(parts)
+    y = scan.segments.join(parts)
+    return y if d is None else torch.addcmul(y, u, d)
 
 
 def selective_scan(
@@ -114,8 +115,7 @@ def selective_scan(
     step = _steps(delta, delta_bias)
     step = F.softplus(step) if delta_softplus else step
     scan = _Scan(step, step * u, a, b)
-    y = _scanned(scan.states(), scan, c)
-    y = y if d is None else torch.addcmul(y, u, d)
+    y = _scanned(scan.states(), scan, u, c, d)
     return (y if z is None else y * F.silu(z)).to(dtype).contiguous()
 
 
@@ -165,9 +165,7 @@ def _gradients(
     states = list(scan.states())
     gd = gz = None
     if z is not None:
-        y = _scanned(iter(states), scan, c)
-        y = y if d is None else torch.addcmul(y, u, d)
-        gz = aten.silu_backward(grad * y, z)
+        gz = aten.silu_backward(grad * _scanned(iter(states), scan, u, c, d), z)
         grad = grad * F.silu(z)
     split, join = scan.segments.split, scan.segments.join
     grads = split(grad)
