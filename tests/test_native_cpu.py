@@ -96,6 +96,9 @@ class Program:
         self.constants.append(eps)
         return self.layer(10, x, self.weight(w), self.weight(b), channels, len(self.constants) - 1)
 
+    def slice(self, x: int, start: int, channels: int) -> int:
+        return self.layer(11, x, start, channels)
+
     def code(self, *outputs: int) -> list[int]:
         layers = [integer for record in self.records for integer in record]
         return [2, self.inputs, len(self.records), len(outputs), *layers, *outputs]
@@ -682,18 +685,21 @@ def test_one_pixel_of_one_channel_is_added_to_all(capability: str, channels: int
     assert error(read, F.conv2d(exact, y.double(), padding=1)) < DIRECT
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(16))
 def test_maps_are_used_again_only_when_nobody_reads_them(capability: str, seed: int) -> None:
-    """Ten layers that read any values before them, of which some are returned: results may lie where inputs did."""
+    """Layers that read any values before them, of which some are returned: results may lie where inputs did, and runs
+    of layers go over the image strip by strip, most of their maps being no more than a strip."""
     choose = random.Random(seed)
-    size = (17, 22)
+    size = [(17, 22), (83, 41)][seed % 2]
+    torch.set_num_threads(1 + seed % 3)
     inputs = [torch.randn(2, 16, *size) for _ in range(2)]
     p = Program(2)
     want = [x.double() for x in inputs]
     numbers = [0, 1]  # of the values
-    for _ in range(10):
+    kinds = ["add", "multiply", "esa", "conv1x1", "conv3x3", "conv3x3", "depthwise", "norm", "parts", "depthwise part"]
+    for _ in range(12):
         a, b = (choose.randrange(len(want)) for _ in range(2))
-        kind = choose.choice(["add", "multiply", "esa", "conv1x1", "conv3x3", "conv3x3", "depthwise", "norm"])
+        kind = choose.choice(kinds)
         if kind == "add":
             p.add(numbers[a], numbers[b])
             result = want[a] + want[b]
@@ -713,6 +719,16 @@ def test_maps_are_used_again_only_when_nobody_reads_them(capability: str, seed: 
             w, d = conv_weight(16, 16, 1), torch.randn(16, 1, 3, 3) / 3
             p.depthwise_conv(p.conv1x1([numbers[a]], w, None, "none", numbers[b]), d)
             result = F.conv2d(F.conv2d(want[a], w.double()) + want[b], d.double(), padding=1, groups=16)
+        elif kind == "parts":
+            w, first = conv_weight(16, 12, 1), choose.randrange(12)
+            p.conv1x1([p.slice(numbers[a], first, 5), p.slice(numbers[b], 9, 7)], w, None, "gelu")
+            result = F.gelu(F.conv2d(torch.cat([want[a][:, first : first + 5], want[b][:, 9:]], 1), w.double()))
+        elif kind == "depthwise part":
+            w, d, first = conv_weight(16, 27, 1), torch.randn(11, 1, 5, 5) / 5, choose.randrange(6)
+            part = p.depthwise_conv(p.slice(numbers[a], first, 11), d, None, 1 + first % 3)
+            p.conv1x1([part, numbers[b]], w)
+            part = depthwise_reference(want[a][:, first : first + 11], d, None, 1 + first % 3, False, "none")
+            result = F.conv2d(torch.cat([part, want[b]], 1), w.double())
         elif kind == "norm":
             p.layer_norm2d(numbers[a], 16, None, None, 1e-2)
             result = norm_reference(want[a], None, None, 1e-2)
@@ -726,6 +742,35 @@ def test_maps_are_used_again_only_when_nobody_reads_them(capability: str, seed: 
     got = p.run(inputs, dict.fromkeys([numbers[v] for v in returned], (2, 16, *size)))
     for value, y in zip(returned, got, strict=True):
         assert error(y, want[value]) < WINOGRAD, value
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_map_that_is_read_beyond_the_strip_is_not_written_over(capability: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    x, w, d = torch.randn(1, 16, 83, 41), conv_weight(16, 16, 3), torch.randn(16, 1, 5, 5) / 5
+    p = Program()
+    h = p.conv3x3(0, w)
+    total = p.add(p.depthwise_conv(h, d), h)
+    (y,) = p.run([x], {p.conv3x3(total, w): tuple(x.shape)})
+    exact = F.conv2d(x.double(), w.double(), padding=1)
+    exact = exact + depthwise_reference(exact, d, None, 1, False, "none")
+    assert error(y, F.conv2d(exact, w.double(), padding=1)) < WINOGRAD
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_input_that_a_late_layer_of_a_strip_reads(capability: str, threads: int) -> None:
+    """Its strip is there from the start, where values that end before that layer may not lie."""
+    torch.set_num_threads(threads)
+    x, late = torch.randn(2, 1, 16, 83, 41).unbind()
+    p = Program(2)
+    value = p.add(0, 0)
+    for _ in range(3):
+        value = p.layer_norm2d(value, 16, None, None, 1.0)
+    (y,) = p.run([x, late], {p.add(value, 1): tuple(x.shape)})
+    exact = 2 * x.double()
+    for _ in range(3):
+        exact = norm_reference(exact, None, None, 1.0)
+    assert error(y, exact + late) < DIRECT
 
 
 # -------------------------------------------------------------------------------------------------------- networks

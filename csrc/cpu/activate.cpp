@@ -19,7 +19,13 @@ class Activate final : public Operator {
 
   bool overwrites(size_t) const override { return true; }
 
-  void run(const Run& run) const override {
+  bool has_rows() const override { return true; }
+  int64_t row_cost(const Run& run) const override {
+    constexpr int64_t kCost = 8;  // multiply-adds in the time of one element, or so
+    return run.output.layout.width * run.output.layout.step * kCost;
+  }
+
+  void run_rows(const Run& run, int64_t y0, int64_t y1) const override {
     const MapLayout& m = run.output.layout;
     ActivateArgs a;
     a.x = run.inputs[0].pixels();
@@ -30,11 +36,8 @@ class Activate final : public Operator {
     a.step = m.step;
     a.width = m.width;
     a.function = layer_.function;
-    constexpr int64_t kCost = 8;  // multiply-adds in the time of one element, or so
-    parallel_ranges(m.height, m.width * m.step * kCost, [&](int64_t y0, int64_t y1) {
-      kernels_.activate(a, y0, y1);
-      complete_rows(kernels_, run, y0, y1);
-    });
+    kernels_.activate(a, y0, y1);
+    complete_rows(kernels_, run, y0, y1);
   }
 
  private:

@@ -40,12 +40,12 @@ class AdaptiveMaxPool final : public Operator {
     return out;
   }
 
-  bool takes_views() const override { return true; }
+  bool reads_view(size_t) const override { return true; }
 
   void run(const Run& run) const override {
     const MapLayout &in = run.inputs[0].layout, &out = run.output.layout;
     AdaptiveMaxPoolArgs a = pooling({out.channels, in.height, in.width}, {out.channels, out.height, out.width});
-    a.in = run.producer != nullptr ? run.producer->view(run.inputs) : run.inputs[0].view();
+    a.in = run.inputs[0].view();
     a.out = run.output.view();
     const int64_t cost = ceil_div(in.height, out.height) * in.width * out.step;
     parallel_ranges(out.height, cost, [&](int64_t y0, int64_t y1) {

@@ -87,7 +87,7 @@ void bsconv_backward(const Tensor& grad, const Tensor& x, const Tensor& pointwis
     const Maps maps({layout_for(kernels, in.shape), layout, layout, wide});
     const Map &image = maps[0], &inner = maps[1], &to_inner = maps[2];
     const int64_t step = layout.step, dense = width * step;
-    if (needs_inner || t.wants(1)) import_map(kernels, in.image(n), nullptr, nullptr, image, {});
+    if (needs_inner || t.wants(1)) import_map(kernels, in.image(n), image);
     if (needs_inner) {
       for_strips(height, forward.row_cost(width), [&](int64_t y0, int64_t y1) {
         forward.convolve({image}, {}, inner.pixels() + y0 * layout.pitch, layout.pitch, y0, y1);

@@ -17,6 +17,7 @@ class Conv1x1 final : public Operator {
   Shape result(const std::vector<Shape>& in) const override { return conv1x1_result(layer_, cout_, cin_, in); }
 
   bool reads_tensor(size_t) const override { return true; }
+  bool reads_view(size_t k) const override { return k < layer_.operands(); }
   bool exports_directly() const override { return true; }
 
   bool computes_rows() const override { return true; }
@@ -33,7 +34,10 @@ class Conv1x1 final : public Operator {
     compute(inputs, m, false, scratch, y, y + 1, row);
   }
 
-  void run(const Run& run) const override {
+  bool has_rows() const override { return true; }
+  int64_t row_cost(const Run& run) const override { return run.output.layout.width * run.output.layout.step * cin_; }
+
+  void run_rows(const Run& run, int64_t y0, int64_t y1) const override {
     const MapLayout& m = run.output.layout;
     const int64_t rows = std::max<int64_t>(1, kStripPixels / m.width);
     int64_t floats = run.output.ring == nullptr ? rows * m.pitch : 0;
@@ -43,10 +47,8 @@ class Conv1x1 final : public Operator {
       flat = flat && in.ring == nullptr && one_row(in.tensor, m.width);
     }
     for (const TensorView& out : run.exports) flat = flat && one_row(out, m.width);
-    parallel_ranges(m.height, m.width * m.step * cin_, [&](int64_t y0, int64_t y1) {
-      const Workspace strip(floats);
-      for (int64_t y = y0; y < y1; y += rows) run_rows(run, flat, strip.data(), y, std::min(y + rows, y1));
-    });
+    const Workspace strip(floats);
+    for (int64_t y = y0; y < y1; y += rows) run_strip(run, flat, strip.data(), y, std::min(y + rows, y1));
   }
 
  private:
@@ -59,7 +61,7 @@ class Conv1x1 final : public Operator {
   }
 
   // `flat`: nothing has a map, and the rows are one.
-  void run_rows(const Run& run, bool flat, float* strip, int64_t y0, int64_t y1) const {
+  void run_strip(const Run& run, bool flat, float* strip, int64_t y0, int64_t y1) const {
     const MapLayout m = strip_of(run.output.layout, flat, y1 - y0);
     float* const out = run.output.ring == nullptr ? strip : run.output.pixels() + y0 * m.pitch;
     compute(run.inputs, m, flat, run.output.ring == nullptr ? strip + m.height * m.pitch : strip, y0, y1, out);
@@ -73,7 +75,7 @@ class Conv1x1 final : public Operator {
   void compute(const std::vector<Map>& inputs, const MapLayout& m, bool flat, float* strip, int64_t y0, int64_t y1,
                float* out) const {
     const auto pixels_of = [&](const Map& in, const MapLayout& layout) -> const float* {
-      if (in.ring != nullptr) return in.pixels() + y0 * layout.pitch;
+      if (in.ring != nullptr) return in.pixels() + y0 * in.layout.pitch;
       float* const pixels = strip;
       import_strip(kernels_, rows_from(in.tensor, y0), layout, pixels, 0, m.height);
       strip += m.height * layout.pitch;
@@ -82,8 +84,9 @@ class Conv1x1 final : public Operator {
     Conv1x1Args a;
     a.inputs = static_cast<int64_t>(layer_.operands());
     for (size_t i = 0; i < layer_.operands(); ++i) {
-      const MapLayout layout = strip_of(inputs[i].layout, flat, y1 - y0);
-      a.in[i] = pixels_of(inputs[i], layout);
+      const Map& in = inputs[i];
+      const MapLayout layout = in.ring != nullptr ? in.layout : strip_of(in.layout, flat, y1 - y0);
+      a.in[i] = pixels_of(in, layout);
       a.in_pitch[i] = layout.pitch;
       a.in_step[i] = layout.step;
       a.cin[i] = layout.channels;

@@ -64,8 +64,8 @@ void conv3x3_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
   for_images(t.images(), [&](int64_t n) {
     const Maps maps({layout_for(kernels, in.shape), out_layout});
     const Map &image = maps[0], &to_h = maps[1];
-    if (again || t.wants(1)) import_map(kernels, in.image(n), nullptr, nullptr, image, {});
-    import_map(kernels, g.image(n), nullptr, nullptr, to_h, {});
+    if (again || t.wants(1)) import_map(kernels, in.image(n), image);
+    import_map(kernels, g.image(n), to_h);
     if (again) {
       MapLayout rows = out_layout;
       rows.pitch = rows.width * rows.step;
@@ -136,7 +136,7 @@ void spab_backward(const Tensor& grad, const std::optional<Tensor>& grad_mid, co
     const Maps maps(layouts);
     const Map &image = maps[0], &to_h3 = maps[5], &direct = maps[6];
     const Map a[2] = {maps[1], maps[3]}, d[2] = {maps[2], maps[4]};
-    import_map(kernels, in.image(n), nullptr, nullptr, image, {});
+    import_map(kernels, in.image(n), image);
     for (size_t k = 0; k < 2; ++k) {
       const Map& from = k == 0 ? image : a[0];
       const Dense3x3& conv = convolutions[k].forward;
@@ -152,7 +152,7 @@ void spab_backward(const Tensor& grad, const std::optional<Tensor>& grad_mid, co
       });
       count_pass(Pass::kAgain);
     }
-    import_map(kernels, g.image(n), nullptr, nullptr, to_h3, {});
+    import_map(kernels, g.image(n), to_h3);
     const MapLayout& last = to_h3.layout;
     const Dense3x3& third = convolutions[2].forward;
     third.for_strips(a[1].layout, last.pitch, [&](int64_t y0, int64_t y1, float* h, float* scratch) {
@@ -238,7 +238,7 @@ void conv3x3_pixel_shuffle_backward(const Tensor& grad, const Tensor& x, const T
 
   for_images(t.images(), [&](int64_t n) {
     const Maps maps({layout_for(kernels, in.shape), layout_for(kernels, {channels, in.shape.height, in.shape.width})});
-    if (t.wants(1)) import_map(kernels, in.image(n), nullptr, nullptr, maps[0], {});
+    if (t.wants(1)) import_map(kernels, in.image(n), maps[0]);
     const Map& to_h = maps[1];
     UnshuffleArgs a;
     a.tensor = g.image(n);

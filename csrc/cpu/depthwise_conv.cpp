@@ -91,45 +91,50 @@ class DepthwiseConv final : public Operator {
 
   bool takes_rows() const override { return true; }
   bool reads_strips(size_t) const override { return true; }
+  bool reads_view(size_t) const override { return true; }
 
-  void run(const Run& run) const override {
+  bool has_rows() const override { return true; }
+  bool reads_rows(size_t) const override { return false; }
+  int64_t row_cost(const Run& run) const override {
+    const int64_t produced = run.producer == nullptr ? 0 : kProducerCost;
+    return run.output.layout.width * run.output.layout.step * filter_.halves() * (filter_.taps() + produced);
+  }
+
+  void run_rows(const Run& run, int64_t y0, int64_t y1) const override {
     const MapLayout& m = run.output.layout;
     DepthwiseConvArgs a = filter_.args({filter_.channels(), m.height, m.width}, layer_.activation, layer_.slope);
     const int64_t channels = filter_.channels() * filter_.halves();
     const MapLayout rows = MapLayout::make(channels, 1, m.width, kernels_.lanes);
-    a.in.column_stride = rows.step;
     a.out = run.output.view();
     // Without a map, the latest rows of the producer or the tensor are kept, each with a pixel of zeros on both sides.
     const Map& in = run.inputs[0];
     const bool whole = run.producer == nullptr && in.ring != nullptr;
+    a.in.column_stride = whole ? in.layout.step : rows.step;
     // With a gate, the last vector read of a pixel may end behind it.
     const int64_t line = rows.pitch + kernels_.lanes, reach = filter_.reach();
     const int64_t lines = whole ? 0 : std::min(2 * reach + 1, m.height);
     const int64_t scratch = run.producer == nullptr ? 0 : run.producer->row_floats(run.inputs);
-    const int64_t cost = rows.step * (filter_.taps() + (run.producer == nullptr ? 0 : kProducerCost));
-    parallel_ranges(m.height, m.width * cost, [&](int64_t y0, int64_t y1) {
-      const Workspace memory(lines * line + scratch);
-      std::fill(memory.data(), memory.data() + lines * line, 0.0f);
-      const auto kept = [&](int64_t y) { return memory.data() + y % lines * line + rows.step; };
-      const auto row = [&](int64_t y) -> const float* {
-        if (y < 0 || y >= m.height) return nullptr;
-        return whole ? in.pixels() + y * rows.pitch : kept(y);
-      };
-      int64_t next = std::max<int64_t>(y0 - reach, 0);
-      for (int64_t y = y0; y < y1; ++y) {
-        for (; !whole && next <= std::min(y + reach, m.height - 1); ++next) {
-          if (run.producer != nullptr) {
-            run.producer->compute_row(run.inputs, rows, next, kept(next), memory.data() + lines * line);
-          } else {
-            import_strip(kernels_, in.tensor, rows, kept(next), next, next + 1);
-          }
+    const Workspace memory(lines * line + scratch);
+    std::fill(memory.data(), memory.data() + lines * line, 0.0f);
+    const auto kept = [&](int64_t y) { return memory.data() + y % lines * line + rows.step; };
+    const auto row = [&](int64_t y) -> const float* {
+      if (y < 0 || y >= m.height) return nullptr;
+      return whole ? in.pixels() + y * in.layout.pitch : kept(y);
+    };
+    int64_t next = std::max<int64_t>(y0 - reach, 0);
+    for (int64_t y = y0; y < y1; ++y) {
+      for (; !whole && next <= std::min(y + reach, m.height - 1); ++next) {
+        if (run.producer != nullptr) {
+          run.producer->compute_row(run.inputs, rows, next, kept(next), memory.data() + lines * line);
+        } else {
+          import_strip(kernels_, in.tensor, rows, kept(next), next, next + 1);
         }
-        const float* around[kDepthwiseMostTaps];
-        for (int64_t k = 0; k < a.kernel_height; ++k) around[k] = row(y + (k - a.kernel_height / 2) * a.dilation);
-        kernels_.depthwise_map(a, around, y);
       }
-      complete_rows(kernels_, run, y0, y1);
-    });
+      const float* around[kDepthwiseMostTaps];
+      for (int64_t k = 0; k < a.kernel_height; ++k) around[k] = row(y + (k - a.kernel_height / 2) * a.dilation);
+      kernels_.depthwise_map(a, around, y);
+    }
+    complete_rows(kernels_, run, y0, y1);
   }
 
  private:

@@ -135,7 +135,7 @@ class EsaBackward {
     // The pooled map, then the result of each low convolution (activated, but the last), then a gradient's other place.
     const Map* low = &maps[8];
 
-    import_map(kernels_, in_.image(n), nullptr, nullptr, x, {});
+    import_map(kernels_, in_.image(n), x);
     for_strips(full_.height, conv1_.row_cost(full_.width), [&](int64_t y0, int64_t y1) {
       conv1_.convolve({x}, {}, c1.pixels() + y0 * full_.pitch, full_.pitch, y0, y1);
     });
@@ -148,7 +148,7 @@ class EsaBackward {
     }
     for (int64_t k = 0; k < 3 + static_cast<int64_t>(low_.size()); ++k) count_pass(Pass::kAgain);
 
-    import_map(kernels_, grad_.image(n), nullptr, nullptr, g, {});
+    import_map(kernels_, grad_.image(n), g);
     gate(x, c1, low[low_.size()], sum, g, to_z);
     sums_[kW4 / 2].add(n, sum, sum.pixels(), to_z);
     if (!to_sum_) return;

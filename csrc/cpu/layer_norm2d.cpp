@@ -63,7 +63,10 @@ class LayerNorm2d final : public Operator {
   bool reads_tensor(size_t) const override { return true; }
   bool overwrites(size_t) const override { return true; }
 
-  void run(const Run& run) const override {
+  bool has_rows() const override { return true; }
+  int64_t row_cost(const Run& run) const override { return run.output.layout.width * run.output.layout.step * 8; }
+
+  void run_rows(const Run& run, int64_t y0, int64_t y1) const override {
     const MapLayout& m = run.output.layout;
     const Map& in = run.inputs[0];
     LayerNormArgs a;
@@ -74,13 +77,11 @@ class LayerNorm2d final : public Operator {
     a.out = run.output.view();
     // A tensor is brought into the result's map and normalised there.
     a.in = in.ring == nullptr ? a.out : in.view();
-    parallel_ranges(m.height, m.width * m.step * 8, [&](int64_t y0, int64_t y1) {
-      for (int64_t y = y0; y < y1; ++y) {
-        if (in.ring == nullptr) import_strip(kernels_, in.tensor, m, run.output.pixels() + y * m.pitch, y, y + 1);
-        kernels_.norm_pixels(a, y, 0, m.width);
-      }
-      complete_rows(kernels_, run, y0, y1);
-    });
+    for (int64_t y = y0; y < y1; ++y) {
+      if (in.ring == nullptr) import_strip(kernels_, in.tensor, m, run.output.pixels() + y * m.pitch, y, y + 1);
+      kernels_.norm_pixels(a, y, 0, m.width);
+    }
+    complete_rows(kernels_, run, y0, y1);
   }
 
  private:

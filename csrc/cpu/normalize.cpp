@@ -19,8 +19,11 @@ class Normalize final : public Operator {
 
   bool reads_tensor(size_t) const override { return true; }
 
-  void run(const Run& run) const override {
-    import_map(kernels_, run.inputs[0].view(), shift_.data(), scale_.data(), run.output, run.exports);
+  bool has_rows() const override { return true; }
+  int64_t row_cost(const Run& run) const override { return import_cost(run.output.layout); }
+
+  void run_rows(const Run& run, int64_t y0, int64_t y1) const override {
+    import_map_rows(kernels_, run.inputs[0].view(), shift_.data(), scale_.data(), run.output, run.exports, y0, y1);
   }
 
  private:

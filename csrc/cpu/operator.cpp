@@ -93,9 +93,14 @@ void import_strip(const Kernels& kernels, const TensorView& from, const MapLayou
   kernels.import_rows(a, y0, y1);
 }
 
-void import_map(const Kernels& kernels, const TensorView& from, const float* shift, const float* scale, const Map& map,
-                const std::vector<TensorView>& exports) {
+void Operator::run(const Run& run) const {
+  parallel_ranges(run.output.layout.height, row_cost(run), [&](int64_t y0, int64_t y1) { run_rows(run, y0, y1); });
+}
+
+void import_map_rows(const Kernels& kernels, const TensorView& from, const float* shift, const float* scale,
+                     const Map& map, const std::vector<TensorView>& exports, int64_t y0, int64_t y1) {
   const MapLayout& m = map.layout;
+  const Workspace scratch(std::max(kernels.lanes, m.channels) * m.width);
   ImportArgs a;
   a.tensor = from;
   a.channels = m.channels;
@@ -105,13 +110,16 @@ void import_map(const Kernels& kernels, const TensorView& from, const float* shi
   a.out = map.pixels();
   a.pitch = m.pitch;
   a.step = m.step;
-  parallel_ranges(m.height, m.width * m.step * 8, [&](int64_t y0, int64_t y1) {
-    const Workspace scratch(std::max(kernels.lanes, m.channels) * m.width);
-    ImportArgs mine = a;
-    mine.scratch = scratch.data();
-    kernels.import_rows(mine, y0, y1);
-    zero_ring(map, y0, y1);
-    export_rows(kernels, exports, m, map.pixels(), 0, y0, y1);
+  a.scratch = scratch.data();
+  kernels.import_rows(a, y0, y1);
+  zero_ring(map, y0, y1);
+  export_rows(kernels, exports, m, map.pixels(), 0, y0, y1);
+}
+
+void import_map(const Kernels& kernels, const TensorView& from, const Map& map,
+                const std::vector<TensorView>& exports) {
+  parallel_ranges(map.layout.height, import_cost(map.layout), [&](int64_t y0, int64_t y1) {
+    import_map_rows(kernels, from, nullptr, nullptr, map, exports, y0, y1);
   });
 }
 

@@ -38,12 +38,14 @@ constexpr int64_t kBfloatOverread = 31;
 
 // A value of a running plan: in the internal layout, in that of bfloat16 maps, or still in the tensor it came in.
 struct Map {
+  int64_t value = -1;          // its number
   float* ring = nullptr;       // null: only in `tensor`
   uint16_t* bfloat = nullptr;  // pixel (0, 0) of a bfloat16 map, which then is `tensor`
   MapLayout layout;
+  int64_t first = 0;  // of some of a map's channels, layout.channels of them: the first one
   TensorView tensor;
 
-  float* pixels() const { return ring + layout.origin(); }
+  float* pixels() const { return ring + layout.origin() + first; }
 
   // The value as something with strides, wherever it is.
   TensorView view() const {
@@ -103,18 +105,23 @@ class Operator {
   // Writes row y of a result of this layout, from pixel 0 on; `scratch` has row_floats().
   virtual int64_t row_floats(const std::vector<Map>&) const { return 0; }
   virtual void compute_row(const std::vector<Map>&, const MapLayout&, int64_t, float*, float*) const {}
-  // Whether its result is a part of its input that can be read where it is, and whether it can read such a part of the
-  // layer before.
+  // Whether its result is some channels of its input, which can be read where they are, and whether input k can be
+  // such.
   virtual bool is_view() const { return false; }
-  virtual bool takes_views() const { return false; }
-  virtual TensorView view(const std::vector<Map>&) const { return {}; }
+  virtual bool reads_view(size_t) const { return false; }
   // Whether it enlarges its input, and whether it can do with an enlarged residual that is made strip by strip.
   virtual bool enlarges() const { return false; }
   virtual bool takes_enlarged_residual() const { return false; }
   // What rows [y0, y1) of the input become, as planes in `memory` of strip_floats(); addressed like the whole result.
   virtual int64_t strip_floats(const Map&, int64_t) const { return 0; }
   virtual TensorView enlarge(const Map&, int64_t, int64_t, float*) const { return {}; }
-  virtual void run(const Run& run) const = 0;
+  // Whether run_rows() computes any rows of the result, and whether for them it reads no other rows of input k.
+  virtual bool has_rows() const { return false; }
+  virtual bool reads_rows(size_t) const { return has_rows(); }
+  // Computes rows [y0, y1). What a row costs, in multiply-adds.
+  virtual void run_rows(const Run&, int64_t, int64_t) const {}
+  virtual int64_t row_cost(const Run&) const { return 0; }
+  virtual void run(const Run& run) const;
 
  protected:
   void check_channels(const Shape& s, int64_t channels, const char* what) const {
@@ -263,8 +270,13 @@ inline bool one_row(const TensorView& view, int64_t width) { return view.row_str
 void import_strip(const Kernels& kernels, const TensorView& from, const MapLayout& layout, float* out, int64_t y0,
                   int64_t y1);
 
-// Brings a value into its map, normalised where shift and scale are given, and exports it.
-void import_map(const Kernels& kernels, const TensorView& from, const float* shift, const float* scale, const Map& map,
-                const std::vector<TensorView>& exports);
+// Brings rows [y0, y1) of a value into its map, normalised where shift and scale are given, and exports them.
+void import_map_rows(const Kernels& kernels, const TensorView& from, const float* shift, const float* scale,
+                     const Map& map, const std::vector<TensorView>& exports, int64_t y0, int64_t y1);
+inline int64_t import_cost(const MapLayout& m) { return m.width * m.step * 8; }  // of a row
+
+// Brings a value into its map.
+void import_map(const Kernels& kernels, const TensorView& from, const Map& map,
+                const std::vector<TensorView>& exports = {});
 
 }  // namespace esr

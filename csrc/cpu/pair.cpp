@@ -18,7 +18,11 @@ class Pair final : public Operator {
 
   bool overwrites(size_t) const override { return true; }
 
-  void run(const Run& run) const override {
+  bool has_rows() const override { return true; }
+  bool reads_rows(size_t k) const override { return k == 0 || !layer_.adds_to_every; }
+  int64_t row_cost(const Run& run) const override { return run.output.layout.width * run.output.layout.step * 4; }
+
+  void run_rows(const Run& run, int64_t y0, int64_t y1) const override {
     const MapLayout& m = run.output.layout;
     PairArgs a;
     a.a = run.inputs[0].pixels();
@@ -34,10 +38,8 @@ class Pair final : public Operator {
       a.b_pitch = b.pitch;
       a.b_step = b.step;
     }
-    parallel_ranges(m.height, m.width * m.step * 4, [&](int64_t y0, int64_t y1) {
-      (layer_.op == Op::kAdd ? kernels_.add : kernels_.multiply)(a, y0, y1);
-      complete_rows(kernels_, run, y0, y1);
-    });
+    (layer_.op == Op::kAdd ? kernels_.add : kernels_.multiply)(a, y0, y1);
+    complete_rows(kernels_, run, y0, y1);
   }
 };
 

@@ -83,12 +83,8 @@ class Slice final : public Operator {
 
   bool computes_rows() const override { return true; }
   bool is_view() const override { return true; }
-
-  TensorView view(const std::vector<Map>& inputs) const override {
-    TensorView v = inputs[0].view();
-    v.data = static_cast<float*>(v.data) + layer_.start;
-    return v;
-  }
+  bool has_rows() const override { return true; }
+  int64_t row_cost(const Run& run) const override { return run.output.layout.width * run.output.layout.step * 4; }
 
   void compute_row(const std::vector<Map>& inputs, const MapLayout& rows, int64_t y, float* out,
                    float*) const override {
@@ -98,14 +94,11 @@ class Slice final : public Operator {
     kernels_.slice_rows(a, 0, 1);
   }
 
-  void run(const Run& run) const override {
-    const MapLayout& m = run.output.layout;
-    SliceArgs a = args(run.inputs[0], m);
+  void run_rows(const Run& run, int64_t y0, int64_t y1) const override {
+    SliceArgs a = args(run.inputs[0], run.output.layout);
     a.out = run.output.pixels();
-    parallel_ranges(m.height, m.width * m.step * 4, [&](int64_t y0, int64_t y1) {
-      kernels_.slice_rows(a, y0, y1);
-      complete_rows(kernels_, run, y0, y1);
-    });
+    kernels_.slice_rows(a, y0, y1);
+    complete_rows(kernels_, run, y0, y1);
   }
 
  private:
