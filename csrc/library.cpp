@@ -27,8 +27,15 @@ int64_t compile(std::vector<int64_t> program, std::vector<double> constants, std
 }
 
 void execute(int64_t handle, std::vector<Tensor> inputs, std::vector<Tensor> outputs) {
-  execute_plan(handle, inputs, outputs);
+  execute_plan(handle, inputs, outputs, {});
 }
+
+void execute_over(int64_t handle, std::vector<Tensor> inputs, std::vector<Tensor> outputs, std::vector<int64_t> spent,
+                  std::vector<Tensor> lent) {
+  execute_plan(handle, inputs, outputs, {spent, lent, true});
+}
+
+std::vector<int64_t> spans(int64_t handle) { return plan_spans(handle); }
 
 void release(int64_t handle) { release_plan(handle); }
 
@@ -128,6 +135,9 @@ void run_window_attention(Tensor q, Tensor k, Tensor v, Optional bias, Optional 
 STABLE_TORCH_LIBRARY(esr_native, m) {
   m.def("compile_plan(int[] program, float[] constants, Tensor[] weights) -> int");
   m.def("execute_plan(int handle, Tensor[] inputs, Tensor(a!)[] outputs) -> ()");
+  // Owns the storages of outputs, of spent inputs and of what is lent, and writes all over them.
+  m.def("execute_plan_over(int handle, Tensor[] inputs, Tensor(a!)[] outputs, int[] spent, Tensor[] lent) -> ()");
+  m.def("plan_spans(int handle) -> int[]");
   m.def("release_plan(int handle) -> ()");
   m.def("set_cpu_capability(str name) -> ()");
   m.def("get_cpu_capability() -> str");
@@ -176,6 +186,8 @@ STABLE_TORCH_LIBRARY(esr_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(esr_native, CompositeExplicitAutograd, m) {
   m.impl("compile_plan", TORCH_BOX(&compile));
   m.impl("execute_plan", TORCH_BOX(&execute));
+  m.impl("execute_plan_over", TORCH_BOX(&execute_over));
+  m.impl("plan_spans", TORCH_BOX(&spans));
   m.impl("release_plan", TORCH_BOX(&release));
   m.impl("set_cpu_capability", TORCH_BOX(&set_capability));
   m.impl("get_cpu_capability", TORCH_BOX(&get_capability));

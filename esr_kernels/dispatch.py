@@ -27,6 +27,8 @@ class Implementation:
     `accepts` takes the operator's arguments and returns None, or why this call cannot run; it is asked on
     every call, so most implementations leave it out and declare devices and dtypes, which are asked once.
     `compiles`: its kernels are compiled when they are first called with a memory layout or alignment.
+    `reserve`: for plans of a graph, which use each other's memory: makes what `reserve` below returns; `function` takes
+    what `run` below calls `memory` behind its arguments.
     """
 
     function: Callable[..., Any]
@@ -34,6 +36,7 @@ class Implementation:
     dtypes: frozenset[torch.dtype] = FLOATS
     accepts: Callable[..., str | None] | None = None
     compiles: bool = False
+    reserve: Callable[..., Any] | None = None
 
     def why_not(self, device: str, dtype: torch.dtype) -> str | None:
         if device not in self.devices:
@@ -205,21 +208,39 @@ def compiles(operator: str, device: str, dtype: torch.dtype) -> bool:
         return False
 
 
-def run(operator: str, args: tuple[Any, ...]) -> Any:
-    """Run a registered operator; its first argument is a tensor or a list of tensors."""
-    first: Tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
-    chosen = chosen_backend()
+def _first_choice(operator: str, first: Tensor, chosen: str | None) -> Implementation:
+    """What is to run a call of which this is the first tensor, unless it does not accept the call."""
     key = (operator, first.device.type, first.dtype, chosen)
     implementation = _decisions.get(key)
     if implementation is None:
         implementation = _decisions[key] = select(*key)
+    return implementation
+
+
+def reserve(x: Tensor, plan: str, k: int) -> Any:
+    """Memory for result k of a plan with images of the size of x, for those who run the plans before it; or None."""
+    function = _first_choice("run_plan", x, chosen_backend()).reserve
+    return None if function is None else function(x, plan, k)
+
+
+def run(operator: str, args: tuple[Any, ...], memory: tuple[Any, ...] = ()) -> Any:
+    """Run a registered operator.
+
+    Args:
+        args: the first is a tensor or a list of tensors.
+        memory: of a plan in a graph: indices of inputs that nothing reads afterwards, indices of results that only
+            the graph gets, what `reserve` returned and for which of the plan's results, if any.
+    """
+    first: Tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
+    chosen = chosen_backend()
+    implementation = _first_choice(operator, first, chosen)
     if implementation.accepts is not None:
         reason = implementation.accepts(*args)
         if reason is not None:
             if chosen is not None:
                 raise BackendError(f"backend {chosen} cannot run {operator}: {reason}")
             return _run_next(operator, args, first, implementation, reason)
-    return implementation.function(*args)
+    return implementation.function(*args, *memory) if implementation.reserve else implementation.function(*args)
 
 
 def _run_next(operator: str, args: tuple[Any, ...], first: Tensor, refused: Implementation, reason: str) -> Any:

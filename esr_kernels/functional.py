@@ -692,7 +692,7 @@ def _call(operator: str, function: Any, args: tuple[Any, ...]) -> Any:
         return reference.OPERATORS[operator](*args)
     if function is not None and _needs_gradient(args):
         return function.apply(*_distinct(args))
-    if _unobserved(args):
+    if unobserved(args):
         return dispatch.run(operator, args)
     return _OPERATORS[operator](*args)
 
@@ -708,7 +708,7 @@ def _distinct(args: Sequence[Any]) -> list[Any]:
     return distinct
 
 
-def _unobserved(args: tuple[Any, ...]) -> bool:
+def unobserved(args: tuple[Any, ...]) -> bool:
     """Whether the registered operator would do nothing but call `dispatch.run`, at several times its cost.
 
     It does more for whoever traces, compiles, transforms, profiles or counts operators, and for tensor subclasses.

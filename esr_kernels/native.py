@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 # What the Python side and the library agree on: operator schemas and the plan encoding. Raised with either of them.
-INTERFACE = 8
+INTERFACE = 9
 
 _LIBRARY = "_esr_native.so"
 _EMULATOR = "_esr_emulator.so"

@@ -875,6 +875,130 @@ def test_workspaces_are_reused_and_released() -> None:
     torch.ops.esr_native.release_plan(handle)
 
 
+def _with_a_map_returned() -> tuple[Program, list[int]]:
+    """Two inputs, the first of which is read by the first layer alone; a map and an image are returned."""
+    p = Program(2)
+    w = [conv_weight(16, 16, 3) for _ in range(6)]
+    a = p.conv3x3(0, w[0])
+    b = p.conv3x3(a, w[1], None, "silu")
+    c = p.conv3x3(b, w[2], None, "none", 1)
+    d = p.conv3x3(c, w[3], None, "relu", a)
+    e = p.conv3x3(d, w[4], None, "none", a)
+    return p, [d, p.shuffle(e, conv_weight(48, 16, 3), None, 4)]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_maps_lie_in_outputs_and_in_spent_inputs(batch: int, capability: str) -> None:
+    p, outputs = _with_a_map_returned()
+    handle = p.compile(*outputs)
+    assert torch.ops.esr_native.plan_spans(handle) == [0, 2, 3, 5, *[1] * 4]
+    shapes = [(batch, 16, 262, 251), (batch, 3, 1048, 1004)]  # less is not worth looking at
+    x = [torch.randn(shapes[0]) for _ in range(2)]
+    kept = [t.clone() for t in x]
+
+    def workspace(inputs: list[Tensor], results: list[Tensor], *memory: Any) -> int:
+        torch.ops.esr_native.release_workspaces()
+        if memory:
+            torch.ops.esr_native.execute_plan_over(handle, inputs, results, *memory)
+        else:
+            torch.ops.esr_native.execute_plan(handle, inputs, results)
+        return int(torch.ops.esr_native.workspace_bytes())
+
+    # Memory with gaps, which may be somebody's, holds no maps.
+    wanted = [nan((*shape[:3], shape[3] + 1))[..., :-1] for shape in shapes]
+    most = workspace(x, wanted)
+    got = [nan(shape) for shape in shapes]
+    in_outputs = workspace(x, got)
+    assert in_outputs < most
+    assert all(map(torch.equal, got, wanted)) and all(map(torch.equal, x, kept))
+    # What lies behind a tensor is somebody's.
+    behind = [nan((t.numel() + (1 << 16),)) for t in wanted]
+    got = [t[: w.numel()].view(w.shape) for t, w in zip(behind, wanted, strict=True)]
+    assert workspace(x, got) == in_outputs
+    assert all(map(torch.equal, got, wanted))
+    assert all(t[w.numel() :].isnan().all() for t, w in zip(behind, wanted, strict=True))
+    for spent, over in (([], None), ([1], None), ([0, 1], None), ([0, 1], 0), ([1], 1)):
+        inputs = [t.clone() for t in kept]
+        got = [nan(shapes[0]) if over is None else inputs[over], nan(shapes[1])]
+        lent = [] if over is None else [nan((batch, 64, 140, 120))]
+        assert workspace(inputs, got, spent, lent) <= in_outputs
+        assert all(map(torch.equal, got, wanted))
+        assert all(torch.equal(inputs[i], kept[i]) for i in range(2) if i not in spent)
+    # What overlaps is nobody's to lend.
+    shared = nan((2, *shapes[1]))
+    inputs = [t.clone() for t in kept]
+    twice = [inputs[0], inputs[0].clone()]
+    both = [nan(shapes[0]), shared[0]]
+    workspace(twice, both)
+    again = [nan(shapes[0]), shared[1]]
+    workspace([twice[0], twice[0]], again, [0, 1], [])
+    assert all(map(torch.equal, both, again))
+
+    def refuse(match: str, results: list[Tensor], spent: list[int]) -> None:
+        with pytest.raises(RuntimeError, match=match):
+            workspace(x, results, spent, [])
+
+    refuse("there is no input 2", [nan(shapes[0]), got[1]], [2])
+    torch.ops.esr_native.release_plan(handle)
+    p = Program()
+    handle = p.compile(p.conv3x3(0, conv_weight(16, 16, 3)))
+    with pytest.raises(RuntimeError, match="output 0 is input 0, which is read after"):
+        torch.ops.esr_native.execute_plan_over(handle, x[:1], x[:1], [0], [])
+    torch.ops.esr_native.release_plan(handle)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_results_that_take_the_place_of_inputs(threads: int, capability: str) -> None:
+    """Of rows that are read before they are written, but of no others."""
+    torch.set_num_threads(threads)
+    x, other = torch.randn(2, 1, 16, 83, 41).unbind()
+    w, d = conv_weight(16, 16, 1), torch.randn(16, 1, 3, 3) / 3
+
+    def takes(p: Program, *outputs: int) -> list[int]:
+        handle = p.compile(*outputs)
+        found = list(torch.ops.esr_native.plan_spans(handle)[p.inputs + len(outputs) :])
+        torch.ops.esr_native.release_plan(handle)
+        return found
+
+    def sum_of_convolved(p: Program) -> int:
+        return p.add(p.conv1x1([p.add(0, 1)], w), 1)
+
+    def sum_with_filtered(p: Program) -> int:
+        return p.add(p.depthwise_conv(0, d), 1)
+
+    for build in (sum_of_convolved, sum_with_filtered):
+        p = Program(2)
+        out = build(p)
+        assert takes(p, out) == [1, 1]
+        (wanted,) = p.run([x, other], {out: tuple(x.shape)})
+        for spent in (0, 1):
+            inputs = [x.clone(), other.clone()]
+            handle = p.compile(out)
+            torch.ops.esr_native.execute_plan_over(handle, inputs, [inputs[spent]], [spent], [])
+            torch.ops.esr_native.release_plan(handle)
+            assert torch.equal(inputs[spent], wanted)
+            assert torch.equal(inputs[1 - spent], (x, other)[1 - spent])
+
+    p = Program(2)
+    first = p.add(0, 0)
+    # A 1x1 convolution reads the tensor, after the first result may have been written over it; a sum reads its map.
+    second = p.add(p.conv1x1([1], w), p.add(first, 0))
+    assert takes(p, first, second) == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_pairs_of_inputs(multiplies: bool, capability: str) -> None:
+    for shape, other in (((2, 21, 9, 7), 21), ((1, 16, 5, 30), 1 if multiplies else 16)):
+        a, b = torch.randn(shape), torch.randn(shape[0], other, *shape[2:])
+        p = Program(2)
+        pair = p.multiply if multiplies else p.add
+        out = pair(0, 1)
+        (got,) = p.run([a, b], {out: shape})
+        assert torch.equal(got, a * b if multiplies else a + b)
+        (got,) = p.run([a.to(memory_format=torch.channels_last), b], {out: shape}, channels_last=True)
+        assert torch.equal(got, a * b if multiplies else a + b)
+
+
 def test_concurrent_executions_and_release() -> None:
     p, out = span_like()
     handle = p.compile(out)

@@ -15,7 +15,7 @@ from torch import nn
 import esr_kernels
 from esr_kernels import functional as E
 from esr_kernels.optimize import optimize
-from esr_kernels.optimize.pooling import max_pool2d
+from esr_kernels.optimize.pooling import convolution, max_pool2d
 
 
 class Block(nn.Module):
@@ -186,6 +186,37 @@ def test_maxima_of_windows_bit_by_bit(memory_format, size, options):
     got = max_pool2d(x, *lists)
     assert got.shape == expected.shape
     assert torch.equal(got.nan_to_num(nan=1e9), expected.nan_to_num(nan=1e9))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("size", "taps", "options"),
+    [
+        ((9, 12), (3, 1), {"stride": 2}),
+        ((10, 11), (1, 3), {"stride": (2, 3)}),
+        ((3, 1), (3, 1), {"stride": 2}),
+        ((10, 11), (3, 1), {"stride": 2, "padding": 1}),
+        ((10, 11), (3, 1), {"stride": 2, "dilation": 2}),
+        ((10, 11), (3, 3), {"stride": 2}),
+        ((10, 11), (1, 3), {}),
+    ],
+)
+def test_strided_taps_channel_by_channel(memory_format, bias, size, taps, options):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, *size).to(memory_format=memory_format)
+    x[0, 1, 2, 0], x[1, 2, 1, 0] = float("nan"), float("inf")
+    weight, b = torch.randn(5, 1, *taps), torch.randn(5) if bias else None
+    expected = nn.functional.conv2d(x.double(), weight.double(), None if b is None else b.double(), groups=5, **options)
+    pairs = [options.get(name, default) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
+    stride, padding, dilation = ([v, v] if isinstance(v, int) else list(v) for v in pairs)
+    arguments = (weight, b, stride, padding, dilation, False, [0, 0], 5)
+    got = convolution(x, *arguments)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    if size == (9, 12):
+        inputs = [x.nan_to_num(0.0, 0.0).double().requires_grad_(), weight.double().requires_grad_()]
+        rest = (None if b is None else b.double().requires_grad_(), *arguments[2:])
+        assert torch.autograd.gradcheck(lambda x, w: convolution(x, w, *rest), inputs)
 
 
 def test_windows_too_large_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 
 import pytest
@@ -1330,3 +1331,103 @@ def test_modules_with_little_to_fuse_stay_plain_and_are_traced_once(monkeypatch)
     fast = check(nn.Sequential(conv(3, 12), *blocks, conv(12, 5)))
     assert "1 and 2 more: less than 10% of its arithmetic has a fused form" in fast.report().left
     assert len(traced) == 4 and len(fast.report().fused) == 2
+
+
+def _two_plans(again):
+    """Something plain between two plans, and a map that the second plan reads last, unless it is read again."""
+
+    def forward(m, x):
+        a = m.head(x)
+        b = F.relu(m.body(a))
+        y = m.join(b * F.softmax(b, 1)) + a
+        z = m.more(F.relu(y))
+        return m.tail(z) + (F.softmax(a, 1).sum() if again else 0)
+
+    return Net(forward, head=conv(3, 12), body=conv(12, 12), join=conv(12, 12), more=conv(12, 12), tail=conv(12, 3))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_plans_use_the_memory_of_what_nothing_reads_afterwards(again):
+    fast = check(_two_plans(again))
+    (body,) = [module for module in fast.modules() if isinstance(module, torch.fx.GraphModule)]
+    calls = [n for n in body.graph.nodes if n.name.startswith("run_plan")]
+    place = {n: i for i, n in enumerate(body.graph.nodes)}
+    spent = [(call, call.args[0][i]) for call in calls for i in call.args[3]]
+    for call, value in spent:
+        assert all(user is call or place[user] < place[call] for user in value.users)
+        # The softmax may have returned what it was given, as far as is known; the image is the caller's.
+        assert value.op == "call_function" and not any("softmax" in str(user.target) for user in value.users)
+    assert bool(spent) != again
+    for call in calls:
+        for result in call.users:
+            kept = any("softmax" in str(u.target) or u.op == "output" for u in result.users)
+            assert not (kept and result.args[1] in call.args[4])
+    x = torch.rand(2, 3, 610, 590)  # large enough to be worth it
+    before = x.clone()
+    with torch.no_grad():
+        first = fast(x)
+        wanted = first.clone()
+        second = fast(x)
+        alone = fast(x[:1])
+        loaded = pickle.loads(pickle.dumps(fast))
+        assert [n.args[3:5] for n in calls] == [
+            n.args[3:5] for m in loaded.modules() if isinstance(m, torch.fx.GraphModule)
+            for n in m.graph.nodes if n.name.startswith("run_plan")
+        ]  # fmt: skip
+        assert torch.equal(loaded(x), wanted)
+    assert torch.equal(first, wanted) and torch.equal(second, wanted) and torch.equal(x, before)
+    assert first.data_ptr() != second.data_ptr()
+    for result in (first, alone):
+        assert result.untyped_storage().nbytes() == result.nbytes
+        file = io.BytesIO()
+        torch.save(result, file)
+        assert file.tell() < result.nbytes + 4096
+        assert torch.equal(result.clone().resize_(result.numel() + 1)[:-1], result.flatten())
+
+
+def test_plans_that_share_memory_run_where_operators_are_watched():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = _two_plans(False)
+    fast = check(network)
+    x = torch.rand(1, 3, 24, 21)
+    with torch.no_grad():
+        wanted = fast(x)
+        with FlopCounterMode(display=False) as counter:
+            assert torch.equal(fast(x), wanted)
+        exported = torch.export.export(fast, (x,)).module()
+        assert torch.equal(exported(x), wanted)
+        torch.testing.assert_close(torch.jit.trace(fast, x, check_trace=False)(x), wanted)
+    with FlopCounterMode(display=False) as plain, torch.no_grad():
+        network(x)
+    assert counter.get_total_flops() == plain.get_total_flops()
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        fast(x.requires_grad_()).sum().backward()
+
+
+def test_layer_norms_are_repeated_rather_than_handed_on():
+    """Where what they normalise is handed on anyway."""
+
+    def network(hands_on):
+        def forward(m, x):
+            a = m.head(x)
+            n = m.norm(a)
+            b = F.softmax(m.body(n), 1)
+            return m.tail(m.join(b) * n + (a if hands_on else 0))
+
+        return Net(
+            forward, head=conv(3, 12), norm=Norm(published_norm), body=conv(12, 12), join=conv(12, 12), tail=conv(12, 3)
+        )
+
+    for hands_on in (False, True):
+        layers = [line.split() for line in check(network(hands_on)).report().fused]
+        norms = [line[1] for line in layers if "layer_norm2d" in line]
+        assert norms == (["1:", "2:"] if hands_on else ["1:"])
+
+
+def test_pooling_of_single_pixels_is_no_view():
+    from esr_kernels.optimize.pooling import max_pool2d
+
+    x = torch.rand(1, 2, 6, 6)
+    y = max_pool2d(x, (1, 1), (2, 2))
+    assert torch.equal(y, x[..., ::2, ::2]) and y.data_ptr() != x.data_ptr()

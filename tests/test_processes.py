@@ -295,7 +295,7 @@ def test_networks_that_come_and_go_give_their_memory_back() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["span", "rlfn"])
+@pytest.mark.parametrize("name", ["span", "rlfn", "errn", "rden"])
 @needs_native
 def test_peak_memory_is_not_above_eager(name: str) -> None:
     """Beyond weights and picture, on 256x256 pixels; docs/reliability.md has all networks."""

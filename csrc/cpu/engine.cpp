@@ -15,26 +15,89 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Layers [first, last), which all run for a strip of rows before they run for the next.
+// Layers [first, last).
 struct Group {
   size_t first, last;
-  int64_t rows = 0;             // of a strip; 0: there is one layer, which runs as a whole
-  int64_t floats = 0;           // of what a thread keeps of maps that are never whole
+  bool by_strips = false;       // they all run for a strip of rows before they run for the next; else there is one
   std::vector<size_t> imports;  // inputs that are brought into their maps strip by strip
+
+  bool holds(int64_t layer) const { return static_cast<int64_t>(first) <= layer && layer < static_cast<int64_t>(last); }
 };
 
-// Where everything lies in the workspace, for one size of the inputs.
+// In the workspace, or in the memory of a tensor.
+struct Place {
+  int64_t room = -1;
+  int64_t offset = 0;  // in floats
+};
+
+// The strips of a group.
+struct Strips {
+  int64_t rows = 0;    // of each
+  int64_t floats = 0;  // of what a thread keeps of maps that are never whole
+};
+
+// Where everything lies, for one size of the inputs.
 struct Geometry {
-  std::vector<Shape> shapes;         // of every value
-  std::vector<Group> groups;         // of all layers, in their order
-  std::vector<bool> strips;          // of every value: its map is never whole
-  std::vector<int64_t> offsets;      // of every value's map, in floats; of a strip in the thread's memory
-  std::vector<int64_t> temporaries;  // of every layer
-  int64_t floats = 0;
+  std::vector<Shape> shapes;       // of every value
+  std::vector<Strips> strips;      // of every group
+  std::vector<Place> maps;         // of every value; of a map that is never whole, in the thread's memory
+  std::vector<Place> temporaries;  // of every layer
+  int64_t floats = 0;              // of the workspace
 };
 
 // Floats, a cache line. Not a power of two pages: maps that are read together should not fall on the same cache sets.
 constexpr int64_t kAlignment = 16;
+
+// Addresses of bytes; the end is not included.
+struct Memory {
+  uintptr_t begin, end;
+
+  bool meets(const Memory& other) const { return begin < other.end && other.begin < end; }
+};
+
+// From the first to the last element of all images.
+Memory extent(const Batch& b) {
+  const TensorView& v = b.first;
+  const Shape& s = b.shape;
+  const auto begin = reinterpret_cast<uintptr_t>(v.data);
+  if (b.images * s.channels * s.height * s.width == 0) return {begin, begin};
+  const int64_t last = (b.images - 1) * b.image_stride + (s.channels - 1) * v.channel_stride +
+                       (s.height - 1) * v.row_stride + (s.width - 1) * v.column_stride;
+  return {begin, begin + static_cast<uintptr_t>((last + 1) * bytes_of(v.dtype))};
+}
+
+// Whether every image fills its memory, as planes or as pixels with all their channels.
+bool has_no_gaps(const Batch& b) {
+  const TensorView& v = b.first;
+  const Shape& s = b.shape;
+  const auto is = [](int64_t size, int64_t stride, int64_t wanted) { return size == 1 || stride == wanted; };
+  const bool planes = is(s.width, v.column_stride, 1) && is(s.height, v.row_stride, s.width) &&
+                      is(s.channels, v.channel_stride, s.height * s.width);
+  const bool pixels = is(s.channels, v.channel_stride, 1) && is(s.width, v.column_stride, s.channels) &&
+                      is(s.height, v.row_stride, s.width * s.channels);
+  return (planes || pixels) && (b.images == 1 || b.image_stride >= s.channels * s.height * s.width);
+}
+
+// Bytes from a tensor's first element to the end of its storage.
+int64_t bytes_to_end(const Tensor& t) {
+  int64_t all = 0, offset = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &all));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
+  return all - offset * static_cast<int64_t>(t.element_size());
+}
+
+// A tensor whose memory holds maps while nobody needs what is in it: an output until it is written, an input that
+// nobody reads afterwards once it has been read, and between the two what is both.
+struct Lender {
+  const Batch* tensor;
+  Room room;  // in floats, from the first aligned address of an image
+
+  float* memory(int64_t n) const {
+    constexpr uintptr_t kBytes = kAlignment * sizeof(float);
+    const auto address = reinterpret_cast<uintptr_t>(tensor->image(n).data);
+    return reinterpret_cast<float*>((address + kBytes - 1) / kBytes * kBytes);
+  }
+};
 
 class CompiledPlan {
  public:
@@ -53,15 +116,26 @@ class CompiledPlan {
       sources_.push_back(is_done_elsewhere(k) ? std::vector<Source>{} : sources_of(k));
     }
     find_uses();
+    find_groups();
+    find_spans();
     planar_ = PlanarPlan::make(program_, weights, kernels_);
   }
 
-  void execute(const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) const {
+  std::vector<int64_t> spans() const {
+    std::vector<int64_t> result = read_last_;
+    result.insert(result.end(), written_first_.begin(), written_first_.end());
+    for (size_t i = 0; i < written_first_.size(); ++i) {
+      for (size_t v = 0; v < read_last_.size(); ++v) result.push_back(can_take(i, v) ? 1 : 0);
+    }
+    return result;
+  }
+
+  void execute(const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs, const Ownership& owned) const {
     STD_TORCH_CHECK(static_cast<int64_t>(inputs.size()) == program_.inputs, "execute_plan: ", inputs.size(),
                     " inputs given, the plan has ", program_.inputs);
     STD_TORCH_CHECK(outputs.size() == program_.outputs.size(), "execute_plan: ", outputs.size(),
                     " outputs given, the plan has ", program_.outputs.size());
-    std::vector<Batch> in, out;
+    std::vector<Batch> in, out, lent;
     std::vector<Shape> shapes;
     for (size_t i = 0; i < inputs.size(); ++i) {
       in.push_back(read_batch(inputs[i], false, "input", static_cast<int64_t>(i)));
@@ -69,9 +143,12 @@ class CompiledPlan {
       STD_TORCH_CHECK(in[i].images == in[0].images, "input ", i, " has ", in[i].images, " images, input 0 has ",
                       in[0].images);
     }
-    const std::shared_ptr<const Geometry> geometry = geometry_for(shapes);
     for (size_t i = 0; i < outputs.size(); ++i) {
       out.push_back(read_batch(outputs[i], true, "output", static_cast<int64_t>(i)));
+    }
+    const std::vector<Lender> lenders = find_lenders(inputs, in, outputs, out, owned, lent);
+    const std::shared_ptr<const Geometry> geometry = geometry_for(shapes, lenders);
+    for (size_t i = 0; i < outputs.size(); ++i) {
       const Shape &got = out[i].shape, &want = geometry->shapes[static_cast<size_t>(program_.outputs[i])];
       const bool fits = out[i].images == in[0].images && got.channels == want.channels && got.height == want.height &&
                         got.width == want.width;
@@ -87,7 +164,11 @@ class CompiledPlan {
       return;
     }
     const Workspace workspace(geometry->floats);
-    for (int64_t n = 0; n < in[0].images; ++n) run_image(*geometry, in, out, n, workspace.data());
+    for (int64_t n = 0; n < in[0].images; ++n) {
+      std::vector<float*> rooms;
+      for (const Lender& l : lenders) rooms.push_back(l.memory(n));
+      run_image(*geometry, in, out, n, workspace.data(), rooms);
+    }
   }
 
  private:
@@ -318,9 +399,59 @@ class CompiledPlan {
     }
   }
 
-  std::shared_ptr<const Geometry> geometry_for(const std::vector<Shape>& inputs) const {
+  // The tensors whose memory can hold maps. What overlaps another tensor cannot.
+  std::vector<Lender> find_lenders(const std::vector<Tensor>& inputs, const std::vector<Batch>& in,
+                                   const std::vector<Tensor>& outputs, const std::vector<Batch>& out,
+                                   const Ownership& owned, std::vector<Batch>& lent) const {
+    std::vector<Memory> all;
+    for (const Batch& b : in) all.push_back(extent(b));
+    for (const Batch& b : out) all.push_back(extent(b));
+    for (size_t i = 0; i < owned.lent.size(); ++i) {
+      lent.push_back(read_batch(owned.lent[i], true, "lent", static_cast<int64_t>(i)));
+      all.push_back(extent(lent[i]));
+    }
+    const int64_t layers = static_cast<int64_t>(operators_.size());
+    std::vector<Lender> lenders;
+    const auto lend = [&](const Tensor& t, const Batch& b, int64_t tensors, int64_t first, int64_t last) {
+      if (first > last || !has_no_gaps(b)) return;
+      Memory memory = extent(b);
+      int64_t bytes = bytes_of(b.first.dtype) * b.shape.channels * b.shape.height * b.shape.width;
+      if (owned.storages && b.images == 1) {
+        bytes = bytes_to_end(t);
+        memory.end = memory.begin + static_cast<uintptr_t>(bytes);
+      }
+      const int64_t floats = (bytes / static_cast<int64_t>(sizeof(float)) / kAlignment - 1) * kAlignment;
+      const auto meets = [&](const Memory& other) { return memory.meets(other); };
+      if (floats < kLeastRoom || std::count_if(all.begin(), all.end(), meets) > tensors) return;
+      lenders.push_back({&b, {floats, first, last}});
+    };
+    std::vector<int64_t> from(out.size(), 0);  // above 0: it is a spent input
+    for (const int64_t v : owned.spent) {
+      STD_TORCH_CHECK(v >= 0 && v < program_.inputs, "execute_plan: there is no input ", v, " to be spent");
+      const size_t s = static_cast<size_t>(v);
+      int64_t until = layers;
+      for (size_t i = 0; i < out.size(); ++i) {
+        if (in[s].first.data != out[i].first.data) continue;
+        STD_TORCH_CHECK(can_take(i, s), "execute_plan: output ", i, " is input ", v,
+                        ", which is read after the output is written");
+        from[i] = until = read_last_[s] + 1;
+      }
+      lend(inputs[s], in[s], 1, read_last_[s] + 1, until - 1);
+    }
+    for (size_t i = 0; i < out.size(); ++i) {
+      lend(outputs[i], out[i], from[i] > 0 ? 2 : 1, from[i], written_first_[i] - 1);
+    }
+    for (size_t i = 0; i < lent.size(); ++i) {
+      if (lent[i].images == in[0].images) lend(owned.lent[i], lent[i], 1, 0, layers - 1);
+    }
+    return lenders;
+  }
+
+  std::shared_ptr<const Geometry> geometry_for(const std::vector<Shape>& inputs,
+                                               const std::vector<Lender>& lenders) const {
     std::vector<int64_t> key;
     for (const Shape& s : inputs) key.insert(key.end(), {s.channels, s.height, s.width});
+    for (const Lender& l : lenders) key.insert(key.end(), {l.room.size, l.room.first, l.room.last});
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       for (const auto& [known, geometry] : geometries_) {
@@ -329,8 +460,7 @@ class CompiledPlan {
     }
     auto geometry = std::make_shared<Geometry>();
     geometry->shapes = infer(inputs);
-    find_groups(*geometry);
-    place(*geometry);
+    place(*geometry, lenders);
     const std::lock_guard<std::mutex> lock(mutex_);
     if (geometries_.size() >= kMostGeometries) geometries_.erase(geometries_.begin());
     geometries_.emplace_back(std::move(key), geometry);
@@ -339,16 +469,35 @@ class CompiledPlan {
 
   // Groups are as long as can be: what only one of them uses is never whole, and what a layer hands on is read while it
   // is in the cache.
-  void find_groups(Geometry& g) const {
-    g.strips.assign(uses_.size(), false);
-    for (size_t first = 0; first < operators_.size(); first = g.groups.back().last) {
+  void find_groups() {
+    const std::vector<int64_t> sizes = find_sizes();
+    partial_.assign(uses_.size(), false);
+    for (size_t first = 0; first < operators_.size(); first = groups_.back().last) {
       Group group{first, first + 1};
       if (has_strips(first)) {
-        while (group.last < operators_.size() && joins(g, first, group.last)) ++group.last;
-        find_strips(g, group);
+        while (group.last < operators_.size() && joins(sizes, first, group.last)) ++group.last;
+        find_strips(group);
       }
-      g.groups.push_back(std::move(group));
+      groups_.push_back(std::move(group));
     }
+  }
+
+  // A number for every value: those with the same are equally high and wide, whatever the size of the inputs.
+  std::vector<int64_t> find_sizes() const {
+    std::vector<int64_t> sizes(static_cast<size_t>(program_.values()));
+    for (size_t v = 0; v < sizes.size(); ++v) sizes[v] = static_cast<int64_t>(v);
+    for (size_t k = 0; k < operators_.size(); ++k) {
+      const Operator& op = *operators_[k];
+      if (!op.has_rows()) continue;
+      const size_t result = static_cast<size_t>(program_.inputs) + k;
+      const std::vector<int64_t>& inputs = op.layer().inputs;
+      for (size_t i = 0; i < inputs.size(); ++i) {
+        if (i > 0 && !op.reads_rows(i)) continue;
+        const int64_t old = sizes[static_cast<size_t>(inputs[i])];
+        std::replace(sizes.begin(), sizes.end(), old, sizes[result]);
+      }
+    }
+    return sizes;
   }
 
   // Whether layer k can run strip by strip.
@@ -362,10 +511,10 @@ class CompiledPlan {
   }
 
   // Whether layer k can be in the group of those from `first` on: of their results it reads the rows it computes.
-  bool joins(const Geometry& g, size_t first, size_t k) const {
+  bool joins(const std::vector<int64_t>& sizes, size_t first, size_t k) const {
     if (is_done_elsewhere(k)) return true;
     const size_t inputs = static_cast<size_t>(program_.inputs);
-    return has_strips(k) && g.shapes[inputs + k].height == g.shapes[inputs + first].height &&
+    return has_strips(k) && sizes[inputs + k] == sizes[inputs + first] &&
            std::all_of(sources_[k].begin(), sources_[k].end(), [&](const Source& s) {
              return s.in_rows || s.value < program_.inputs + static_cast<int64_t>(first);
            });
@@ -381,73 +530,114 @@ class CompiledPlan {
     return true;
   }
 
-  void find_strips(Geometry& g, Group& group) const {
-    constexpr int64_t kStripPixels = 768;
-    const size_t inputs = static_cast<size_t>(program_.inputs);
-    const Shape& shape = g.shapes[inputs + group.first];
-    const int64_t rows =
-        std::clamp<int64_t>(kStripPixels / std::max<int64_t>(shape.width, 1), 1, std::max<int64_t>(shape.height, 1));
-    const auto holds = [&](int64_t layer) {
-      return static_cast<int64_t>(group.first) <= layer && layer < static_cast<int64_t>(group.last);
-    };
-    std::vector<Part> parts(uses_.size(), Part{0, 0, 0});
+  void find_strips(Group& group) {
     for (size_t v = 0; v < uses_.size(); ++v) {
       const Use& u = uses_[v];
-      if (!u.needs_map || !holds(u.first) || (v < inputs && !is_read_by_rows(group, v))) continue;
-      if (v < inputs) group.imports.push_back(v);
-      if (!holds(u.last)) continue;
-      g.strips[v] = true;
-      // Imports come before all layers.
-      const int64_t first = v < inputs ? static_cast<int64_t>(group.first) : u.first;
-      parts[v] = {(rows + 2) * layout_of(g, v).pitch, first, u.last};
+      const bool input = v < static_cast<size_t>(program_.inputs);
+      if (!u.needs_map || !group.holds(u.first) || (input && !is_read_by_rows(group, v))) continue;
+      if (input) group.imports.push_back(v);
+      partial_[v] = group.holds(u.last);
+      group.by_strips = group.by_strips || input || partial_[v];
     }
-    int64_t layers = 0;
-    for (size_t k = group.first; k < group.last; ++k) layers += is_done_elsewhere(k) ? 0 : 1;
-    const bool has_parts = std::any_of(parts.begin(), parts.end(), [](const Part& part) { return part.size > 0; });
-    if (layers == 1 && group.imports.empty() && !has_parts) return;
-    group.rows = rows;
-    const Placement placement = place_parts(parts, kAlignment);
-    group.floats = placement.size;
-    g.offsets.resize(uses_.size());
+    for (size_t k = group.first + 1; k < group.last; ++k) group.by_strips = group.by_strips || !is_done_elsewhere(k);
+  }
+
+  // For every input the last layer during which its tensor is read, for every output the first during which it is
+  // written; those of a group run together.
+  void find_spans() {
+    for (const Group& group : groups_) {
+      begins_.insert(begins_.end(), group.last - group.first, static_cast<int64_t>(group.first));
+      ends_.insert(ends_.end(), group.last - group.first, static_cast<int64_t>(group.last) - 1);
+    }
+    const auto begin = [&](int64_t layer) { return begins_[static_cast<size_t>(layer)]; };
+    const auto end = [&](int64_t layer) { return ends_[static_cast<size_t>(layer)]; };
+    read_last_.assign(static_cast<size_t>(program_.inputs), -1);
+    written_first_.assign(program_.outputs.size(), 0);
     for (size_t v = 0; v < uses_.size(); ++v) {
-      if (parts[v].size > 0) g.offsets[v] = placement.offsets[v];
+      // Inputs are written when they are brought into maps.
+      for (const size_t i : uses_[v].exports) written_first_[i] = begin(uses_[v].first);
+      if (v < read_last_.size() && uses_[v].needs_map) read_last_[v] = end(uses_[v].first);
+    }
+    for (size_t k = 0; k < operators_.size(); ++k) {
+      for (const Source& s : sources_[k]) {
+        if (s.value >= program_.inputs || !(s.in_tensor || s.in_strips)) continue;
+        int64_t& last = read_last_[static_cast<size_t>(s.value)];
+        last = std::max(last, end(static_cast<int64_t>(k)));
+      }
     }
   }
 
-  void place(Geometry& g) const {
-    const int64_t layers = static_cast<int64_t>(operators_.size());
+  // Whether output i may be the tensor of input v, the same elements at the same addresses: all of it is read before
+  // any of it is written, or every row.
+  bool can_take(size_t i, size_t v) const {
+    if (read_last_[v] < written_first_[i]) return true;
+    const size_t value = static_cast<size_t>(program_.outputs[i]);
+    if (value < read_last_.size()) return false;
+    const int64_t writer = static_cast<int64_t>(value - read_last_.size());
+    const size_t first = static_cast<size_t>(begins_[static_cast<size_t>(writer)]);
+    const auto group = std::find_if(groups_.begin(), groups_.end(), [&](const Group& g) { return g.first == first; });
+    if (!group->by_strips || read_last_[v] >= static_cast<int64_t>(group->last)) return false;
+    if (!is_read_by_rows(*group, v)) return false;
+    for (size_t k = static_cast<size_t>(writer) + 1; k < group->last; ++k) {
+      for (const Source& s : sources_[k]) {
+        const bool imported = std::find(group->imports.begin(), group->imports.end(), v) != group->imports.end();
+        if (s.value == static_cast<int64_t>(v) && (s.in_tensor || !imported)) return false;
+      }
+    }
+    return true;
+  }
+
+  void place(Geometry& g, const std::vector<Lender>& lenders) const {
     std::vector<Part> parts;
-    // What a group uses exists from its first to its last layer.
-    std::vector<int64_t> begins, ends;
-    for (const Group& group : g.groups) {
-      begins.insert(begins.end(), group.last - group.first, static_cast<int64_t>(group.first));
-      ends.insert(ends.end(), group.last - group.first, static_cast<int64_t>(group.last) - 1);
-    }
     for (size_t v = 0; v < uses_.size(); ++v) {
-      const int64_t floats = uses_[v].needs_map && !g.strips[v] ? floats_of(g, v) : 0;
-      parts.push_back({floats, begins[static_cast<size_t>(uses_[v].first)], ends[static_cast<size_t>(uses_[v].last)]});
+      const Use& u = uses_[v];
+      const size_t first = static_cast<size_t>(u.first), last = static_cast<size_t>(u.last);
+      const int64_t floats = u.needs_map && !partial_[v] ? floats_of(g, v) : 0;
+      parts.push_back({floats, begins_[first], ends_[last]});
     }
-    for (int64_t k = 0; k < layers; ++k) {
-      const Operator& op = *operators_[static_cast<size_t>(k)];
-      parts.push_back({op.temporary_floats(shapes_of(op, g.shapes)), k, k});
+    for (size_t k = 0; k < operators_.size(); ++k) {
+      const int64_t layer = static_cast<int64_t>(k);
+      parts.push_back({operators_[k]->temporary_floats(shapes_of(*operators_[k], g.shapes)), layer, layer});
     }
-    const std::vector<size_t> owners = share(g, parts);
+    const std::vector<size_t> owners = share(parts);
+    std::vector<Room> rooms;
+    for (const Lender& l : lenders) rooms.push_back(l.room);
+    const Spread spread = spread_parts(parts, rooms, kAlignment);
+    const auto place_of = [&](size_t p) { return Place{spread.rooms[p], spread.offsets[p]}; };
+    g.floats = spread.size;
+    for (const size_t owner : owners) g.maps.push_back(place_of(owner));
+    for (size_t p = uses_.size(); p < parts.size(); ++p) g.temporaries.push_back(place_of(p));
+    for (const Group& group : groups_) g.strips.push_back(place_strips(g, group));
+  }
+
+  Strips place_strips(Geometry& g, const Group& group) const {
+    if (!group.by_strips) return {};
+    constexpr int64_t kStripPixels = 768;
+    const Shape& shape = g.shapes[static_cast<size_t>(program_.inputs) + group.first];
+    const int64_t most = kStripPixels / std::max<int64_t>(shape.width, 1);
+    Strips strips{std::clamp<int64_t>(most, 1, std::max<int64_t>(shape.height, 1))};
+    std::vector<Part> parts;
+    std::vector<size_t> values;
+    for (size_t v = 0; v < uses_.size(); ++v) {
+      if (!partial_[v] || !group.holds(uses_[v].first)) continue;
+      // Imports come before all layers.
+      const bool input = v < static_cast<size_t>(program_.inputs);
+      const int64_t first = input ? static_cast<int64_t>(group.first) : uses_[v].first;
+      parts.push_back({(strips.rows + 2) * layout_of(g, v).pitch, first, uses_[v].last});
+      values.push_back(v);
+    }
     const Placement placement = place_parts(parts, kAlignment);
-    g.floats = placement.size;
-    g.offsets.resize(uses_.size());
-    for (size_t v = 0; v < owners.size(); ++v) {
-      if (!g.strips[v]) g.offsets[v] = placement.offsets[owners[v]];
-    }
-    g.temporaries.assign(placement.offsets.begin() + static_cast<std::ptrdiff_t>(uses_.size()),
-                         placement.offsets.end());
+    strips.floats = placement.size;
+    for (size_t i = 0; i < values.size(); ++i) g.maps[values[i]] = {-1, placement.offsets[i]};
+    return strips;
   }
 
   // Gives results the parts of inputs that nobody reads afterwards, where the operator allows it; the value of whose
   // part each uses.
-  std::vector<size_t> share(const Geometry& g, std::vector<Part>& parts) const {
+  std::vector<size_t> share(std::vector<Part>& parts) const {
     std::vector<size_t> owners(uses_.size());
     for (size_t v = 0; v < owners.size(); ++v) owners[v] = v;
-    for (const Group& group : g.groups) {
+    for (const Group& group : groups_) {
       for (size_t k = group.first; k < group.last; ++k) {
         const size_t result = static_cast<size_t>(program_.inputs) + k;
         const std::vector<int64_t>& inputs = operators_[k]->layer().inputs;
@@ -456,8 +646,8 @@ class CompiledPlan {
           Part& owner = parts[owners[v]];
           const bool ends = uses_[v].needs_map && uses_[v].last == static_cast<int64_t>(k);
           if (!ends || !operators_[k]->overwrites(i) || owner.size != parts[result].size) continue;
-          if (bfloat_[v] || bfloat_[result] || g.strips[v] || g.strips[result]) continue;
-          if (group.rows > 0 && !is_read_by_rows(group, v)) continue;
+          if (bfloat_[v] || bfloat_[result] || partial_[v] || partial_[result]) continue;
+          if (group.by_strips && !is_read_by_rows(group, v)) continue;
           owner.last = parts[result].last;
           parts[result].size = 0;
           owners[result] = owners[v];
@@ -478,7 +668,10 @@ class CompiledPlan {
   }
 
   void run_image(const Geometry& g, const std::vector<Batch>& in, const std::vector<Batch>& out, int64_t n,
-                 float* workspace) const {
+                 float* workspace, const std::vector<float*>& rooms) const {
+    const auto memory_at = [&](const Place& p) {
+      return (p.room < 0 ? workspace : rooms[static_cast<size_t>(p.room)]) + p.offset;
+    };
     const auto map_of = [&](size_t v) {
       Map map;
       map.value = static_cast<int64_t>(v);
@@ -486,10 +679,10 @@ class CompiledPlan {
       if (v < in.size()) map.tensor = in[v].image(n);
       if (bfloat_[v]) {
         const MapLayout m = bfloat_layout(map.layout);
-        map.bfloat = reinterpret_cast<uint16_t*>(workspace + g.offsets[v]) + m.origin();
+        map.bfloat = reinterpret_cast<uint16_t*>(memory_at(g.maps[v])) + m.origin();
         map.tensor = {map.bfloat, Dtype::kBFloat16, 1, m.pitch, m.step, m.step};
-      } else if (uses_[v].needs_map && !g.strips[v]) {
-        map.ring = workspace + g.offsets[v];
+      } else if (uses_[v].needs_map && !partial_[v]) {
+        map.ring = memory_at(g.maps[v]);
       }
       return map;
     };
@@ -521,31 +714,29 @@ class CompiledPlan {
         zero_ring(run.output.bfloat, bfloat_layout(run.output.layout), 0, run.output.layout.height);
         if (!operators_[k]->writes_bfloat()) run.exports.push_back(run.output.tensor);
       }
-      run.temporary = workspace + g.temporaries[k];
+      run.temporary = memory_at(g.temporaries[k]);
       return run;
     };
-    for (const Group& group : g.groups) {
+    for (size_t i = 0; i < groups_.size(); ++i) {
+      const Group& group = groups_[i];
       for (size_t v = 0; v < in.size(); ++v) {
-        const bool first = uses_[v].needs_map && static_cast<int64_t>(group.first) <= uses_[v].first &&
-                           uses_[v].first < static_cast<int64_t>(group.last);
+        const bool first = uses_[v].needs_map && group.holds(uses_[v].first);
         if (!first || std::find(group.imports.begin(), group.imports.end(), v) != group.imports.end()) continue;
         const Map map = map_of(v);
         import_map(kernels_, map.tensor, map, exports_of(v));
       }
       std::vector<Step> steps;
-      if (group.rows > 0) {
-        for (const size_t v : group.imports) {
-          Run run;
-          run.output = map_of(v);
-          run.exports = exports_of(v);
-          steps.push_back({nullptr, std::move(run)});
-        }
+      for (const size_t v : group.imports) {
+        Run run;
+        run.output = map_of(v);
+        run.exports = exports_of(v);
+        steps.push_back({nullptr, std::move(run)});
       }
       for (size_t k = group.first; k < group.last; ++k) {
         if (!is_done_elsewhere(k)) steps.push_back({operators_[k].get(), run_of(k)});
       }
-      if (group.rows > 0) {
-        run_strips(g, group, steps);
+      if (group.by_strips) {
+        run_strips(g, g.strips[i], steps);
       } else {
         for (const Step& step : steps) step.op->run(step.run);
       }
@@ -558,21 +749,21 @@ class CompiledPlan {
     Run run;
   };
 
-  void run_strips(const Geometry& g, const Group& group, const std::vector<Step>& steps) const {
+  void run_strips(const Geometry& g, const Strips& strips, const std::vector<Step>& steps) const {
     int64_t cost = 0;
     for (const Step& step : steps) {
       cost += step.op == nullptr ? import_cost(step.run.output.layout) : step.op->row_cost(step.run);
     }
     const int64_t height = steps.back().run.output.layout.height;
     parallel_ranges(height, cost, [&](int64_t y0, int64_t y1) {
-      const Workspace memory(group.floats);
+      const Workspace memory(strips.floats);
       std::vector<Step> mine = steps;
       const auto move_to = [&](Map& map, int64_t y) {
-        if (map.value < 0 || !g.strips[static_cast<size_t>(map.value)]) return;
-        map.ring = memory.data() + g.offsets[static_cast<size_t>(map.value)] - y * map.layout.pitch;
+        if (map.value < 0 || !partial_[static_cast<size_t>(map.value)]) return;
+        map.ring = memory.data() + g.maps[static_cast<size_t>(map.value)].offset - y * map.layout.pitch;
       };
-      for (int64_t y = y0; y < y1; y += group.rows) {
-        const int64_t end = std::min(y + group.rows, y1);
+      for (int64_t y = y0; y < y1; y += strips.rows) {
+        const int64_t end = std::min(y + strips.rows, y1);
         for (Step& step : mine) {
           for (Map& input : step.run.inputs) move_to(input, y);
           Map& output = step.run.output;
@@ -594,6 +785,9 @@ class CompiledPlan {
   };
 
   static constexpr size_t kMostGeometries = 8;
+  // Floats. In tensors, whose pages are small, maps are slower to read and write than in the workspace, where less is
+  // no matter.
+  static constexpr int64_t kLeastRoom = int64_t{1} << 20;
 
   const Program program_;
   const Kernels& kernels_;
@@ -605,6 +799,10 @@ class CompiledPlan {
   std::unique_ptr<PlanarPlan> planar_;        // null: the program is none of those it runs
   std::vector<bool> bfloat_;                  // of every value: its map is in bfloat16
   std::vector<std::vector<Source>> sources_;  // of every layer that runs
+  std::vector<Group> groups_;                 // of all layers, in their order
+  std::vector<bool> partial_;                 // of every value: its map is never whole
+  std::vector<int64_t> begins_, ends_;        // of every layer: the first and the last one of its group
+  std::vector<int64_t> read_last_, written_first_;
   std::vector<Use> uses_;
   mutable std::mutex mutex_;
   mutable std::vector<std::pair<std::vector<int64_t>, std::shared_ptr<const Geometry>>> geometries_;
@@ -626,9 +824,12 @@ int64_t compile_plan(const std::vector<int64_t>& program, const std::vector<doub
   return Plans::instance().add(std::make_shared<CompiledPlan>(std::move(parsed), values, active_kernels(), bfloat));
 }
 
-void execute_plan(int64_t handle, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) {
-  Plans::instance().get(handle)->execute(inputs, outputs);
+void execute_plan(int64_t handle, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs,
+                  const Ownership& owned) {
+  Plans::instance().get(handle)->execute(inputs, outputs, owned);
 }
+
+std::vector<int64_t> plan_spans(int64_t handle) { return Plans::instance().get(handle)->spans(); }
 
 void release_plan(int64_t handle) { Plans::instance().remove(handle); }
 

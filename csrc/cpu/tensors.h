@@ -16,6 +16,8 @@ Weight read_weight(const torch::stable::Tensor& t, const char* what, int64_t ind
 // Writes contiguous values to a tensor of any strides, rounded to its dtype.
 void write_weight(const torch::stable::Tensor& t, const char* what, const std::vector<float>& values);
 
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
 // All images of a [N, C, H, W] tensor.
 struct Batch {
   int64_t images = 0;
@@ -32,8 +34,7 @@ struct Batch {
 
   TensorView image(int64_t n) const {
     TensorView v = first;
-    const int64_t bytes = v.dtype == Dtype::kFloat32 ? 4 : 2;
-    v.data = static_cast<char*>(first.data) + n * image_stride * bytes;
+    v.data = static_cast<char*>(first.data) + n * image_stride * bytes_of(v.dtype);
     return v;
   }
 };

@@ -27,7 +27,7 @@ class Pool {
  public:
   Block take(size_t bytes) {
     const size_t alignment = alignment_of(bytes);
-    bytes = (bytes + alignment - 1) / alignment * alignment;
+    bytes = (bytes + kPage - 1) / kPage * kPage;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       auto best = kept_.end();
@@ -53,8 +53,9 @@ class Pool {
     }
     const Block block{data, bytes};
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    // Feature maps are read with large strides: fewer misses in the address translation.
-    if (alignment == kHugePage) madvise(block.data, bytes, MADV_HUGEPAGE);
+    // Feature maps are read with large strides: fewer misses in the address translation. What is left at the end would
+    // take a whole page.
+    if (alignment == kHugePage) madvise(block.data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
     const std::lock_guard<std::mutex> lock(mutex_);
     total_bytes_ += bytes;

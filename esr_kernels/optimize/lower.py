@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 
 from ..plan import ESA_WEIGHTS, Plan, PlanBuilder
 from .capture import adaptive_max_pool2d, inverse_root, statistic
-from .pooling import local_variance, max_pool2d
+from .lend import lend_memory
+from .pooling import convolution, local_variance, max_pool2d
 from .simplify import affine_of, function_of
 from .workspace import Workspace, aten, concatenated, dims, is_map, is_pixel, location, ratio, resized, slice_of
 
@@ -36,6 +37,7 @@ _PLAIN = {
     ops.inverse_root.default: inverse_root,
     ops.local_variance.default: local_variance,
     aten.max_pool2d.default: max_pool2d,
+    aten.convolution.default: convolution,
 }
 
 
@@ -77,6 +79,8 @@ def lower(ws: Workspace, image: fx.Node) -> Lowered:
             break
         except NotPlannableError as error:
             refused[error.args[1]] = error.args[0]
+    if _repeat_norms(ws, groups):
+        segments = {i: _Segment(ws, nodes) for i, nodes in groups.items()}
     module = _assemble(ws, groups, segments)
     outside = [n for n in ws.graph.nodes if _computes(ws, n) and not any(n in g for g in groups.values())]
     foreign = [n for n in outside if n.target not in _ALONE]
@@ -295,6 +299,26 @@ def _join(ws: Workspace, planned: dict[fx.Node, int]) -> None:
             return
         for n, i in planned.items():
             planned[n] = pair[0] if i == pair[1] else i
+
+
+def _repeat_norms(ws: Workspace, groups: dict[int, list[fx.Node]]) -> bool:
+    """Compute layer normalisations again in sets that read their results from another set beside what they normalise:
+    that is less work than another map between the two. Returns whether there are such.
+    """
+    repeated = False
+    for i, source in groups.items():
+        for node in [n for n in source if n.target is ops.layer_norm2d.default]:
+            for j, nodes in groups.items():
+                readers = [n for n in nodes if node in _reads(n)]
+                if i == j or not readers or not any(node.args[0] in _reads(n) for n in nodes):
+                    continue
+                with ws.graph.inserting_before(readers[0]):
+                    again = ws.graph.node_copy(node, lambda n: n)
+                for reader in readers:
+                    reader.replace_input_with(node, again)
+                nodes.insert(nodes.index(readers[0]), again)
+                repeated = True
+    return repeated
 
 
 def _detour(after: dict[Any, dict[Any, None]], a: int, b: int) -> bool:
@@ -613,12 +637,22 @@ def _assemble(ws: Workspace, groups: dict[int, list[fx.Node]], segments: dict[in
         waiting = rest
     graph.output(argument(ws.returned()))
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    lend_memory(graph, _enlargement(ws))
     for node in graph.nodes:
         # No fake tensors, which cannot be pickled.
         value = node.meta.get("val")
         node.meta = {"floating": isinstance(value, Tensor) and value.is_floating_point()}
     graph.lint()
     return fx.GraphModule(root, graph, "Optimized")
+
+
+def _enlargement(ws: Workspace) -> int | None:
+    """By how much the result is larger than the image, where that is the same for every size and both axes."""
+    image = next(n for n in ws.graph.nodes if n.op == "placeholder" and n not in ws.values)
+    if not (is_map(image) and is_map(ws.returned())):
+        return None
+    factors = {ratio(a, b) for a, b in zip(dims(ws.returned())[2:], dims(image)[2:], strict=True)}
+    return factors.pop() if len(factors) == 1 else None
 
 
 def _store(root: nn.Module, graph: fx.Graph, value: Tensor) -> fx.Node:

@@ -80,6 +80,12 @@ void fuzz_program(Bytes in) {
 
 void fuzz_placement(Bytes in) {
   const int64_t alignment = 1 + in.below(64);
+  std::vector<esr::Room> rooms(static_cast<size_t>(in.below(5)));
+  for (esr::Room& room : rooms) {
+    room.size = int64_t{in.byte()} * (1 + in.below(200));
+    room.first = in.below(64);
+    room.last = room.first + in.below(64);
+  }
   std::vector<esr::Part> parts;
   while (!in.empty() && parts.size() < 64) {
     const int64_t size = in.byte() * (1 + in.below(200)), first = in.below(64);
@@ -99,6 +105,27 @@ void fuzz_placement(Bytes in) {
     }
   }
   PROMISE(placement.size <= all);
+  const esr::Spread spread = esr::spread_parts(parts, rooms, alignment);
+  PROMISE(spread.rooms.size() == parts.size() && spread.offsets.size() == parts.size());
+  PROMISE(spread.size <= all);
+  for (size_t p = 0; p < parts.size(); ++p) {
+    if (parts[p].size == 0) continue;
+    const int64_t where = spread.rooms[p], begin = spread.offsets[p], end = begin + parts[p].size;
+    PROMISE(where >= -1 && where < static_cast<int64_t>(rooms.size()));
+    PROMISE(begin >= 0 && begin % alignment == 0);
+    if (where < 0) {
+      PROMISE(end <= spread.size);
+    } else {
+      const esr::Room& room = rooms[static_cast<size_t>(where)];
+      PROMISE(end <= room.size && room.first <= parts[p].first && parts[p].last <= room.last);
+    }
+    for (size_t q = 0; q < p; ++q) {
+      const bool together = parts[q].first <= parts[p].last && parts[p].first <= parts[q].last;
+      const int64_t other = spread.offsets[q];
+      PROMISE(where != spread.rooms[q] || !together || parts[q].size == 0 || end <= other ||
+              other + parts[q].size <= begin);
+    }
+  }
 }
 
 // Where pack_dense puts a weight: [block][tap][input][vectors of the block * lanes].

@@ -12,7 +12,10 @@ MINIMUM_CAPABILITY = (8, 0)
 
 
 def cpu_implementations() -> dict[str, Implementation]:
-    return {name: Implementation(f, devices=frozenset({"cpu"})) for name, f in cpu.OPERATORS.items()}
+    return {
+        name: Implementation(f, devices=frozenset({"cpu"}), reserve=cpu.reserve if name == "run_plan" else None)
+        for name, f in cpu.OPERATORS.items()
+    }
 
 
 def cuda_implementations() -> dict[str, Implementation]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -96,6 +97,30 @@ def encode(plan: Plan) -> tuple[list[int], list[float]]:
     return program + list(plan.outputs), constants
 
 
+def in_order_of_need(plan: Plan) -> Plan:
+    """The same plan with layers right before their first reader if all they read is read there or later anyway: their
+    results exist for a shorter time, and nothing does for a longer one.
+    """
+    first = len(plan.inputs)
+    order = list(range(len(plan.layers)))
+    readers: dict[int, list[int]] = {}  # value -> layers
+    for k, layer in enumerate(plan.layers):
+        for value in set(layer.inputs):
+            readers.setdefault(value, []).append(k)
+    for k in reversed(range(len(plan.layers))):
+        if first + k in plan.outputs or first + k not in readers:
+            continue
+        place = {layer: i for i, layer in enumerate(order)}
+        needed = min(place[reader] for reader in readers[first + k])
+        others = [[place[r] for r in readers[value] if r != k] for value in plan.layers[k].inputs]
+        if needed > place[k] + 1 and all(max(o, default=-1) >= needed for o in others):
+            order.remove(k)
+            order.insert(needed - 1, k)
+    values = [*range(first), *(first + order.index(k) for k in range(len(order)))]
+    layers = [replace(plan.layers[k], inputs=tuple(values[v] for v in plan.layers[k].inputs)) for k in order]
+    return Plan(plan.inputs, tuple(layers), tuple(values[v] for v in plan.outputs))
+
+
 # Handles whose plan is gone. Garbage may be collected in the middle of a trace, which would record a call of the
 # operator that releases them; so they wait for the next plan to be compiled, which never happens inside one, or for
 # `esr_kernels.memory.release_unused`.
@@ -113,12 +138,29 @@ class CompiledPlan:
 
     def __init__(self, plan: Plan, weights: list[Tensor]) -> None:
         release_unreferenced()
-        program, constants = encode(plan)
+        program, constants = encode(in_order_of_need(plan))
         self.handle: int = torch.ops.esr_native.compile_plan(program, constants, weights)
+        # The last layer that reads each input, the first that writes each output, and which inputs each may be.
+        spans, inputs, ends = torch.ops.esr_native.plan_spans(self.handle), len(plan.inputs), len(plan.outputs)
+        self.read_last, self.written_first = spans[:inputs], spans[inputs : inputs + ends]
+        takes = spans[inputs + ends :]
+        self.takes = [[v for v in range(inputs) if takes[i * inputs + v]] for i in range(ends)]
         weakref.finalize(self, _unreferenced.append, self.handle).atexit = False
 
     def execute(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         torch.ops.esr_native.execute_plan(self.handle, inputs, outputs)
+
+    def execute_over(
+        self, inputs: list[Tensor], outputs: list[Tensor], spent: Sequence[int], lent: Sequence[Tensor]
+    ) -> None:
+        """The same where nothing else is in the storages of outputs, of spent inputs and of what is lent.
+
+        Args:
+            spent: indices of inputs that nothing reads afterwards: what is in them is lost. An output may be one of
+                those that it `takes`.
+            lent: more memory for maps, as [N, C, H, W].
+        """
+        torch.ops.esr_native.execute_plan_over(self.handle, inputs, outputs, spent, lent)
 
 
 @dataclass
