@@ -99,13 +99,22 @@ for _name in SCHEMAS:
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """What results for `x` have: channels_last for parts of the channels of a channels_last tensor too."""
+    """What results for `x` have: channels_last for parts of the channels of a channels_last tensor too.
+
+    Of an image alone and of the same one inside a batch it is the same: only strides between an image's pixels count.
+    """
     if x.is_contiguous():
         return torch.contiguous_format
-    if x.is_contiguous(memory_format=torch.channels_last):
+    if x.is_contiguous(memory_format=torch.channels_last) or has_whole_pixels(x):
         return torch.channels_last
-    part = x.dim() == 4 and x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]
-    return torch.channels_last if part else torch.contiguous_format
+    return torch.contiguous_format
+
+
+def has_whole_pixels(x: Tensor) -> bool:
+    """Whether the channels of a pixel are adjacent, and those of others before or behind them; false of one pixel."""
+    if x.dim() != 4 or x.shape[1] <= 1 or x.shape[2] * x.shape[3] <= 1:
+        return False
+    return x.stride(1) == 1 and x.stride(3 if x.shape[3] > 1 else 2) >= x.shape[1]
 
 
 def feature_map(x: Tensor, channels: int) -> Tensor:

@@ -75,13 +75,12 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 
 
 def expected_format(x: Tensor) -> torch.memory_format:
-    """channels_last for channels_last tensors and for parts of their channels."""
-    if x.is_contiguous():
+    """channels_last for channels_last tensors and for parts of their channels; an image's own in any batch."""
+    image = x[:1]
+    if image.is_contiguous() or image.shape[1] == 1 or image.stride(1) != 1:
         return torch.contiguous_format
-    part = x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]
-    return (
-        torch.channels_last if part or x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    )
+    to_next_pixel = image.stride(3 if image.shape[3] > 1 else 2)
+    return torch.channels_last if to_next_pixel >= image.shape[1] else torch.contiguous_format
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:

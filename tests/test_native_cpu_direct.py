@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -9,11 +10,14 @@ import torch
 from gradients import check
 from helpers import HALF, LAYOUTS, expected_format, largest_error, lay_out, rand, to
 from test_native_cpu import _restore, capability, pytestmark  # noqa: F401
+from test_properties import LAYOUTS as MORE_LAYOUTS
+from test_properties import lay_out_more
 from test_selective_scan import operands
 
 import esr_kernels
 from esr_kernels.backends import reference
-from esr_kernels.library import ACTIVATIONS
+from esr_kernels.functional import window_attention
+from esr_kernels.library import ACTIVATIONS, memory_format
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 GRADIENT_TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -143,6 +147,142 @@ def test_a_part_of_a_tensor_is_read_where_it_is():
     for part in x.chunk(2, 1):
         compare("depthwise_conv", (part, rand(6, 1, 3, 3), None, 1, "none", 0.0, False), torch.float32)
         compare("layer_norm2d", (part, None, None, 1e-6), torch.float32)
+
+
+# Of a size of 1 the stride is anything, so that many a tensor has two memory formats.
+ONES = [(c, h, w) for c in (1, 2, 17) for h, w in ((1, 1), (1, 3), (3, 1), (3, 2))]
+
+
+def strided(x, stride):
+    """x with `stride` wherever there is one only."""
+    strides = [s if size > 1 else stride for size, s in zip(x.shape, x.stride(), strict=True)]
+    return x.as_strided(x.shape, strides, x.storage_offset())
+
+
+def of_ones(channels, height, width):
+    """(x, a function that lays out others) for batches of 1 and 2, in every layout, with every stride."""
+    for batch, layout, stride in itertools.product((1, 2), range(len(MORE_LAYOUTS)), (0, 1, channels, 1000)):
+        # The other tensors are laid out in other ways, each combination once.
+        other = MORE_LAYOUTS[(layout + (batch + stride) % len(MORE_LAYOUTS)) % len(MORE_LAYOUTS)]
+        x = lay_out_more(rand(batch, channels, height, width), MORE_LAYOUTS[layout])
+        yield (
+            strided(x, stride),
+            lambda *size, n=batch, at=other, s=stride: strided(lay_out_more(rand(n, *size), at), s),
+        )
+
+
+def compare_of_ones(operator, x, settings, image=None):
+    """A result, and that the same image alone has its bits and its memory format; `image(n)` are its settings."""
+    run = getattr(torch.ops.esr, operator)
+    out, exact = run(x, *settings), reference.OPERATORS[operator](*to((x, *settings), torch.float64))
+    assert out.is_contiguous(memory_format=expected_format(x if isinstance(x, torch.Tensor) else x[0]))
+    close_to_ones(out, exact)
+    for n in range(len(out)):
+        of_image = x[n : n + 1] if isinstance(x, torch.Tensor) else [t[n : n + 1] for t in x]
+        alone = run(of_image, *(settings if image is None else image(n)))
+        assert torch.equal(alone[0], out[n]) and memory_format(alone) == memory_format(out)
+
+
+def check_of_ones(operator, arguments):
+    got = getattr(torch.ops.esr, operator + "_backward")(*arguments)
+    exact = reference.OPERATORS[operator + "_backward"](*to(arguments, torch.float64))
+    for g, e in zip(got, exact, strict=True):
+        close_to_ones(g, e)
+
+
+def close_to_ones(got, exact):
+    """The values that go in are about 1, and what is left of them may be little."""
+    assert got.shape == exact.shape
+    assert largest_error(got, exact) <= 2e-5 * max(float(exact.abs().max()) if exact.numel() else 0.0, 1.0)
+
+
+@pytest.mark.parametrize("size", ONES, ids=str)
+def test_depthwise_conv_of_sizes_of_1(size):
+    torch.manual_seed(0)
+    c = size[0]
+    for x, other in of_ones(*size):
+        for gated in (False, True) if c % 2 == 0 else (False,):
+            settings = (rand(c, 1, 3, 3), rand(c), 1, "silu", 0.0, gated)
+            compare_of_ones("depthwise_conv", x, settings)
+            grad = other(c // 2 if gated else c, *size[1:])
+            check_of_ones("depthwise_conv", (grad, x, *settings, [True] * 3))
+
+
+@pytest.mark.parametrize("size", ONES, ids=str)
+def test_layer_norm2d_of_sizes_of_1(size):
+    torch.manual_seed(0)
+    for x, other in of_ones(*size):
+        weight, bias = rand(size[0]), rand(size[0])
+        compare_of_ones("layer_norm2d", x, (weight, bias, 1e-2))
+        check_of_ones("layer_norm2d", (other(*size), x, weight, bias, 1e-2, [True] * 3))
+
+
+@pytest.mark.parametrize("size", ONES, ids=str)
+def test_adaptive_max_pool_of_sizes_of_1(size):
+    torch.manual_seed(0)
+    for x, other in of_ones(*size):
+        for pooled in ([1, 1], [1, 2], [2, 1], [3, 2]):
+            compare_of_ones("adaptive_max_pool", x, (pooled,))
+            check_of_ones("adaptive_max_pool", (other(size[0], *pooled), x, [True]))
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("size", ONES, ids=str)
+def test_modulate_of_sizes_of_1(size, mode):
+    torch.manual_seed(0)
+    c = size[0]
+    for x, other in of_ones(*size):
+        maps, settings = [other(*size), other(c, 1, 2), other(c, 2, 1), other(c, 1, 1)], (mode, "silu", 0.0)
+        one = lambda n, m=maps, s=settings: ([t[n : n + 1] for t in m], *s)  # noqa: E731
+        compare_of_ones("modulate", x, (maps, *settings), one)
+        check_of_ones("modulate", (other(*size), x, maps, *settings, [True] * 5))
+
+
+@pytest.mark.parametrize("size", ONES, ids=str)
+def test_convolutions_of_sizes_of_1(size):
+    """A 1x1 convolution takes planes where they are; the others show how all import and export."""
+    torch.manual_seed(0)
+    c = size[0]
+    for x, other in of_ones(*size):
+        for out in (1, 5):
+            grad, same = other(out, *size[1:]), [x, other(*size)]
+            settings = (rand(out, 2 * c, 1, 1), rand(out), "silu", 0.0)
+            compare_of_ones("conv1x1", same, settings)
+            check_of_ones("conv1x1", (grad, same, *settings, [True] * 4))
+            settings = (rand(out, c, 3, 3, scale=0.3), rand(out), None, "silu", 0.0, "post")
+            compare_of_ones("conv3x3", x, settings)
+            check_of_ones("conv3x3", (grad, x, *settings, [True, True, True, False]))
+
+
+@pytest.mark.parametrize("size", ONES, ids=str)
+def test_window_attention_of_sizes_of_1(size):
+    torch.manual_seed(0)
+    for q, other in of_ones(*size):
+        tensors = {"q": q, "k": other(*size), "v": other(*size)}
+        settings = {"window": size[1:], "heads": 1}
+        out = window_attention(**tensors, **settings)
+        with esr_kernels.use_backend("reference"):
+            exact = window_attention(**to(tensors, torch.float64), **settings)
+        assert out.is_contiguous(memory_format=expected_format(q))
+        close_to_ones(out, exact)
+        for n in range(len(q)):
+            alone = window_attention(**{name: t[n : n + 1] for name, t in tensors.items()}, **settings)
+            assert torch.equal(alone[0], out[n]) and memory_format(alone) == memory_format(out)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 17])
+@pytest.mark.parametrize("length", [1, 3])
+def test_selective_scan_of_sizes_of_1(length, channels):
+    torch.manual_seed(0)
+    for states, batch, stride, base in itertools.product((1, 3), (1, 2), (0, 1, channels, 1000), (0, 1)):
+        given = operands(length, channels, states, batch=batch)
+        for name, t in given.items():
+            if t.dim() == 3:
+                t = t.transpose(1, 2).contiguous().transpose(1, 2) if base else t
+                given[name] = strided(t, stride)
+        out = torch.ops.esr.selective_scan(*given.values(), True)
+        exact = reference.OPERATORS["selective_scan"](*to(tuple(given.values()), torch.float64), True)
+        close_to_ones(out, exact)
 
 
 def test_a_nan_reaches_the_taps_that_see_it_only():

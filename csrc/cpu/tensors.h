@@ -25,8 +25,13 @@ struct Batch {
   TensorView first;
   int64_t image_stride = 0;
 
-  // Whether its rows are rows of pixels of one channel, not of pixels with all their channels.
-  bool is_planar() const { return shape.channels == 1 || first.channel_stride != 1 || first.column_stride == 1; }
+  // Whether its rows are rows of pixels of one channel, not of pixels with all their channels: of any strides as
+  // memory_format in esr_kernels/library.py has it, by which the results are laid out.
+  bool is_planar() const {
+    const int64_t pixel_stride = shape.width > 1 ? first.column_stride : first.row_stride;
+    return shape.channels == 1 || shape.height * shape.width == 1 || first.channel_stride != 1 ||
+           pixel_stride < shape.channels;
+  }
   // Whether it can be read in this way; of what there is one only, the stride is anything.
   bool can_be(bool planar) const {
     return planar ? first.column_stride == 1 || shape.width == 1 : first.channel_stride == 1 || shape.channels == 1;

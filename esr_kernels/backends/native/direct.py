@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...library import bias_gradient, feature_map, gradient, memory_format, norm_gradients, pooled_map
+from ...library import (
+    bias_gradient,
+    feature_map,
+    gradient,
+    has_whole_pixels,
+    memory_format,
+    norm_gradients,
+    pooled_map,
+)
 from .backward import Call, is_empty
 from .engine import ACTIVATION_CODES
 
@@ -30,9 +38,8 @@ def dense_rows(t: Tensor, like: Tensor) -> Tensor:
     wanted = memory_format(like)
     if t.is_contiguous(memory_format=wanted):
         return t
-    if t.stride(3) == 1 if wanted == torch.contiguous_format else t.stride(1) == 1 and t.stride(3) >= t.shape[1]:
-        return t
-    return t.contiguous(memory_format=wanted)
+    with_gaps = t.stride(3) == 1 if wanted == torch.contiguous_format else has_whole_pixels(t)
+    return t if with_gaps else t.contiguous(memory_format=wanted)
 
 
 def depthwise_conv(
