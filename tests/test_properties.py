@@ -3,8 +3,9 @@
 Drawn are shapes, channels, memory layouts, storage offsets, dtypes, settings, magnitudes from denormal to the edge of
 float16, NaN and infinity; and the same bits are asked for again, in any number of threads and inside a batch.
 
-The inputs are the same in every run. ESR_KERNELS_EXAMPLES=N draws N for each operator on the compiled CPU backend
-instead of 40 (`make fuzz` does); emulated backends get a twentieth.
+The inputs are the same in every run of the same code: hypothesis also draws numbers that it finds in the code.
+ESR_KERNELS_EXAMPLES=N draws N for each operator on the compiled CPU backend instead of 40 (`make fuzz` does); emulated
+backends get a twentieth.
 """
 
 from __future__ import annotations
