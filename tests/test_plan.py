@@ -63,6 +63,26 @@ def test_execution(backend, size, layout, dtype):
         check_close(got, exact, lambda i=i: oracle(x, image, dtype)[i], backend)
 
 
+@pytest.mark.parametrize("read_again", [False, True])
+def test_layers_come_when_they_are_needed(read_again):
+    """If what they read is there as long anyway; else the plan stays as it is."""
+    b = PlanBuilder()
+    x = b.input(4)
+    a = b.add("conv3x3", [x], 4, {"weight": 0}, **LINEAR)
+    early = b.add("conv1x1", [a], 4, {"weight": 1}, **LINEAR)
+    c = b.add("conv3x3", [a], 4, {"weight": 2}, **LINEAR)
+    d = b.add("conv3x3", [c], 4, {"weight": 3}, **LINEAR)
+    y = b.add("conv1x1", [early, d, a] if read_again else [early, d], 4, {"weight": 4}, **LINEAR)
+    plan = b.finish([d, y])
+    ordered = engine.in_order_of_need(plan)
+    if not read_again:
+        assert ordered is plan
+        return
+    assert [layer.weights["weight"] for layer in ordered.layers] == [0, 2, 3, 1, 4]
+    assert [layer.inputs for layer in ordered.layers] == [(0,), (1,), (2,), (1,), (4, 3, 1)]
+    assert ordered.outputs == (3, 5)
+
+
 FUNCTIONS = {
     "relu": F.relu,
     "leaky_relu": lambda x: F.prelu(x, SLOPES.to(x)),

@@ -107,16 +107,20 @@ def in_order_of_need(plan: Plan) -> Plan:
     for k, layer in enumerate(plan.layers):
         for value in set(layer.inputs):
             readers.setdefault(value, []).append(k)
+    place = {k: i for i, k in enumerate(order)}
     for k in reversed(range(len(plan.layers))):
         if first + k in plan.outputs or first + k not in readers:
             continue
-        place = {layer: i for i, layer in enumerate(order)}
         needed = min(place[reader] for reader in readers[first + k])
-        others = [[place[r] for r in readers[value] if r != k] for value in plan.layers[k].inputs]
-        if needed > place[k] + 1 and all(max(o, default=-1) >= needed for o in others):
+        if needed <= place[k] + 1:
+            continue
+        if all(any(place[r] >= needed for r in readers[value] if r != k) for value in plan.layers[k].inputs):
             order.remove(k)
             order.insert(needed - 1, k)
-    values = [*range(first), *(first + order.index(k) for k in range(len(order)))]
+            place = {layer: i for i, layer in enumerate(order)}
+    if order == sorted(order):
+        return plan
+    values = [*range(first), *(first + place[k] for k in range(len(order)))]
     layers = [replace(plan.layers[k], inputs=tuple(values[v] for v in plan.layers[k].inputs)) for k in order]
     return Plan(plan.inputs, tuple(layers), tuple(values[v] for v in plan.outputs))
 
